@@ -1,0 +1,62 @@
+"""grasp: make a Hugging Face language model smaller by replacing redundant layers with the singular groups its loss depends on.
+
+    import grasp
+    result = grasp.compress("smollm2", "small", method="grasp", num_layers=9, retain_ratio=0.1)
+    grasp.evaluate("small", ppl="pydoc")
+    model = grasp.load("small").model
+
+Importing grasp imports neither torch nor transformers; it only arranges that transformers, once loaded, knows grasp checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grasp._register import register_when_transformers_loads
+
+if TYPE_CHECKING:
+    from grasp.core.checkpoint import Checkpoint as Checkpoint
+    from grasp.core.checkpoint import load as load
+    from grasp.core.decoder import Decoder as Decoder
+    from grasp.core.records import Calibration as Calibration
+    from grasp.core.records import Score as Score
+    from grasp.errors import GraspError as GraspError
+    from grasp.methods.base import Method as Method
+    from grasp.pipeline import Compression as Compression
+    from grasp.pipeline import Evaluation as Evaluation
+    from grasp.pipeline import compress as compress
+    from grasp.pipeline import evaluate as evaluate
+    from grasp.pipeline import inspect as inspect
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Calibration": "core.records",
+    "Checkpoint": "core.checkpoint",
+    "Compression": "pipeline",
+    "Decoder": "core.decoder",
+    "Evaluation": "pipeline",
+    "GraspError": "errors",
+    "Method": "methods.base",
+    "Score": "core.records",
+    "compress": "pipeline",
+    "evaluate": "pipeline",
+    "inspect": "pipeline",
+    "load": "core.checkpoint",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'grasp' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"grasp.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_when_transformers_loads()

@@ -1,0 +1,126 @@
+"""What each verb shows: calls the pipeline, then prints a table or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from grasp import pipeline
+from grasp.core.checkpoint import MANIFEST, bytes_on_disk
+from grasp.core.families import FAMILIES
+from grasp.core.models import DTYPES
+from grasp.estimate import estimate as estimate_cost
+from grasp.methods import available
+from grasp.report.plots import spectra
+from grasp.stages.calibration import FILE_TYPES, NAMED
+from grasp.terminal import emit, megabytes, progress_bars, say, table
+
+logging.getLogger("grasp").setLevel(logging.INFO)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Run `pipeline.compress` and sum up what it did."""
+    with progress_bars(quiet) as bars:
+        result = pipeline.compress(model, out, progress=bars, **options)
+    sizes, edits = result.manifest["parameters"], result.manifest["edits"]
+    low_rank = sum(edit["edit"] == "factorize" for edit in edits)
+    rows = [
+        ("parameters", f"{sizes['before']:,} → {sizes['after']:,}"),
+        ("removed", f"{100 * sizes['ratio']:.2f} %"),
+        ("edits", f"{low_rank} low-rank matrices, {len(edits) - low_rank} layers dropped"),
+        ("bytes on disk", megabytes(bytes_on_disk(out))),
+        ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.manifest["seconds"].items())),
+        ("checkpoint", str(out)),
+    ]
+    table("", ("", ""), rows, left=2)
+    if as_json:
+        emit({"path": str(out), "manifest": str(out / MANIFEST), "bytes": bytes_on_disk(out), **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds")}})
+
+
+def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
+    """Say what `compress` would do and what it would cost."""
+    data = {name: options.pop(name) for name in ("data", "num_samples", "seq_len", "seed", "text_field", "device") if name in options}
+    dtype = options.pop("dtype", None)
+    decoder, method, plan = pipeline.dry_run(model, **options)
+    width = (DTYPES[dtype] if dtype else decoder.model.dtype).itemsize
+    cost = estimate_cost(decoder, plan, data["num_samples"], data["seq_len"], width)
+    before, after = decoder.num_parameters(), plan.parameters
+    rows = [
+        ("model", f"{model}: {decoder.family.name}, {decoder.num_layers} layers, {before:,} parameters"),
+        ("method", f"{method.name} {method.recipe()}"),
+        ("would edit", f"{plan.num_edits} places in {plan.num_layers} layers"),
+        ("parameters", "follows from the scores" if after is None else f"{after:,} ({100 * (1 - after / before):.2f} % removed)"),
+        ("on disk", "follows from the scores" if after is None else f"about {megabytes(after * width)}"),
+        ("passes", f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over {data['num_samples']} × {data['seq_len']} tokens"),
+        ("memory", f"about {megabytes(cost.memory)}"),
+        ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
+        ("writes", f"{out}: nothing in a dry run"),
+    ]
+    table("dry run", ("", ""), rows, left=2)
+    if as_json:
+        emit({"parameters_before": before, "parameters_after": after, "seconds": cost.seconds, "memory_bytes": cost.memory, **dataclasses.asdict(plan)})
+
+
+def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Table and picture of layer redundancy and singular spectra."""
+    with progress_bars(quiet) as bars:
+        seen = pipeline.inspect(model, progress=bars, **options)
+    scores = seen.redundancy.scores
+    order = sorted(scores, key=lambda layer: scores[layer])
+    place = {layer: number for number, layer in enumerate(order, start=1)}
+    highest = max(scores.values()) or 1.0
+    rows = [(layer, f"{score:.5f}", place[layer], "█" * max(1, round(30 * score / highest))) for layer, score in scores.items()]
+    title = "block influence (low = redundant)" if seen.redundancy.kind == "bi" else "angular distance / π (low = redundant)"
+    table(title, ("layer", "score", "most redundant", ""), rows, left=0)
+    spectra(dict(scores), seen.redundancy.kind, {path: values.tolist() for path, values in seen.singular_values.items()}, output)
+    say(f"most redundant first: {','.join(map(str, order))}")
+    say(f"picture: {output}")
+    if as_json:
+        emit({"kind": seen.redundancy.kind, "scores": scores, "most_redundant_first": order, "picture": str(output), "calibration": seen.calibration.to_json()})
+
+
+def evaluate(model: str, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Perplexities with their protocol."""
+    with progress_bars(quiet) as bars:
+        result = pipeline.evaluate(model, progress=bars, **options)
+    rows = [
+        (s.name, f"{s.value:.3f}", s.protocol["seq_len"], s.protocol["stride"], s.protocol["bos"], s.protocol["num_blocks"], f"{s.protocol['num_tokens']:,}", s.protocol["dtype"])
+        for s in result.scores
+    ]
+    title = f"{model}: {result.parameters:,} parameters, {megabytes(result.num_bytes)}"
+    table(title, ("text", "perplexity", "block", "stride", "BOS", "blocks", "tokens", "dtype"), rows)
+    if as_json:
+        emit(result.to_json())
+
+
+def methods(as_json: bool) -> None:
+    """Every method with its fields."""
+    found = available()
+    for name, method in found.items():
+        say(f"[bold]{name}[/bold]  {(method.__doc__ or '').splitlines()[0]}  {method.paper}")
+        table("", ("", ""), [(f"  --{f.name.replace('_', '-')}", f.metadata["help"]) for f in dataclasses.fields(method)], left=2)
+    if as_json:
+        emit({name: {"paper": m.paper, "fields": {f.name: f.metadata["help"] for f in dataclasses.fields(m)}} for name, m in found.items()})
+
+
+def families(as_json: bool) -> None:
+    """Every row of the family table."""
+    rows = [(f.name, ", ".join(f.model_types), f.layers, " ".join(path for _, path in f.matrices), f.notes) for f in FAMILIES]
+    table("", ("family", "model_type", "layers", "matrices", "notes"), rows, left=5)
+    if as_json:
+        emit({f.name: dataclasses.asdict(f) for f in FAMILIES})
+
+
+def data(as_json: bool) -> None:
+    """Every named text, and the file types."""
+    rows = [(name, known.about, "hub: " + "/".join(known.hub) if known.hub else "no network needed") for name, known in NAMED.items()]
+    rows.append(("a path", ", ".join(FILE_TYPES) + "; rows of chat messages go through the chat template", "no network needed"))
+    table("", ("DATA", "what", "from"), rows, left=3)
+    if as_json:
+        emit({"named": {name: known.about for name, known in NAMED.items()}, "file_types": list(FILE_TYPES)})

@@ -1,0 +1,1 @@
+"""Nouns and tools. Nothing in this folder knows a method."""

@@ -1,0 +1,237 @@
+"""`Decoder`: a typed view of a Hugging Face causal language model, and the sweep that shows it a calibration set.
+
+Paths and layer indices are always those of the model as it was loaded: dropping layer 3 does not rename layer 4.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from grasp.core.families import Family, find_family, select
+from grasp.core.linalg import wide
+from grasp.core.records import Calibration, Statistics
+from grasp.core.sweep import Collector, Progress, silent
+from grasp.errors import ModelError, NumericsError, RecipeError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a decoder layer. `path` is its module path in the model as loaded, `layer` its layer's index."""
+
+    path: str
+    layer: int
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """True for GPT-2's Conv1D, which stores its weight (in, out)."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out_features, in_features), a view of the parameter."""
+        return self.oriented(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.parameter.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the parameter (its gradient, say) turned to (out, in)."""
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by path inside the layer."""
+
+    index: int
+    module: nn.Module
+    linears: dict[str, Linear]
+
+
+class Decoder:
+    """A causal language model seen as a stack of layers of linears.
+
+    `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, source: str = ""):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.source = source or getattr(model.config, "_name_or_path", "")
+        self.family: Family = find_family(model, model.config.get_text_config(decoder=True).model_type)
+        self.kept: list[int] = list(range(len(self.stack)))
+        self.num_layers = len(self.kept)
+        self.progress: Progress = silent
+
+    @property
+    def config(self) -> Any:
+        """The text model's configuration."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def stack(self) -> nn.ModuleList:
+        """The module list of decoder layers, as it is now."""
+        return self.model.get_submodule(self.family.layers)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def layer(self, index: int) -> Layer:
+        """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""
+        if index not in self.kept:
+            raise RecipeError(f"layer {index} is not in the model; it has layers 0 to {self.num_layers - 1}")
+        module = self.stack[self.kept.index(index)]
+        linears = {}
+        for _, name in self.family.matrices:
+            child = module.get_submodule(name)
+            if not is_low_rank(child):
+                linears[name] = Linear(f"{self.family.layers}.{index}.{name}", index, name, child)
+        return Layer(index, module, linears)
+
+    def layers(self) -> Iterator[Layer]:
+        """The layers still there, first to last."""
+        return (self.layer(index) for index in list(self.kept))
+
+    def linears(self, index: int, projections: Sequence[str] = ("all",)) -> list[Linear]:
+        """The dense matrices of one layer that `projections` selects, in their order of use."""
+        wanted = select(self.family, tuple(projections))
+        return [linear for name, linear in self.layer(index).linears.items() if name in wanted]
+
+    def locate(self, path: str) -> tuple[int, str]:
+        """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it names none."""
+        index, _, name = path.removeprefix(self.family.layers + ".").partition(".")
+        if not path.startswith(self.family.layers + ".") or not index.isdigit() or not name:
+            raise RecipeError(f"'{path}' names no matrix of a decoder layer; an example is '{self.family.layers}.0.{self.family.matrices[0][1]}'")
+        return int(index), name
+
+    def num_parameters(self) -> int:
+        """Numbers the model stores; a tied weight counts once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def num_bytes(self) -> int:
+        """Bytes of those numbers."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def check_finite(self) -> None:
+        """Raise `NumericsError` naming the first parameter that holds a NaN or an infinity."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                bad = int((~torch.isfinite(parameter)).sum())
+                raise NumericsError(f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be compressed as it is")
+
+    def sweep(self, data: Calibration, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+        """Show the model every block once, with a backward pass if a collector asks for gradients, and return what was collected.
+
+        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is taken one block at a time,
+        so memory does not grow with the number of blocks. The model comes back unchanged.
+        """
+        backward = any(collector.backward for collector in collectors)
+        total_loss, tokens = 0.0, 0
+        with self._prepared(collectors), torch.set_grad_enabled(backward):
+            self.progress(task, 0, data.num_blocks)
+            for block in range(data.num_blocks):
+                ids = data.ids[block : block + 1].to(self.device)
+                mask = None if data.mask is None else data.mask[block : block + 1].to(self.device)
+                for collector in collectors:
+                    collector.begin_block(mask)
+                if backward:
+                    loss, count = self.loss(ids, mask)
+                    if not bool(torch.isfinite(loss)):
+                        raise NumericsError(f"calibration block {block}: the loss is {float(loss)}; {self._first_non_finite(ids, mask)}")
+                    loss.backward()
+                    total_loss, tokens = total_loss + float(loss.detach()), tokens + count
+                else:
+                    self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                    tokens += ids.numel() if mask is None else int(mask.sum())
+                for collector in collectors:
+                    collector.end_block()
+                self.progress(task, block + 1, data.num_blocks)
+            tables = {collector.name: collector.result() for collector in collectors}
+        return Statistics(tables, tokens, total_loss / tokens if backward else None)
+
+    def loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their number."""
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # batch, seq - 1, vocab
+        labels = ids[:, 1:]
+        if mask is not None:
+            labels = labels.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), -100)
+        loss = cross_entropy(wide(logits.flatten(0, 1)), labels.flatten(), reduction="sum", ignore_index=-100)
+        return loss, int((labels != -100).sum())
+
+    @contextmanager
+    def _prepared(self, collectors: Sequence[Collector]) -> Iterator[None]:
+        """Gradients off except where a collector turns them on, hooks attached; all of it undone at the end."""
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
+        handles = []
+        try:
+            for parameter, _, _ in before:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for layer in self.layers():
+                for collector in collectors:
+                    handles += collector.attach(layer)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, requires_grad, grad in before:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+    @torch.no_grad()
+    def _first_non_finite(self, ids: Tensor, mask: Tensor | None) -> str:
+        """Where a forward pass first leaves the finite numbers."""
+        found: list[int] = []
+
+        def look(index: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if not bool(torch.isfinite(hidden).all()):
+                    found.append(index)
+
+            return hook
+
+        handles = [layer.module.register_forward_hook(look(layer.index)) for layer in self.layers()]
+        try:
+            self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        where = f"layer {found[0]} is the first with a non-finite output" if found else "the layers' outputs are finite, the logits are not"
+        return f"{where} (dtype {self.model.dtype}; try --dtype float32)"
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """True for a low-rank pair, from the package or from the copy a checkpoint carries."""
+    return type(module).__name__ == "LowRankLinear"
+
+
+def as_decoder(model: Any, tokenizer: Any = None) -> Decoder:
+    """`model` itself if it is a `Decoder`, else a view of the Hugging Face model. Raises `ModelError` for anything else."""
+    if isinstance(model, Decoder):
+        return model
+    if isinstance(model, PreTrainedModel):
+        return Decoder(model, tokenizer)
+    raise ModelError(f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}")

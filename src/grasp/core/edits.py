@@ -1,0 +1,142 @@
+"""The only code that changes a model: edits, their application, and their JSON form.
+
+An edit names places by the paths and indices of the model as it was loaded, so edits can be listed, logged and repeated in
+any tool. After every edit the model in memory is a complete Hugging Face model: it runs, generates and saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp.core.decoder import Decoder, is_low_rank
+from grasp.core.modeling_grasp import GraspConfig, carry_code, low_rank_like
+from grasp.core.records import Attribution
+from grasp.errors import ModelError, NumericsError, RecipeError
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Remove decoder layer `layer`."""
+
+    layer: int
+
+    def spec(self) -> dict[str, Any]:
+        return {"edit": "drop", "layer": self.layer}
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """Replace the matrix at `path` by the pair `weight_in` A (rank, in) and `weight` B (out, rank).
+
+    `kept`: the indices of the singular groups the pair holds, ordered by falling sigma, and `attribution` their scores, where the
+    method chose among groups.
+    """
+
+    path: str
+    weight_in: Tensor
+    weight: Tensor
+    kept: Tensor | None = None
+    attribution: Attribution | None = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> int:
+        return self.weight_in.shape[0]
+
+    def spec(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"edit": "factorize", "path": self.path, "rank": self.rank}
+        if self.kept is not None:
+            found["kept"] = self.kept.tolist()
+        if self.attribution is not None:
+            found["score"] = self.attribution.score
+            found["scores"] = _short(self.attribution.scores)
+            found["singular_values"] = _short(self.attribution.singular_values)
+        return found
+
+
+Edit = Drop | Factorize
+
+
+def _short(values: Tensor) -> list[float]:
+    """Five significant digits: enough to plot, to rank and to compare runs."""
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def apply(decoder: Decoder, edit: Edit) -> None:
+    """Carry out one edit. Raises `RecipeError` where it names something that is not there, before anything is changed."""
+    if isinstance(edit, Drop):
+        _drop(decoder, edit)
+    else:
+        _factorize(decoder, edit)
+
+
+@torch.no_grad()
+def _factorize(decoder: Decoder, edit: Factorize) -> None:
+    index, name = decoder.locate(edit.path)
+    layer = decoder.layer(index).module
+    old = layer.get_submodule(name)
+    if is_low_rank(old):
+        raise RecipeError(f"'{edit.path}' is a low-rank pair already")
+    new = low_rank_like(old, edit.rank, device=old.weight.device)
+    if new.weight.shape != edit.weight.shape or new.weight_in.shape != edit.weight_in.shape:
+        raise RecipeError(f"'{edit.path}': factors {tuple(edit.weight.shape)} x {tuple(edit.weight_in.shape)} do not fit the matrix")
+    new.weight.copy_(edit.weight)
+    new.weight_in.copy_(edit.weight_in)
+    if not bool(torch.isfinite(new.weight).all() and torch.isfinite(new.weight_in).all()):
+        raise NumericsError(f"'{edit.path}': the factors are not finite in {new.weight.dtype}; try --dtype float32")
+    if old.bias is not None:
+        new.bias.copy_(old.bias)
+    layer.set_submodule(name, new)
+    _sync_quantization_config(decoder)
+
+
+def _drop(decoder: Decoder, edit: Drop) -> None:
+    if edit.layer not in decoder.kept:
+        raise RecipeError(f"layer {edit.layer} is not in the model; it has layers 0 to {decoder.num_layers - 1}")
+    if len(decoder.kept) == 1:
+        raise RecipeError(f"layer {edit.layer} is the last one left; a model needs at least one layer")
+    config = decoder.config
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError("this model scales attention by the layer's index (scale_attn_by_inverse_layer_idx): its layers cannot be dropped")
+    position, stack = decoder.kept.index(edit.layer), decoder.stack
+    _sync_config(config, position, len(stack))
+    del stack[position]
+    decoder.kept.remove(edit.layer)
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # the key-value cache keeps its entries by this number
+    _sync_quantization_config(decoder)
+
+
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+"""Config entries that list layer indices. Every other list named `*layer*` with one entry a layer lists per-layer settings."""
+
+
+def _sync_config(config: Any, position: int, num_layers: int) -> None:
+    """Take layer `position` out of every per-layer entry of the config."""
+    values = config.to_dict()
+    for key, value in values.items():
+        if not isinstance(value, list) or "layer" not in key:
+            continue
+        if key in LAYER_INDEX_LISTS:
+            setattr(config, key, [i - (i > position) for i in value if i != position])
+        elif len(value) == num_layers:
+            setattr(config, key, [v for i, v in enumerate(value) if i != position])
+    window = getattr(config, "max_window_layers", None)
+    if window is not None and position < window:
+        config.max_window_layers = window - 1
+    config.num_hidden_layers = num_layers - 1
+
+
+def _sync_quantization_config(decoder: Decoder) -> None:
+    """Keep the config's table of ranks equal to the model: it is what a loader rebuilds the model from."""
+    model = decoder.model
+    ranks = {path: module.rank for path, module in model.named_modules() if is_low_rank(module)}
+    if ranks:
+        model.config.quantization_config = GraspConfig(ranks)
+        carry_code(model)
+

@@ -1,0 +1,145 @@
+"""Low-rank linears and how Hugging Face transformers loads them: the one file every factorised checkpoint carries.
+
+It imports torch and transformers only, because it must work where grasp is not installed
+(`AutoModelForCausalLM.from_pretrained(dir, trust_remote_code=True)`). With `import grasp` the same file is
+registered from the package, and no flag is needed.
+
+How a checkpoint loads. `config.json` holds `"quantization_config": {"quant_method": "grasp", "ranks": {path: rank}}`.
+transformers hands the model, still without memory (meta device), to `GraspQuantizer`, which puts a `LowRankLinear` in the
+place of every linear named in `ranks`; then the weights are read. The dense matrices never exist.
+
+How it fails safely. The output factor is stored under the name of the matrix it replaces (`...q_proj.weight`, out x rank).
+A transformers that knows nothing of grasp finds a tensor of the wrong shape and stops, where a missing tensor would have
+been filled with random numbers.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+FORMAT_VERSION = 1
+"""Version of the checkpoint layout. A reader refuses a higher one."""
+
+
+class LowRankLinear(nn.Linear):
+    """`y = B(Ax) + b`: a linear map of rank `rank`, stored as two thin matrices (paper, section 3.3).
+
+    It is an `nn.Linear` so that tools which look for linears (peft, for one) find it, with the in and out features of the
+    matrix it replaces. Its parameters are `weight` = B (out_features, rank), `weight_in` = A (rank, in_features)
+    and `bias` (out_features) or None. Rank 0 is allowed and gives `y = b`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, device: Any = None, dtype: Any = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype), requires_grad=False)
+        self.weight_in = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype), requires_grad=False)
+        vector = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", vector)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) -> y (..., out_features)."""
+        return linear(linear(input, self.weight_in), self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        """There is nothing sensible to initialise: the factors always come from a decomposition or a checkpoint."""
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class GraspConfig(QuantizationConfigMixin):
+    """What transformers needs to rebuild the model: the rank of every factorised linear, by module path."""
+
+    def __init__(self, ranks: dict[str, int] | None = None, version: int = FORMAT_VERSION, **_: Any):
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has grasp format {version}, this grasp reads up to {FORMAT_VERSION}: "
+                "upgrade with `pip install -U grasp-llm`"
+            )
+        self.quant_method = "grasp"  # a name in transformers' registry: nothing is quantised
+        self.version = version
+        self.ranks = dict(ranks or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks}
+
+
+class GraspQuantizer(HfQuantizer):
+    """Puts `LowRankLinear` modules into the empty model before its weights are read."""
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        for path, rank in self.quantization_config.ranks.items():
+            try:
+                old = model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
+            model.set_submodule(path, low_rank_like(old, rank, device="meta"))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model.is_quantized = False  # every tensor is an ordinary float: casting and training are allowed
+        carry_code(model)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored (in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.weight.shape[0], module.weight.shape[1]
+
+
+def low_rank_like(old: nn.Module, rank: int, device: Any = None) -> LowRankLinear:
+    """An unfilled `LowRankLinear` with the features, bias and dtype of `old`."""
+    fan_in, fan_out = features(old)
+    return LowRankLinear(fan_in, fan_out, rank, old.bias is not None, device, old.weight.dtype)
+
+
+def carry_code(model: Any) -> None:
+    """Make `model.save_pretrained` copy this file beside the weights and name it in `config.auto_map`."""
+    model.__class__ = __getattr__(type(model).__name__)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    """`modeling_grasp.LlamaForCausalLM` and the like: the class of that name in transformers, marked as carrying this file."""
+    base = None if name.startswith("__") else getattr(transformers, name, None)
+    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (base,), {"__module__": __name__, "__doc__": base.__doc__, "_auto_class": "AutoModelForCausalLM"})
+
+
+def register() -> None:
+    """Tell transformers about checkpoints with `quant_method` "grasp". The installed package wins over a checkpoint's copy."""
+    known = AUTO_QUANTIZER_MAPPING.get("grasp")
+    if known is None or not known.__module__.startswith("grasp."):
+        AUTO_QUANTIZER_MAPPING["grasp"] = GraspQuantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING["grasp"] = GraspConfig
+
+
+register()

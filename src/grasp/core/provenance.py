@@ -1,0 +1,41 @@
+"""Where a result comes from: versions of the software, and a fingerprint of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+from grasp.core.decoder import Decoder
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version()}
+    for package in ("grasp-llm", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe_model(decoder: Decoder) -> dict[str, Any]:
+    """Name, class, dtype, sizes, and hashes of the config and of the layout of the weights of the model as it is now."""
+    config = json.dumps(decoder.model.config.to_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256()
+    for name, parameter in decoder.model.named_parameters():
+        # the ends and the sum of a tensor tell two trainings apart at the price of one pass
+        sample = [float(parameter.detach().double().sum()), *parameter.detach().flatten()[:4].tolist()]
+        digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
+    return {
+        "source": decoder.source,
+        "class": type(decoder.model).__name__,
+        "family": decoder.family.name,
+        "num_layers": decoder.num_layers,
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "weights_fingerprint": digest.hexdigest(),
+    }

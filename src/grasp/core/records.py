@@ -1,0 +1,130 @@
+"""The frozen records that travel between the stages. None of them knows a model, a method or a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration set: fixed blocks of token ids.
+
+    `ids` (num_blocks, seq_len) int64; `mask` (num_blocks, seq_len) bool, True on real tokens, or None where every token is
+    real. `source` says where the text came from, `seed` drew the places.
+    """
+
+    ids: Tensor
+    source: str
+    seed: int = 0
+    mask: Tensor | None = None
+    text_hash: str = ""
+
+    @property
+    def num_blocks(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def ids_hash(self) -> str:
+        """sha256 of the token ids (and of the mask, if any): two runs with equal hashes saw the same tokens."""
+        digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.numpy().tobytes())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "num_samples": self.num_blocks,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "ids_sha256": self.ids_hash,
+            "text_sha256": self.text_hash,
+        }
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one sweep over a calibration set measured: one table per collector, as sums turned into means.
+
+    `tables[name]` maps a layer index or a matrix path to a tensor. `loss` is the mean cross-entropy in nats a token, None
+    after a sweep without a loss.
+    """
+
+    tables: Mapping[str, Mapping[Any, Tensor]]
+    num_tokens: int
+    loss: float | None = None
+
+    def __getitem__(self, name: str) -> Mapping[Any, Tensor]:
+        try:
+            return self.tables[name]
+        except KeyError:
+            raise KeyError(f"the sweep did not collect '{name}'; it has {sorted(self.tables)}") from None
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """How little each decoder layer changes its input. Lower = more redundant.
+
+    `scores`: layer index -> block influence in [0, 2] (kind "bi"), or, for kind "angular", the angular distance in [0, 1] of
+    the layer alone. `span_distance` (num_layers + 1, num_layers + 1): for kind "angular", the distance between the inputs of
+    layers i and j; the last row and column stand for the output of the last layer.
+    """
+
+    kind: str
+    scores: Mapping[int, float]
+    span_distance: Tensor | None = None
+
+    def lowest(self, count: int) -> tuple[int, ...]:
+        """The `count` most redundant layers in order of index: the lowest scores, or the closest contiguous span."""
+        layers = list(self.scores)
+        if self.span_distance is None:
+            return tuple(sorted(sorted(layers, key=lambda i: (self.scores[i], i))[:count]))
+        starts = range(len(layers) - count + 1)
+        best = min(starts, key=lambda i: float(self.span_distance[i, i + count]))  # type: ignore[index]
+        return tuple(layers[best : best + count])
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The importance of every singular group of one matrix. Higher = keep. All tensors are (k,), ordered by falling sigma."""
+
+    path: str
+    score: str
+    scores: Tensor
+    singular_values: Tensor
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.scores).all()):
+            raise NumericsError(f"{self.path}: attribution scores are not finite; check the model's weights and dtype")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The rank of every matrix to replace, by path. None: stays dense, since its two factors would not be smaller."""
+
+    ranks: Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about a model with the protocol that made it. `unit` says what it counts; `protocol` repeats it."""
+
+    name: str
+    value: float
+    unit: str
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "unit": self.unit, **self.protocol}

@@ -1,0 +1,101 @@
+"""`grasp demo`: the whole job on the embedded model, small enough for two cores and five minutes.
+
+Calibrates on part of the Python language reference, measures on the rest. The results are read back and measured in a new process:
+what is shown is what a user of the checkpoint gets.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from grasp import pipeline
+from grasp.core.checkpoint import bytes_on_disk, check_destination
+from grasp.core.models import EMBEDDED, embedded_model, load_model
+from grasp.errors import GraspError
+from grasp.evaluation.speed import decode_speed, greedy
+from grasp.report.plots import overview
+from grasp.terminal import emit, megabytes, progress_bars, say, table
+
+NUM_LAYERS, RETAIN_RATIO = 9, 0.1
+CALIBRATION = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0}
+HELD_OUT = {"seq_len": 512, "num_blocks": 12}
+PROMPT = "A function in Python is"
+NEW_TOKENS = 24
+
+
+def run(output: Path, as_json: bool, quiet: bool) -> None:
+    """Compress twice, measure in a child process, print the table."""
+    begin = time.perf_counter()
+    check_destination(output, 2_000_000_000)
+    say(f"SmolLM2-135M-Instruct, {NUM_LAYERS} of 30 layers replaced by {RETAIN_RATIO:.0%} of their parameters")
+    with progress_bars(quiet) as bars:
+        bars("unpacking the model", 0, 1)
+        embedded_model()
+        bars("unpacking the model", 1, 1)
+        made = pipeline.compress(EMBEDDED, output / "grasp", num_layers=NUM_LAYERS, retain_ratio=RETAIN_RATIO, progress=bars, **CALIBRATION)
+        layers = tuple(sorted({int(edit["path"].split(".")[2]) for edit in made.manifest["edits"]}))
+    with progress_bars(quiet=True) as bars:
+        pipeline.compress(EMBEDDED, output / "removed", method="shortgpt", layers=layers, progress=bars, **{**CALIBRATION, "num_samples": 1})
+    picture = overview(made.manifest, output / "overview.png")
+    del made
+    rows = _measure_in_new_process(output, quiet)
+    columns = ("model", "parameters", "on disk", "perplexity", "tokens/s")
+    table(
+        f"Perplexity on held-out pydoc text, {HELD_OUT['num_blocks']} blocks × {HELD_OUT['seq_len']} tokens; greedy decoding at batch 1; layers {','.join(map(str, layers))}",
+        columns,
+        [(r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}") for r in rows],
+    )
+    say("")
+    for row in rows:
+        say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{json.dumps(row['text'], ensure_ascii=False)[1:-1]}[/dim]")
+    say(f"\ncheckpoint: {output / 'grasp'}\npicture:    {picture}\ntook {time.perf_counter() - begin:.0f} s")
+    if as_json:
+        emit({"rows": rows, "layers": layers, "checkpoint": str(output / "grasp"), "picture": str(picture), "seconds": time.perf_counter() - begin})
+
+
+def _measure_in_new_process(output: Path, quiet: bool) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "grasp", "demo", "--measure", str(output), *(["--quiet"] if quiet else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise GraspError(f"measuring {output} in a new process failed with status {done.returncode}; the message above says why")
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["rows"]
+    return rows
+
+
+def measure(output: Path, quiet: bool) -> None:
+    """In the new process: load the three models from disk, measure them, print JSON."""
+    places = {"dense": embedded_model(), "same layers removed": output / "removed", "GRASP": output / "grasp"}
+    with progress_bars(quiet) as bars:
+        models = {}
+        for number, (name, place) in enumerate(places.items()):
+            bars("loading in a new process", number, len(places))
+            models[name] = load_model(str(place))
+        bars("loading in a new process", len(places), len(places))
+        perplexities = {}
+        for name, model in models.items():
+            task = f"perplexity, {name}"
+            result = pipeline.evaluate(model, ppl="pydoc", progress=lambda _, done, total, task=task: bars(task, done, total), **HELD_OUT)
+            perplexities[name] = result.scores[0].value
+        speeds = decode_speed(models, progress=bars)
+        texts = {}
+        for number, (name, model) in enumerate(models.items()):
+            bars("greedy text", number, len(models))
+            texts[name] = greedy(model, PROMPT, NEW_TOKENS)
+        bars("greedy text", len(models), len(models))
+    rows = [
+        {
+            "model": name,
+            "parameters": model.num_parameters(),
+            "bytes": bytes_on_disk(places[name]),
+            "perplexity": perplexities[name],
+            "tokens_per_second": speeds[name].value,
+            "text": texts[name],
+        }
+        for name, model in models.items()
+    ]
+    emit({"rows": rows})

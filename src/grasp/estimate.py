@@ -1,0 +1,49 @@
+"""What a compression will cost, before it is run: memory from shapes, time from a short measurement of this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from grasp.core.decoder import Decoder
+from grasp.methods.base import Plan
+
+EFFICIENCY = 0.4
+"""Share of a bare matrix product's speed that a whole transformer pass reaches (measured on two cores: 0.3 to 0.5)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`memory` in bytes, `seconds` on this machine: within a factor of two."""
+
+    memory: int
+    seconds: float
+
+
+def estimate(model: Decoder, plan: Plan, num_samples: int, seq_len: int, dtype_bytes: int) -> Estimate:
+    """From the model's shapes (it may be empty) and what the method plans."""
+    parameters, config = model.num_parameters(), model.config
+    hidden, vocab = config.hidden_size, config.vocab_size
+    activations = seq_len * model.num_layers * 24 * hidden * dtype_bytes if plan.backward_sweeps else 0
+    logits = seq_len * vocab * 4 * (3 if plan.backward_sweeps else 1)
+    memory = parameters * dtype_bytes + plan.gradient_parameters * 4 + activations + logits
+    tokens = num_samples * seq_len
+    work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
+    for linear in (linear for layer in model.layers() for linear in layer.linears.values()):
+        m, n = linear.shape
+        work += 20.0 * m * n * min(m, n) * plan.num_edits / (model.num_layers * len(model.family.matrices))
+    return Estimate(memory, work / (_matmul_speed() * EFFICIENCY))
+
+
+def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations a second of a float32 matrix product here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        float((left @ right)[0, 0])
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)

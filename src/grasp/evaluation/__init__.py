@@ -1,0 +1,1 @@
+"""Measures of a model. Nothing here can know which method made it."""

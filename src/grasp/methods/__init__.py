@@ -1,0 +1,39 @@
+"""The compression methods. One file is one method is one paper; this folder is the registry."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from grasp.errors import RecipeError, did_you_mean
+from grasp.methods.base import Method
+
+
+def available() -> dict[str, type[Method]]:
+    """Name -> method class, of every file in this folder."""
+    found: dict[str, type[Method]] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__ and hasattr(value, "name"):
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def make(method: str | Method, fields: dict[str, Any]) -> Method:
+    """A method by name with its fields, or the method given. Raises `RecipeError` for an unknown name or field."""
+    if isinstance(method, Method):
+        if fields:
+            raise RecipeError(f"fields {', '.join(fields)} go into {type(method).__name__}(...), not beside it")
+        return method
+    methods = available()
+    if method not in methods:
+        raise RecipeError(f"--method {method}: unknown; allowed: {', '.join(methods)}{did_you_mean(method, methods)}")
+    known = methods[method].__dataclass_fields__
+    for name in fields:
+        if name not in known:
+            owners = [other for other, cls in methods.items() if name in cls.__dataclass_fields__]
+            belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
+            raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
+    return methods[method](**fields)

@@ -1,0 +1,1 @@
+"""Results into things to look at: the model card, plots."""

@@ -1,0 +1,64 @@
+"""The model card (`README.md`) of a checkpoint: the facts of its manifest, for people."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+
+def command_line(recipe: dict[str, Any], out: str) -> str:
+    """The `grasp compress` command that repeats a recipe."""
+    words = ["grasp", "compress", str(recipe["model"]), out]
+    for name, value in recipe.items():
+        if name == "model" or value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    return shlex.join(words)
+
+
+def model_card(manifest: dict[str, Any], out: str) -> str:
+    """Markdown with the YAML head that the Hugging Face hub reads."""
+    model, sizes, method, data = manifest["model"], manifest["parameters"], manifest["method"], manifest["calibration"]
+    low_rank = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
+    dropped = [edit["layer"] for edit in manifest["edits"] if edit["edit"] == "drop"]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [grasp, compression]"]
+    if "/" in model["source"] and not model["source"].startswith((".", "/", "~")):
+        head.append(f"base_model: {model['source']}")
+    body = [
+        *head,
+        "---",
+        "",
+        f"# {out}",
+        "",
+        f"{model['source']} ({model['family']}, {model['num_layers']} layers), compressed by `{method['name']}` ({method['paper']}) with grasp.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {sizes['before']:,} → {sizes['after']:,} ({100 * sizes['ratio']:.2f} % removed) |",
+        f"| dtype | {model['dtype']} |",
+        f"| calibration | {data['source']}, {data['num_samples']} blocks × {data['seq_len']} tokens, seed {data['seed']} |",
+        f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
+    ]
+    if low_rank:
+        layers = sorted({int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()})
+        ranks = sorted({edit["rank"] for edit in low_rank})
+        body.append(f"| low-rank matrices | {len(low_rank)} in layers {', '.join(map(str, layers))}; ranks {', '.join(map(str, ranks))} |")
+    if dropped:
+        body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
+    body += ["", "## Load", "", "```python"]
+    if low_rank:
+        body += [
+            "import grasp  # pip install grasp-llm; or leave this out and pass trust_remote_code=True below",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+        ]
+    else:
+        body += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f'model = AutoModelForCausalLM.from_pretrained("{out}")']
+    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "## Repeat", "", "```"]
+    body += [command_line(manifest["recipe"], out), "```", ""]
+    body += ["Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".", ""]
+    return "\n".join(body)

@@ -1,0 +1,119 @@
+"""Plots of a manifest, drawn with matplotlib into a file (.png, .svg or .pdf)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+KEPT, LEFT = "#c1440e", "#9aa5b1"
+
+
+def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
+    """Block influence per layer with the edited layers marked; below, score against sigma of a few matrices with kept groups marked.
+
+    The second row is the paper's Figure 2: a large singular value is not always an important one.
+    """
+    edits = [edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit]
+    shown = _spread(edits, matrices)
+    figure, rows = pyplot.subplot_mosaic(
+        [["bi"] * max(len(shown), 1), [f"m{i}" for i in range(len(shown))]] if shown else [["bi"]],
+        figsize=(11, 7 if shown else 3.8),
+        layout="constrained",
+    )
+    block_influence(rows["bi"], manifest)
+    for number, edit in enumerate(shown):
+        kept_groups(rows[f"m{number}"], edit)
+        if number == 0:
+            rows["m0"].set_ylabel(f"{edit['score']} score (higher = keep)")
+    sizes = manifest["parameters"]
+    figure.suptitle(
+        f"{manifest['model']['source']}  ·  {manifest['method']['name']}  ·  "
+        f"{sizes['before'] / 1e6:.1f} M → {sizes['after'] / 1e6:.1f} M parameters ({100 * sizes['ratio']:.1f} % removed)"
+    )
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path
+
+
+def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
+    """One bar a layer; low bars are redundant layers, edited ones are filled."""
+    kind, scores = next(iter(manifest["redundancy"].items()))
+    edited = {edit["layer"] if edit["edit"] == "drop" else _layer_of(edit["path"]) for edit in manifest["edits"]}
+    layers = [int(layer) for layer in scores]
+    bars = axes.bar(layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers])
+    bars.set_label("_")
+    axes.set_yscale("log")
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("block influence\n(low = redundant)" if kind == "bi" else "angular distance / π")
+    axes.set_xticks(layers[:: max(1, len(layers) // 32)])
+    axes.margins(x=0.01)
+    axes.bar([], [], color=KEPT, label="edited")
+    axes.bar([], [], color=LEFT, label="untouched")
+    axes.legend(loc="upper right", frameon=False, ncols=2)
+
+
+def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:
+    """Score against singular value of every group of one matrix."""
+    kept = set(edit["kept"])
+    for label, color, chosen in (
+        ("dropped", LEFT, [k for k in range(len(edit["scores"])) if k not in kept]),
+        ("kept", KEPT, sorted(kept)),
+    ):
+        axes.scatter(
+            [edit["singular_values"][k] for k in chosen], [max(edit["scores"][k], 1e-12) for k in chosen],
+            s=9, color=color, label=f"{label} ({len(chosen)})", alpha=0.85, linewidths=0,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("singular value σ")
+    axes.set_title(edit["path"].removeprefix("model."), fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def spectra(redundancy: dict[int, float], kind: str, singular_values: dict[str, list[float]], path: Path) -> Path:
+    """For `inspect`: redundancy per layer, and the share of each matrix's squared singular values that its largest ones hold."""
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    top.bar(list(redundancy), list(redundancy.values()), color=KEPT)
+    top.set_yscale("log")
+    top.set_xlabel("decoder layer")
+    top.set_ylabel("block influence\n(low = redundant)" if kind == "bi" else "angular distance / π")
+    top.margins(x=0.01)
+    by_name: dict[str, list[list[float]]] = {}
+    for matrix, values in singular_values.items():
+        by_name.setdefault(matrix.rsplit(".", 1)[-1], []).append(values)
+    for name, group in by_name.items():
+        length = min(len(values) for values in group)
+        mean = [sum(sorted(_energy(values))[k] for values in group) / len(group) for k in range(length)]
+        bottom.plot([(k + 1) / length for k in range(length)], mean, label=name)
+    bottom.set_xlabel("share of singular groups, largest σ first")
+    bottom.set_ylabel("share of Σσ², mean over layers")
+    bottom.legend(frameon=False, ncols=4)
+    bottom.margins(x=0.01)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path
+
+
+def _energy(values: list[float]) -> list[float]:
+    total, running, shares = sum(v * v for v in values) or 1.0, 0.0, []
+    for value in values:
+        running += value * value
+        shares.append(running / total)
+    return shares
+
+
+def _layer_of(path: str) -> int:
+    return next(int(part) for part in path.split(".") if part.isdigit())
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """`count` items from the whole range of a list."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
