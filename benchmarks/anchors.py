@@ -41,8 +41,21 @@ def main() -> int:
         low, high = EXPECTED[name]
         value = result.scores[0].value
         inside = low <= value <= high
-        rows.append({"model": name, "seed": seed, "parameters": result.parameters, "layers": layers, "perplexity": value, "expected": [low, high], "inside": inside})
-        print(f"{name:22s} seed {seed}  {result.parameters:>11,}  perplexity {value:8.2f}  ({'inside' if inside else 'OUTSIDE'} {low:.1f} to {high:.1f})  layers {layers}", flush=True)
+        rows.append(
+            {
+                "model": name,
+                "seed": seed,
+                "parameters": result.parameters,
+                "layers": layers,
+                "perplexity": value,
+                "expected": [low, high],
+                "inside": inside,
+            }
+        )
+        print(
+            f"{name:22s} seed {seed}  {result.parameters:>11,}  perplexity {value:8.2f}  ({'inside' if inside else 'OUTSIDE'} {low:.1f} to {high:.1f})  layers {layers}",
+            flush=True,
+        )
 
     measure("dense", None, load_model("smollm2", dtype="bfloat16"), [])
     for seed in map(int, arguments.seeds.split(",")):
@@ -54,7 +67,9 @@ def main() -> int:
             made = grasp.compress("smollm2", method="grasp", layers=tuple(layers), retain_ratio=0.1, score=score, **calibration)
             measure(f"{score}, r = 10 %", seed, _bf16(made), layers)
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows, "versions": versions(), "command": "python " + " ".join(sys.argv)}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({"rows": rows, "versions": versions(), "command": "python " + " ".join(sys.argv)}, indent=1) + "\n"
+        )
     return 0 if all(row["inside"] for row in rows) else 1
 
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import grasp
 from grasp.core.decoder import Decoder
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 VOCAB, LAYERS, WIDTH = 260, 4, 32
 
 _GATED = {
@@ -63,11 +65,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
     row = FAMILY_ROWS[name]
     config = getattr(transformers, row.config)(**_IDS, **row.arguments)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @pytest.fixture(params=list(FAMILY_ROWS))

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from grasp.core.records import Calibration as Calibration
     from grasp.core.records import Score as Score
     from grasp.errors import GraspError as GraspError
+    from grasp.inspection import inspect as inspect
     from grasp.methods.base import Method as Method
     from grasp.pipeline import Compression as Compression
     from grasp.pipeline import Evaluation as Evaluation
     from grasp.pipeline import compress as compress
     from grasp.pipeline import evaluate as evaluate
-    from grasp.pipeline import inspect as inspect
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOME = {
     "Score": "core.records",
     "compress": "pipeline",
     "evaluate": "pipeline",
-    "inspect": "pipeline",
+    "inspect": "inspection",
     "load": "core.checkpoint",
 }
 

@@ -17,7 +17,7 @@ from grasp import __version__
 from grasp.errors import GraspError, RecipeError, did_you_mean
 
 
-class Words(click.ParamType):
+class Words(click.ParamType[Any]):
     """A comma-separated list, also accepted as a TOML or JSON list."""
 
     def __init__(self, of: type):
@@ -102,7 +102,7 @@ _OPTIONS: dict[str, Callable[..., Any]] = {
     "trust": click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model repository brings."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
     "quiet": click.option("--quiet", is_flag=True, help="No progress bars."),
-    "debug": click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
 }  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--method", default="grasp", show_default=True, help="Compression method (see `grasp methods`).")
-@click.option("--num-samples", type=int, default=128, show_default=True, help="Number of calibration blocks.")
+@click.option("--num-samples", type=int, default=64, show_default=True, help="Number of calibration blocks.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
 @click.option(
     "--config", type=click.Path(path_type=Path), is_eager=True, callback=_read_config, expose_value=False,
@@ -158,7 +158,14 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
 
 @cli.command(short_help="Show layer redundancy and singular spectra.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("grasp-inspect.png"), show_default=True, help="Picture to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("grasp-inspect.png"),
+    show_default=True,
+    help="Picture to write.",
+)
 @click.option("--num-samples", type=int, default=32, show_default=True, help="Number of calibration blocks.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
 @click.option("--angular", is_flag=True, help="Angular distance at the last token instead of block influence.")
@@ -172,7 +179,12 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
 
 @cli.command("eval", short_help="Measure perplexity.")
 @click.argument("model")
-@click.option("--ppl", default="pydoc", show_default=True, help="Texts to measure on, separated by commas: named sets (their test split) or files.")
+@click.option(
+    "--ppl",
+    default="pydoc",
+    show_default=True,
+    help="Texts to measure on, separated by commas: named sets (their test split) or files.",
+)
 @click.option("--seq-len", type=int, help="Tokens in a block; default: 2048, or the longest the model reads.")
 @click.option("--stride", type=int, help="Step between blocks; default: --seq-len, no overlap.")
 @click.option("--num-blocks", type=int, help="Only the first so many blocks; default: all.")
@@ -185,7 +197,14 @@ def evaluate(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
 
 
 @cli.command(short_help="The whole job on the embedded model, in minutes.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True, help="Directory for the results.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Directory for the results.",
+)
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True)
 @shared()
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:

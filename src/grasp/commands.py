@@ -9,11 +9,10 @@ from typing import Any
 
 import transformers
 
-from grasp import pipeline
+from grasp import estimate, inspection, pipeline
 from grasp.core.checkpoint import MANIFEST, bytes_on_disk
 from grasp.core.families import FAMILIES
 from grasp.core.models import DTYPES
-from grasp.estimate import estimate as estimate_cost
 from grasp.methods import available
 from grasp.report.plots import spectra
 from grasp.stages.calibration import FILE_TYPES, NAMED
@@ -40,16 +39,23 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
     ]
     table("", ("", ""), rows, left=2)
     if as_json:
-        emit({"path": str(out), "manifest": str(out / MANIFEST), "bytes": bytes_on_disk(out), **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds")}})
+        emit(
+            {
+                "path": str(out),
+                "manifest": str(out / MANIFEST),
+                "bytes": bytes_on_disk(out),
+                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds")},
+            }
+        )
 
 
 def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
     """Say what `compress` would do and what it would cost."""
     data = {name: options.pop(name) for name in ("data", "num_samples", "seq_len", "seed", "text_field", "device") if name in options}
     dtype = options.pop("dtype", None)
-    decoder, method, plan = pipeline.dry_run(model, **options)
+    decoder, method, plan = estimate.dry_run(model, **options)
     width = (DTYPES[dtype] if dtype else decoder.model.dtype).itemsize
-    cost = estimate_cost(decoder, plan, data["num_samples"], data["seq_len"], width)
+    cost = estimate.estimate(decoder, plan, data["num_samples"], data["seq_len"], width)
     before, after = decoder.num_parameters(), plan.parameters
     rows = [
         ("model", f"{model}: {decoder.family.name}, {decoder.num_layers} layers, {before:,} parameters"),
@@ -57,20 +63,31 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> No
         ("would edit", f"{plan.num_edits} places in {plan.num_layers} layers"),
         ("parameters", "follows from the scores" if after is None else f"{after:,} ({100 * (1 - after / before):.2f} % removed)"),
         ("on disk", "follows from the scores" if after is None else f"about {megabytes(after * width)}"),
-        ("passes", f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over {data['num_samples']} × {data['seq_len']} tokens"),
+        (
+            "passes",
+            f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over {data['num_samples']} × {data['seq_len']} tokens",
+        ),
         ("memory", f"about {megabytes(cost.memory)}"),
         ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
         ("writes", f"{out}: nothing in a dry run"),
     ]
     table("dry run", ("", ""), rows, left=2)
     if as_json:
-        emit({"parameters_before": before, "parameters_after": after, "seconds": cost.seconds, "memory_bytes": cost.memory, **dataclasses.asdict(plan)})
+        emit(
+            {
+                "parameters_before": before,
+                "parameters_after": after,
+                "seconds": cost.seconds,
+                "memory_bytes": cost.memory,
+                **dataclasses.asdict(plan),
+            }
+        )
 
 
 def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Table and picture of layer redundancy and singular spectra."""
     with progress_bars(quiet) as bars:
-        seen = pipeline.inspect(model, progress=bars, **options)
+        seen = inspection.inspect(model, progress=bars, **options)
     scores = seen.redundancy.scores
     order = sorted(scores, key=lambda layer: scores[layer])
     place = {layer: number for number, layer in enumerate(order, start=1)}
@@ -82,7 +99,15 @@ def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, qu
     say(f"most redundant first: {','.join(map(str, order))}")
     say(f"picture: {output}")
     if as_json:
-        emit({"kind": seen.redundancy.kind, "scores": scores, "most_redundant_first": order, "picture": str(output), "calibration": seen.calibration.to_json()})
+        emit(
+            {
+                "kind": seen.redundancy.kind,
+                "scores": scores,
+                "most_redundant_first": order,
+                "picture": str(output),
+                "calibration": seen.calibration.to_json(),
+            }
+        )
 
 
 def evaluate(model: str, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -90,7 +115,16 @@ def evaluate(model: str, options: dict[str, Any], as_json: bool, quiet: bool) ->
     with progress_bars(quiet) as bars:
         result = pipeline.evaluate(model, progress=bars, **options)
     rows = [
-        (s.name, f"{s.value:.3f}", s.protocol["seq_len"], s.protocol["stride"], s.protocol["bos"], s.protocol["num_blocks"], f"{s.protocol['num_tokens']:,}", s.protocol["dtype"])
+        (
+            s.name,
+            f"{s.value:.3f}",
+            s.protocol["seq_len"],
+            s.protocol["stride"],
+            s.protocol["bos"],
+            s.protocol["num_blocks"],
+            f"{s.protocol['num_tokens']:,}",
+            s.protocol["dtype"],
+        )
         for s in result.scores
     ]
     title = f"{model}: {result.parameters:,} parameters, {megabytes(result.num_bytes)}"
@@ -111,8 +145,9 @@ def methods(as_json: bool) -> None:
 
 def families(as_json: bool) -> None:
     """Every row of the family table."""
-    rows = [(f.name, ", ".join(f.model_types), f.layers, " ".join(path for _, path in f.matrices), f.notes) for f in FAMILIES]
-    table("", ("family", "model_type", "layers", "matrices", "notes"), rows, left=5)
+    rows = [(f.name, ", ".join(f.model_types), " ".join(roles for roles, _ in f.matrices), f.notes) for f in FAMILIES]
+    table("", ("family", "model_type", "matrices by role", "notes"), rows, left=4)
+    say("An unknown model whose layers are plain linears works by inspection, with a notice. --json gives the module paths.")
     if as_json:
         emit({f.name: dataclasses.asdict(f) for f in FAMILIES})
 

@@ -16,14 +16,15 @@ from typing import Any
 from grasp import pipeline
 from grasp.core.checkpoint import bytes_on_disk, check_destination
 from grasp.core.models import EMBEDDED, embedded_model, load_model
+from grasp.core.sweep import Progress
 from grasp.errors import GraspError
 from grasp.evaluation.speed import decode_speed, greedy
 from grasp.report.plots import overview
 from grasp.terminal import emit, megabytes, progress_bars, say, table
 
 NUM_LAYERS, RETAIN_RATIO = 9, 0.1
-CALIBRATION = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0}
-HELD_OUT = {"seq_len": 512, "num_blocks": 12}
+CALIBRATION: dict[str, Any] = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0}
+HELD_OUT: dict[str, Any] = {"seq_len": 512, "num_blocks": 12}
 PROMPT = "A function in Python is"
 NEW_TOKENS = 24
 
@@ -40,7 +41,9 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
         made = pipeline.compress(EMBEDDED, output / "grasp", num_layers=NUM_LAYERS, retain_ratio=RETAIN_RATIO, progress=bars, **CALIBRATION)
         layers = tuple(sorted({int(edit["path"].split(".")[2]) for edit in made.manifest["edits"]}))
     with progress_bars(quiet=True) as bars:
-        pipeline.compress(EMBEDDED, output / "removed", method="shortgpt", layers=layers, progress=bars, **{**CALIBRATION, "num_samples": 1})
+        pipeline.compress(
+            EMBEDDED, output / "removed", method="shortgpt", layers=layers, progress=bars, **{**CALIBRATION, "num_samples": 1}
+        )
     picture = overview(made.manifest, output / "overview.png")
     del made
     rows = _measure_in_new_process(output, quiet)
@@ -48,23 +51,39 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
     table(
         f"Perplexity on held-out pydoc text, {HELD_OUT['num_blocks']} blocks × {HELD_OUT['seq_len']} tokens; greedy decoding at batch 1; layers {','.join(map(str, layers))}",
         columns,
-        [(r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}") for r in rows],
+        [
+            (r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}")
+            for r in rows
+        ],
     )
     say("")
     for row in rows:
         say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{json.dumps(row['text'], ensure_ascii=False)[1:-1]}[/dim]")
     say(f"\ncheckpoint: {output / 'grasp'}\npicture:    {picture}\ntook {time.perf_counter() - begin:.0f} s")
     if as_json:
-        emit({"rows": rows, "layers": layers, "checkpoint": str(output / "grasp"), "picture": str(picture), "seconds": time.perf_counter() - begin})
+        emit(
+            {
+                "rows": rows,
+                "layers": layers,
+                "checkpoint": str(output / "grasp"),
+                "picture": str(picture),
+                "seconds": time.perf_counter() - begin,
+            }
+        )
 
 
 def _measure_in_new_process(output: Path, quiet: bool) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "grasp", "demo", "--measure", str(output), *(["--quiet"] if quiet else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise GraspError(f"measuring {output} in a new process failed with status {done.returncode}; the message above says why")
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["rows"]
     return rows
+
+
+def _renamed(progress: Progress, task: str) -> Progress:
+    """The same progress, under a name of our own."""
+    return lambda _, done, total: progress(task, done, total)
 
 
 def measure(output: Path, quiet: bool) -> None:
@@ -78,8 +97,7 @@ def measure(output: Path, quiet: bool) -> None:
         bars("loading in a new process", len(places), len(places))
         perplexities = {}
         for name, model in models.items():
-            task = f"perplexity, {name}"
-            result = pipeline.evaluate(model, ppl="pydoc", progress=lambda _, done, total, task=task: bars(task, done, total), **HELD_OUT)
+            result = pipeline.evaluate(model, ppl="pydoc", progress=_renamed(bars, f"perplexity, {name}"), **HELD_OUT)
             perplexities[name] = result.scores[0].value
         speeds = decode_speed(models, progress=bars)
         texts = {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from grasp.core.decoder import Decoder
-from grasp.methods.base import Plan
+from grasp.core.models import load_model
+from grasp.methods import make
+from grasp.methods.base import Method, Plan
 
 EFFICIENCY = 0.4
 """Share of a bare matrix product's speed that a whole transformer pass reaches (measured on two cores: 0.3 to 0.5)."""
@@ -47,3 +50,11 @@ def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
         float((left @ right)[0, 0])
         times.append(time.perf_counter() - begin)
     return 2 * size**3 / min(times)
+
+
+def dry_run(model: str, *, method: str, trust_remote_code: bool = False, **fields: Any) -> tuple[Decoder, Method, Plan]:
+    """What `compress` would do, from the model's shapes alone: no weights are read."""
+    chosen = make(method, fields)
+    decoder = load_model(model, empty=True, trust_remote_code=trust_remote_code)
+    chosen.check(decoder)
+    return decoder, chosen, chosen.plan(decoder)

@@ -24,7 +24,7 @@ class Bars:
         self.shown: dict[str, str] = {}
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        key = task.split(",")[0]
+        key = task.split(",", maxsplit=1)[0]
         if key not in self.ids:
             self.ids[key] = self.bars.add_task(task, total=total or None)
         elif self.shown[key] != task or done == 0:
@@ -48,7 +48,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Bars]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
     """A table on stderr: the first `left` columns flush left, the others right."""
-    drawn = Table(title=title or None, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    drawn = Table(title=title or None, title_justify="left", header_style="bold", show_header=any(columns), box=None, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:

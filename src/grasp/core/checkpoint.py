@@ -47,7 +47,9 @@ def check_destination(out: Path, num_bytes: int) -> None:
         raise CheckpointError(f"OUT {out}: {parent} is not writable")
     free = shutil.disk_usage(parent).free
     if free < num_bytes * SPARE:
-        raise CheckpointError(f"OUT {out}: needs {num_bytes * SPARE / 1e6:,.0f} MB, {parent} has {free / 1e6:,.0f} MB free; free some or choose another disk")
+        raise CheckpointError(
+            f"OUT {out}: needs {num_bytes * SPARE / 1e6:,.0f} MB, {parent} has {free / 1e6:,.0f} MB free; free some or choose another disk"
+        )
 
 
 def _existing_parent(path: Path) -> Path:

@@ -8,65 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from grasp.core.families import Family, find_family, select
+from grasp.core.layer import Layer, Linear, is_low_rank
 from grasp.core.linalg import wide
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
-from grasp.errors import ModelError, NumericsError, RecipeError
+from grasp.errors import NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One matrix of a decoder layer. `path` is its module path in the model as loaded, `layer` its layer's index."""
-
-    path: str
-    layer: int
-    name: str
-    module: nn.Module
-
-    @property
-    def transposed(self) -> bool:
-        """True for GPT-2's Conv1D, which stores its weight (in, out)."""
-        return isinstance(self.module, Conv1D)
-
-    @property
-    def weight(self) -> Tensor:
-        """W (out_features, in_features), a view of the parameter."""
-        return self.oriented(self.parameter.detach())
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[return-value]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the parameter (its gradient, say) turned to (out, in)."""
-        return tensor.T if self.transposed else tensor
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by path inside the layer."""
-
-    index: int
-    module: nn.Module
-    linears: dict[str, Linear]
 
 
 class Decoder:
@@ -92,7 +48,7 @@ class Decoder:
     @property
     def stack(self) -> nn.ModuleList:
         """The module list of decoder layers, as it is now."""
-        return self.model.get_submodule(self.family.layers)  # type: ignore[return-value]
+        return self.model.get_submodule(self.family.layers)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +79,9 @@ class Decoder:
         """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it names none."""
         index, _, name = path.removeprefix(self.family.layers + ".").partition(".")
         if not path.startswith(self.family.layers + ".") or not index.isdigit() or not name:
-            raise RecipeError(f"'{path}' names no matrix of a decoder layer; an example is '{self.family.layers}.0.{self.family.matrices[0][1]}'")
+            raise RecipeError(
+                f"'{path}' names no matrix of a decoder layer; an example is '{self.family.layers}.0.{self.family.matrices[0][1]}'"
+            )
         return int(index), name
 
     def num_parameters(self) -> int:
@@ -221,17 +179,3 @@ class Decoder:
                 handle.remove()
         where = f"layer {found[0]} is the first with a non-finite output" if found else "the layers' outputs are finite, the logits are not"
         return f"{where} (dtype {self.model.dtype}; try --dtype float32)"
-
-
-def is_low_rank(module: nn.Module) -> bool:
-    """True for a low-rank pair, from the package or from the copy a checkpoint carries."""
-    return type(module).__name__ == "LowRankLinear"
-
-
-def as_decoder(model: Any, tokenizer: Any = None) -> Decoder:
-    """`model` itself if it is a `Decoder`, else a view of the Hugging Face model. Raises `ModelError` for anything else."""
-    if isinstance(model, Decoder):
-        return model
-    if isinstance(model, PreTrainedModel):
-        return Decoder(model, tokenizer)
-    raise ModelError(f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp.core.decoder import Decoder, is_low_rank
+from grasp.core.decoder import Decoder
+from grasp.core.layer import is_low_rank
 from grasp.core.modeling_grasp import GraspConfig, carry_code, low_rank_like
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
@@ -88,7 +89,7 @@ def _factorize(decoder: Decoder, edit: Factorize) -> None:
     if not bool(torch.isfinite(new.weight).all() and torch.isfinite(new.weight_in).all()):
         raise NumericsError(f"'{edit.path}': the factors are not finite in {new.weight.dtype}; try --dtype float32")
     if old.bias is not None:
-        new.bias.copy_(old.bias)
+        new.bias.copy_(old.bias)  # type: ignore[arg-type]
     layer.set_submodule(name, new)
     _sync_quantization_config(decoder)
 
@@ -108,7 +109,7 @@ def _drop(decoder: Decoder, edit: Drop) -> None:
     for index, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # the key-value cache keeps its entries by this number
+                module.layer_idx = index  # type: ignore[assignment]  # the key-value cache keeps its entries by this number
     _sync_quantization_config(decoder)
 
 
@@ -139,4 +140,3 @@ def _sync_quantization_config(decoder: Decoder) -> None:
     if ranks:
         model.config.quantization_config = GraspConfig(ranks)
         carry_code(model)
-

@@ -29,7 +29,7 @@ def svd(
     """Thin singular value decomposition in float32 or wider. Raises `NumericsError` where it does not converge."""
     try:
         u, s, vh = torch.linalg.svd(wide(weight.detach()), full_matrices=False)
-    except torch.linalg.LinAlgError as failure:
+    except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
         raise NumericsError(f"the singular value decomposition failed: {failure}") from failure
     return u, s, vh
 

@@ -111,7 +111,8 @@ def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored (in, out)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return module.weight.shape[0], module.weight.shape[1]
+    fan_in, fan_out = module.weight.shape  # type: ignore[misc]
+    return int(fan_in), int(fan_out)
 
 
 def low_rank_like(old: nn.Module, rank: int, device: Any = None) -> LowRankLinear:

@@ -70,6 +70,19 @@ def load_model(
     return Decoder(model.to(target), tokenizer, source)
 
 
+def open_model(
+    model: Any, tokenizer: Any = None, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
+) -> Decoder:
+    """A `Decoder` of whatever a user hands over: MODEL by name or path (loaded), a Hugging Face model, or a `Decoder`."""
+    if isinstance(model, (str, Path)):
+        return load_model(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if isinstance(model, Decoder):
+        return model
+    if isinstance(model, PreTrainedModel):
+        return Decoder(model, tokenizer)
+    raise ModelError(f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}")
+
+
 def _locate(source: str) -> tuple[Path, str | None]:
     """(directory or path, name of the GGUF file inside it or None)."""
     if source == EMBEDDED:
@@ -140,7 +153,7 @@ def strip_quantization_marks(model: PreTrainedModel) -> None:
         for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized"):
             if mark in holder.__dict__:
                 delattr(holder, mark)
-    model.is_quantized = False  # type: ignore[assignment]
+    model.is_quantized = False
 
 
 def embedded_model() -> Path:

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of the software, and a fingerprint of the model."""
+"""Where a result comes from: versions of the software, a fingerprint of the model, and how long each step took."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import time
 from typing import Any
 
 from grasp.core.decoder import Decoder
@@ -39,3 +40,16 @@ def describe_model(decoder: Decoder) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "weights_fingerprint": digest.hexdigest(),
     }
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`."""
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 3), now

@@ -43,7 +43,12 @@ class Calibration:
             digest.update(self.mask.numpy().tobytes())
         return digest.hexdigest()
 
+    def recipe(self) -> dict[str, Any]:
+        """The flags that draw these blocks again."""
+        return {"data": self.source, "num_samples": self.num_blocks, "seq_len": self.seq_len, "seed": self.seed}
+
     def to_json(self) -> dict[str, Any]:
+        """Provenance, for the manifest."""
         return {
             "source": self.source,
             "num_samples": self.num_blocks,
@@ -127,4 +132,5 @@ class Score:
     protocol: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The number with its protocol."""
         return {"name": self.name, "value": self.value, "unit": self.unit, **self.protocol}

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from grasp.core.decoder import Layer
+from grasp.core.layer import Layer
 
 Progress = Callable[[str, int, int], None]
 """`progress(task, done, total)`: called at the start of a task with done = 0, and after every step."""

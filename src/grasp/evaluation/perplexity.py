@@ -43,7 +43,9 @@ def perplexity(
         raise RecipeError(f"--stride {stride}: must be from 1 to --seq-len ({body})")
     available = (len(tokens) - body) // step + 1 if len(tokens) >= body else 0
     if available < 1:
-        raise DataError(f"{name}: {len(tokens):,} tokens are too few for one block of --seq-len {seq_len}; give more text or a smaller --seq-len")
+        raise DataError(
+            f"{name}: {len(tokens):,} tokens are too few for one block of --seq-len {seq_len}; give more text or a smaller --seq-len"
+        )
     count = min(available, num_blocks or available)
     total, predicted = 0.0, 0
     task = f"perplexity on {name}"
@@ -57,7 +59,9 @@ def perplexity(
         labels = ids[1:].to(logits.device)
         loss = float(cross_entropy(wide(logits[-fresh:]), labels[-fresh:], reduction="sum"))
         if not math.isfinite(loss):
-            raise NumericsError(f"{name}: the loss of block {block} is {loss} (dtype {model.model.dtype}); non-finite blocks are never skipped; try --dtype float32")
+            raise NumericsError(
+                f"{name}: the loss of block {block} is {loss} (dtype {model.model.dtype}); non-finite blocks are never skipped; try --dtype float32"
+            )
         total, predicted = total + loss, predicted + fresh
         progress(task, block + 1, count)
     protocol: dict[str, Any] = {

@@ -47,7 +47,13 @@ def decode_speed(
             "decode speed",
             new_tokens / statistics.median(seconds),
             "tokens/s",
-            {"batch_size": 1, "prompt_len": prompt_len, "new_tokens": new_tokens, "rounds": rounds, "threads": torch.get_num_threads()},
+            {
+                "batch_size": 1,
+                "prompt_len": prompt_len,
+                "new_tokens": new_tokens,
+                "rounds": rounds,
+                "threads": torch.get_num_threads(),
+            },
         )
         for name, seconds in times.items()
     }

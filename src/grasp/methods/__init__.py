@@ -36,4 +36,11 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
             owners = [other for other, cls in methods.items() if name in cls.__dataclass_fields__]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
-    return methods[method](**fields)
+    return methods[method](**{name: _fitting(str(known[name].type), value) for name, value in fields.items()})
+
+
+def _fitting(kind: str, value: Any) -> Any:
+    """`value` as the field has it: lists, and "a,b" for several words, become tuples; whole numbers may stand for shares."""
+    if "tuple" in kind and value is not None:
+        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+    return float(value) if "float" in kind and isinstance(value, int) else value

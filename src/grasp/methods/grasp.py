@@ -21,8 +21,9 @@ from typing import ClassVar, get_args
 
 import torch
 
-from grasp.core.decoder import Decoder, Linear
+from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
+from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, factors, svd
 from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
@@ -86,10 +87,12 @@ class Grasp(Method):
             self._for_ratio(model, range(model.num_layers))
 
     def plan(self, model: Decoder) -> Plan:
+        layers: Sequence[int]
+        allocation: Allocation | None = None
         if self.layers is not None:
-            layers, allocation = self.layers, None
+            layers = self.layers
         elif self.num_layers is not None:
-            layers, allocation = tuple(range(self.num_layers)), None
+            layers = tuple(range(self.num_layers))
         else:
             layers, allocation = self._for_ratio(model, range(model.num_layers))
         linears = [linear for index in layers for linear in model.linears(index, self.projections)]
@@ -138,9 +141,7 @@ class Grasp(Method):
             return redundancy.lowest(self.num_layers), None
         return self._for_ratio(model, _most_redundant_first(redundancy), redundancy if self.angular else None)
 
-    def _for_ratio(
-        self, model: Decoder, order: Sequence[int], spans: Redundancy | None = None
-    ) -> tuple[Sequence[int], Allocation]:
+    def _for_ratio(self, model: Decoder, order: Sequence[int], spans: Redundancy | None = None) -> tuple[Sequence[int], Allocation]:
         """Layers and ranks that remove the asked-for share of all parameters. Raises `RecipeError` naming the largest share."""
         assert self.ratio is not None
         total = model.num_parameters()

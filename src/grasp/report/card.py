@@ -57,8 +57,15 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{out}")',
         ]
     else:
-        body += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f'model = AutoModelForCausalLM.from_pretrained("{out}")']
+        body += [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+        ]
     body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "## Repeat", "", "```"]
     body += [command_line(manifest["recipe"], out), "```", ""]
-    body += ["Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".", ""]
+    body += [
+        "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",
+        "",
+    ]
     return "\n".join(body)

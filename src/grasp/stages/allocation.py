@@ -27,7 +27,9 @@ def guarded(path: str, shape: tuple[int, int], rank: int, multiple: int = 1) -> 
     if multiple > 1 and rank > 0:
         rank = max(rank // multiple, 1) * multiple
     if rank >= limit:
-        logger.warning("%s stays dense: a pair of rank %d is not smaller than the %d x %d matrix (break-even %.1f)", path, rank, *shape, limit)
+        logger.warning(
+            "%s stays dense: a pair of rank %d is not smaller than the %d x %d matrix (break-even %.1f)", path, rank, *shape, limit
+        )
         return None
     return rank
 
@@ -114,10 +116,13 @@ def _fill(shapes: Shapes, ranks: Mapping[str, int | None], spare: int, multiple:
     grown, spare = at(low), spare - cost(at(low))
     for path, (m, n) in sorted(shapes.items(), key=lambda item: -sum(item[1])):
         rank = grown[path]
-        while rank is not None and spare >= (m + n) * multiple and saved((m, n), rank) > 0:
-            step = min((m + n) * multiple, saved((m, n), rank))
-            rank = rank + multiple if rank + multiple < break_even_rank(m, n) else None
-            grown[path], spare = rank, spare - step
+        while rank is not None:
+            larger = rank + multiple if rank + multiple < break_even_rank(m, n) else None
+            step = saved((m, n), rank) - saved((m, n), larger)
+            if step > spare:
+                break
+            rank, spare = larger, spare - step
+        grown[path] = rank
     return grown
 
 

@@ -23,17 +23,13 @@ from torch import Tensor
 
 from grasp.core.records import Attribution
 
-ScoreName = Literal[
-    "taylor", "taylor-signed", "gradient", "taylor-per-sample", "taylor-per-sample-squared", "magnitude", "random"
-]
+ScoreName = Literal["taylor", "taylor-signed", "gradient", "taylor-per-sample", "taylor-per-sample-squared", "magnitude", "random"]
 SCORES: tuple[str, ...] = get_args(ScoreName)
 NEEDS_WEIGHT_GRAD = frozenset({"taylor", "taylor-signed", "gradient"})
 NEEDS_GROUP_GRAD = frozenset({"taylor-per-sample", "taylor-per-sample-squared"})
 
 
-def group_gradient(
-    u: Float[Tensor, "out k"], vh: Float[Tensor, "k in"], grad: Float[Tensor, "out in"]
-) -> Float[Tensor, "k"]:
+def group_gradient(u: Float[Tensor, "out k"], vh: Float[Tensor, "k in"], grad: Float[Tensor, "out in"]) -> Float[Tensor, "k"]:
     """`u_k' G v_k` = dL/dsigma_k for every group."""
     return ((u.T @ grad.to(u.dtype)) * vh).sum(1)
 

@@ -56,7 +56,7 @@ def calibrate(
     model: Decoder,
     data: str,
     *,
-    num_samples: int = 128,
+    num_samples: int = 64,
     seq_len: int = 512,
     seed: int = 0,
     text_field: str | None = None,
@@ -72,7 +72,9 @@ def calibrate(
     bos = bos_of(model)
     body = seq_len - (bos is not None)
     if len(stream) < body + 1:
-        raise DataError(f"--data {data}: {len(stream):,} tokens are too few for one block of --seq-len {seq_len}; give more text or a smaller --seq-len")
+        raise DataError(
+            f"--data {data}: {len(stream):,} tokens are too few for one block of --seq-len {seq_len}; give more text or a smaller --seq-len"
+        )
     starts = torch.randint(0, len(stream) - body, (num_samples,), generator=generator)
     ids = torch.stack([stream[start : start + body] for start in starts.tolist()])  # num_samples, body
     if bos is not None:
@@ -157,7 +159,9 @@ def _row_text(row: Any, data: str, field: str | None, tokenizer: Any) -> str:
         raise DataError(f"--data {data}: a row is neither text nor an object but {type(row).__name__}")
     if field is not None:
         if not isinstance(row.get(field), str):
-            raise DataError(f"--text-field {field}: a row of {data} has no such text; it has {', '.join(map(str, row))}{did_you_mean(field, row)}")
+            raise DataError(
+                f"--text-field {field}: a row of {data} has no such text; it has {', '.join(map(str, row))}{did_you_mean(field, row)}"
+            )
         return row[field]
     if isinstance(row.get("messages"), list):
         if tokenizer is None or not tokenizer.chat_template:
@@ -193,7 +197,9 @@ def _from_hub(name: str, split: str) -> str:
     except DataError:
         raise
     except Exception as failure:  # the hub client raises many kinds; all mean the same to the user
-        raise DataError(f"--data {name}: the Hugging Face hub did not give it ({' '.join(str(failure).split())[:120]}); {way_out}") from failure
+        raise DataError(
+            f"--data {name}: the Hugging Face hub did not give it ({' '.join(str(failure).split())[:120]}); {way_out}"
+        ) from failure
     return known.join.join(texts)
 
 
@@ -218,9 +224,16 @@ def _sample_from(model: Decoder, num_samples: int, seq_len: int, seed: int, prog
             start = torch.full((min(batch, num_samples - first), 1), begin, device=model.device)
             blocks.append(
                 model.model.generate(
-                    start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    min_new_tokens=seq_len - 1, max_new_tokens=seq_len - 1, pad_token_id=begin,
-                )  # fmt: skip
+                    start,
+                    attention_mask=torch.ones_like(start),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=seq_len - 1,
+                    max_new_tokens=seq_len - 1,
+                    pad_token_id=begin,
+                )
             )
     progress("sampling text from the model", num_samples, num_samples)
     return torch.cat(blocks).cpu()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
-from grasp.core.decoder import Layer, Linear
+from grasp.core.layer import Layer, Linear
 from grasp.core.sweep import Collector
 from grasp.errors import NumericsError
 

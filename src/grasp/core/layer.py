@@ -1,0 +1,55 @@
+"""A decoder layer and its matrices, as the sweeps and the methods see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a decoder layer. `path` is its module path in the model as loaded, `layer` its layer's index."""
+
+    path: str
+    layer: int
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """True for GPT-2's Conv1D, which stores its weight (in, out)."""
+        return not isinstance(self.module, nn.Linear)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out_features, in_features), a view of the parameter."""
+        return self.oriented(self.parameter.detach())
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.parameter.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the parameter (its gradient, say) turned to (out, in)."""
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by path inside the layer."""
+
+    index: int
+    module: nn.Module
+    linears: dict[str, Linear]
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """True for a low-rank pair, from the package or from the copy a checkpoint carries."""
+    return type(module).__name__ == "LowRankLinear"

@@ -1,0 +1,148 @@
+"""The contract of every method on every family: size, neutrality, reload, determinism, generation, repeatability."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILY_ROWS, LAYERS, build
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Drop, apply
+from grasp.methods import available, make
+
+METHODS = sorted(available())
+RECIPES = {"grasp": {"num_layers": 2, "retain_ratio": 0.3}, "shortgpt": {"num_layers": 2}}
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def compressed(name, method, calibration, out=None, **fields):
+    return grasp.compress(build(name), out, method=method, data=calibration, **(fields or RECIPES[method]))
+
+
+def logits(model, ids, **more):
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def test_every_method_has_a_recipe_here(method):
+    assert method in RECIPES, "add the new method to RECIPES so that the contract covers it"
+
+
+def test_size_is_met(family, method, calibration):
+    """`--ratio` is the true share of all parameters: met to within one rank (one layer, for a method that takes whole layers)."""
+    model = build(family)
+    total = model.num_parameters()
+    widest = max(sum(linear.shape) for linear in Decoder(model).linears(0))
+    layer = sum(p.numel() for p in next(Decoder(model).layers()).module.parameters())
+    for ratio in (0.05, 0.17, 0.3):
+        result = compressed(family, method, calibration, ratio=ratio)
+        spare = result.ratio * total - ratio * total
+        assert -1e-6 <= spare < (layer if method == "shortgpt" else widest), (ratio, result.ratio)
+        assert result.parameters_after == sum(p.numel() for p in result.model.parameters())
+
+
+def test_ratio_zero_changes_nothing(family, method, calibration):
+    before = logits(build(family), calibration.ids)
+    result = compressed(family, method, calibration, ratio=0.0)
+    assert result.manifest["edits"] == []
+    assert torch.equal(logits(result.model, calibration.ids), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_path, dtype):
+    """Dtype, biases and tied embeddings survive; so does saving once more."""
+    model = build(family, dtype)
+    result = grasp.compress(model, tmp_path / "out", method=method, data=calibration, **RECIPES[method])
+    again = grasp.load(tmp_path / "out")
+    assert again.model.dtype == dtype
+    assert type(again.model).__name__ == type(model).__name__
+    expected = logits(result.model, calibration.ids)
+    assert torch.equal(logits(again.model, calibration.ids), expected)
+    again.model.save_pretrained(tmp_path / "resaved")
+    assert torch.equal(logits(grasp.load(tmp_path / "resaved").model, calibration.ids), expected)
+    if FAMILY_ROWS[family].tied:
+        assert again.model.get_input_embeddings().weight is again.model.get_output_embeddings().weight
+    biases = {name for name, _ in result.model.named_parameters() if name.endswith("bias")}
+    assert {name for name, _ in again.model.named_parameters() if name.endswith("bias")} == biases
+    assert bool(biases) == FAMILY_ROWS[family].biased
+
+
+def test_same_seed_same_edits(family, method, calibration):
+    first, second = (compressed(family, method, calibration) for _ in range(2))
+    assert first.manifest["edits"] == second.manifest["edits"]
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_generation_with_cache_and_padding(family, method, calibration):
+    """Greedy text with the key-value cache equals greedy text without, alone and in a left-padded batch."""
+    model = compressed(family, method, calibration).model
+    prompts = [calibration.ids[0, :9], calibration.ids[1, :5]]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 258, "eos_token_id": None}
+    alone = []
+    for prompt in prompts:
+        cached = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=True, **options)
+        plain = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=False, **options)
+        assert torch.equal(cached, plain)
+        alone.append(cached[0, len(prompt) :])
+    padded = torch.full((2, 9), 258)
+    mask = torch.zeros(2, 9, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        padded[row, 9 - len(prompt) :] = prompt
+        mask[row, 9 - len(prompt) :] = 1
+    batch = model.generate(padded, attention_mask=mask, use_cache=True, **options)[:, 9:]
+    assert torch.equal(batch[0], alone[0])
+    assert torch.equal(batch[1], alone[1])
+
+
+def test_recipe_round_trip(family, method, calibration, tmp_path):
+    """What grasp.json says about the method makes the same method again."""
+    result = compressed(family, method, calibration, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "grasp.json").read_text())
+    fields = {name: value for name, value in saved["method"].items() if name not in ("name", "paper")}
+    assert make(saved["method"]["name"], fields).recipe() == make(method, RECIPES[method]).recipe()
+    assert saved["edits"] == result.manifest["edits"]
+    assert saved["calibration"]["ids_sha256"] == calibration.ids_hash
+
+
+def test_plan_predicts_the_result(family, method, calibration):
+    for fields in (RECIPES[method], {"ratio": 0.2}, {"layers": (1, 3)}):
+        chosen, model = make(method, fields), Decoder(build(family))
+        result = compressed(family, method, calibration, **fields)
+        assert chosen.plan(model).parameters == result.parameters_after, fields
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_dropping_a_layer_is_skipping_it(family, layer, calibration, tmp_path):
+    """The model without a layer computes what the dense one does when that layer hands its input on; config and cache follow."""
+    dense, model = build(family), Decoder(build(family))
+    apply(model, Drop(layer))
+
+    def skip(_module, args, kwargs, output):
+        before = args[0] if args else kwargs["hidden_states"]
+        return (before, *output[1:]) if isinstance(output, tuple) else before
+
+    handle = next(m for i, m in enumerate(Decoder(dense).stack) if i == layer).register_forward_hook(skip, with_kwargs=True)
+    expected = logits(dense, calibration.ids, use_cache=False)
+    handle.remove()
+    assert torch.allclose(logits(model.model, calibration.ids), expected, atol=1e-5)
+    assert model.config.num_hidden_layers == LAYERS - 1
+    for key, value in model.config.to_dict().items():
+        assert not (isinstance(value, list) and key.endswith("layer_types")) or len(value) == LAYERS - 1, key
+    model.model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(grasp.load(tmp_path).model, calibration.ids), expected, atol=1e-5)
+    assert [found.index for found in model.layers()] == [i for i in range(LAYERS) if i != layer]
+
+
+def test_qwen2_keeps_its_window_boundary():
+    """Layers from max_window_layers on slide; dropping one below the boundary moves it, above it does not."""
+    below, above = Decoder(build("qwen2")), Decoder(build("qwen2"))
+    apply(below, Drop(0))
+    apply(above, Drop(3))
+    assert (below.config.max_window_layers, above.config.max_window_layers) == (1, 2)
+    assert below.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert above.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]

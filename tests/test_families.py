@@ -1,0 +1,104 @@
+"""The family table: every row finds its matrices; unknown models work by inspection or say why not."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from conftest import _GATED, _IDS, FAMILY_ROWS, LAYERS, build
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.core.families import FAMILIES, select
+
+COUNT = {"phi3": 4, "gpt_neox": 4, "gpt2": 4, "opt": 6}
+
+
+def test_every_row_is_tested():
+    assert {kind for row in FAMILIES for kind in row.model_types} == set(FAMILY_ROWS)
+
+
+def test_a_row_finds_every_matrix_of_a_layer(family):
+    """Nothing of a layer's parameters is left out but norms and biases."""
+    model = Decoder(build(family))
+    for layer in model.layers():
+        assert len(layer.linears) == COUNT.get(family, 7)
+        found = sum(linear.weight.numel() for linear in layer.linears.values())
+        assert found == sum(p.numel() for p in layer.module.parameters() if p.dim() > 1)
+
+
+def test_weights_are_seen_as_out_by_in(family):
+    """Whatever way a class stores its weight: the module computes x W' + b with the W that is seen."""
+    model = Decoder(build(family))
+    for linear in model.linears(1):
+        x = torch.randn(3, linear.shape[1])
+        bias = 0 if linear.module.bias is None else linear.module.bias
+        assert torch.allclose(linear.module(x), x @ linear.weight.T + bias, atol=1e-5), linear.path
+
+
+@pytest.mark.parametrize(
+    ("family_name", "projections", "names"),
+    [
+        ("llama", ("all",), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("llama", ("mlp",), {"gate_proj", "up_proj", "down_proj"}),
+        ("llama", ("q", "down_proj"), {"q_proj", "down_proj"}),
+        ("phi3", ("attention",), {"qkv_proj", "o_proj"}),
+        ("phi3", ("q", "k", "v"), {"qkv_proj"}),
+        ("gpt2", ("mlp",), {"c_fc", "c_proj"}),
+    ],
+)
+def test_projections(family_name, projections, names):
+    model = Decoder(build(family_name))
+    assert {linear.path.rsplit(".", 1)[-1] for linear in model.linears(0, projections)} == names
+
+
+@pytest.mark.parametrize(("projections", "message"), [(("q",), "q.k.v in one matrix"), (("gate_up",), "did you mean"), ((), "no matrix")])
+def test_projections_that_cannot_be(projections, message):
+    with pytest.raises(grasp.GraspError, match=message):
+        select(Decoder(build("phi3")).family, projections)
+
+
+def test_only_the_chosen_projections_are_replaced(calibration):
+    result = grasp.compress(build("llama"), data=calibration, num_layers=2, projections="mlp")
+    assert {edit["path"].split(".")[3] for edit in result.manifest["edits"]} == {"mlp"} and len(result.manifest["edits"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ("CohereConfig", {**{k: v for k, v in _GATED.items() if k != "head_dim"}}),
+        ("GPTJConfig", {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),
+        ("StableLmConfig", {k: v for k, v in _GATED.items() if k != "head_dim"}),
+    ],
+)
+def test_an_unknown_family_of_plain_linears_works_by_inspection(config, arguments, calibration, caplog, tmp_path):
+    """With a notice; and the whole contract holds: size, reload, equal logits."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_IDS, **arguments)).eval()
+    with caplog.at_level(logging.WARNING):
+        result = grasp.compress(model, tmp_path / "out", num_layers=2, retain_ratio=0.3, data=calibration)
+    assert "by inspection" in caplog.text
+    assert len(result.manifest["edits"]) == 2 * len(Decoder(model).family.matrices) >= 12
+    with torch.no_grad():
+        again = grasp.load(tmp_path / "out").model(input_ids=calibration.ids).logits
+        assert torch.equal(again, result.model(input_ids=calibration.ids).logits)
+
+
+def test_a_model_with_fused_experts_says_how_to_add_a_row(calibration):
+    config = transformers.MixtralConfig(**_IDS, **_GATED, num_local_experts=4)
+    with pytest.raises(grasp.GraspError, match=r"mixtral.*add a row to src/grasp/core/families.py"):
+        grasp.compress(transformers.MixtralForCausalLM(config), num_layers=1, data=calibration)
+
+
+def test_a_model_that_is_not_laid_out_as_its_family(calibration):
+    model = build("llama")
+    del model.model.layers[0].mlp.up_proj
+    with pytest.raises(grasp.GraspError, match="not laid out as Llama"):
+        grasp.compress(model, num_layers=1, data=calibration)
+
+
+def test_layers_that_scale_by_their_index_are_not_dropped(calibration):
+    """GPT-2 variants divide attention by the layer's number: renumbering would change what the others compute."""
+    config = transformers.GPT2Config(**_IDS, **FAMILY_ROWS["gpt2"].arguments, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(grasp.GraspError, match="scale_attn_by_inverse_layer_idx"):
+        grasp.compress(transformers.GPT2LMHeadModel(config), method="shortgpt", num_layers=1, data=calibration)
