@@ -17,7 +17,7 @@ from grasp import __version__
 from grasp.errors import GraspError, RecipeError, did_you_mean
 
 
-class Words(click.ParamType[Any]):
+class Words(click.ParamType):  # type: ignore[type-arg]
     """A comma-separated list, also accepted as a TOML or JSON list."""
 
     def __init__(self, of: type):

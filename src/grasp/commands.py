@@ -10,8 +10,9 @@ from typing import Any
 import transformers
 
 from grasp import estimate, inspection, pipeline
-from grasp.core.checkpoint import MANIFEST, bytes_on_disk
+from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.families import FAMILIES
+from grasp.core.manifest import MANIFEST
 from grasp.core.models import DTYPES
 from grasp.methods import available
 from grasp.report.plots import spectra

@@ -49,7 +49,7 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
     rows = _measure_in_new_process(output, quiet)
     columns = ("model", "parameters", "on disk", "perplexity", "tokens/s")
     table(
-        f"Perplexity on held-out pydoc text, {HELD_OUT['num_blocks']} blocks × {HELD_OUT['seq_len']} tokens; greedy decoding at batch 1; layers {','.join(map(str, layers))}",
+        f"Held-out pydoc text, {HELD_OUT['num_blocks']} × {HELD_OUT['seq_len']} tokens; greedy decoding, batch 1; layers {','.join(map(str, layers))}",
         columns,
         [
             (r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}")

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.decoder import Decoder
+from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import FORMAT_VERSION
 from grasp.core.models import load_model
 from grasp.errors import CheckpointError
 
-MANIFEST = "grasp.json"
 MAX_SHARD_SIZE = "5GB"
 SPARE = 1.02
 """Room asked for on the disk, over the bytes of the weights."""
@@ -113,21 +113,6 @@ def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:
     manifest = read_manifest(Path(source)) if (Path(source) / MANIFEST).is_file() else {}
     decoder = load_model(os.fspath(source), **options)
     return Checkpoint(decoder.model, decoder.tokenizer, manifest)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The contents of `grasp.json`. Raises `CheckpointError` where it is missing, damaged or of a newer format."""
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = int(manifest["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise CheckpointError(f"{path}: cannot be read ({failure}); the checkpoint is damaged") from failure
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {version} was written by a newer grasp, this one reads up to {FORMAT_VERSION}; run `pip install -U grasp-llm`"
-        )
-    return manifest
 
 
 def bytes_on_disk(directory: Path) -> int:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from grasp.core.decoder import Decoder
+from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,9 @@ def _explained(source: str, path: Path, failure: Exception) -> ModelError | Chec
 
 
 def check_directory(path: Path) -> None:
-    """Raise `CheckpointError` unless the directory holds a config and safetensors files that are whole."""
+    """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no manifest of a newer format."""
+    if (path / MANIFEST).is_file():
+        read_manifest(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; not a model directory")
     files = sorted(path.glob("*.safetensors"))

@@ -9,6 +9,8 @@ import platform
 import time
 from typing import Any
 
+import torch
+
 from grasp.core.decoder import Decoder
 
 
@@ -29,7 +31,7 @@ def describe_model(decoder: Decoder) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, parameter in decoder.model.named_parameters():
         # the ends and the sum of a tensor tell two trainings apart at the price of one pass
-        sample = [float(parameter.detach().double().sum()), *parameter.detach().flatten()[:4].tolist()]
+        sample = [float(parameter.detach().sum(dtype=torch.float64)), *parameter.detach().flatten()[:4].tolist()]
         digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
     return {
         "source": decoder.source,

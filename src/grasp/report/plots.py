@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 KEPT, LEFT = "#c1440e", "#9aa5b1"
 
@@ -46,34 +47,29 @@ def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
     kind, scores = next(iter(manifest["redundancy"].items()))
     edited = {edit["layer"] if edit["edit"] == "drop" else _layer_of(edit["path"]) for edit in manifest["edits"]}
     layers = [int(layer) for layer in scores]
-    bars = axes.bar(layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers])
-    bars.set_label("_")
+    axes.bar(layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers])
     axes.set_yscale("log")
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("block influence\n(low = redundant)" if kind == "bi" else "angular distance / π")
     axes.set_xticks(layers[:: max(1, len(layers) // 32)])
     axes.margins(x=0.01)
-    axes.bar([], [], color=KEPT, label="edited")
-    axes.bar([], [], color=LEFT, label="untouched")
-    axes.legend(loc="upper right", frameon=False, ncols=2)
+    axes.legend(
+        handles=[Patch(color=KEPT, label="edited"), Patch(color=LEFT, label="untouched")], loc="upper right", frameon=False, ncols=2
+    )
 
 
 def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:
     """Score against singular value of every group of one matrix."""
     kept = set(edit["kept"])
-    for label, color, chosen in (
-        ("dropped", LEFT, [k for k in range(len(edit["scores"])) if k not in kept]),
-        ("kept", KEPT, sorted(kept)),
-    ):
+    for color, chosen in ((LEFT, [k for k in range(len(edit["scores"])) if k not in kept]), (KEPT, sorted(kept))):
         axes.scatter(
             [edit["singular_values"][k] for k in chosen], [max(edit["scores"][k], 1e-12) for k in chosen],
-            s=9, color=color, label=f"{label} ({len(chosen)})", alpha=0.85, linewidths=0,
+            s=9, color=color, alpha=0.85, linewidths=0,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("singular value σ")
-    axes.set_title(edit["path"].removeprefix("model."), fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_title(f"{edit['path'].removeprefix('model.')}: kept {len(kept)} of {len(edit['scores'])} groups", fontsize=9)
 
 
 def spectra(redundancy: dict[int, float], kind: str, singular_values: dict[str, list[float]], path: Path) -> Path:
