@@ -55,18 +55,20 @@ def test_formula_equals_finite_differences(name, decoder, calibration, float64_t
     model = decoder(name, dtype=torch.float64)
     linears = model.linears(2)
     grads = weight_grads(model, calibration, linears)
-    step = 1e-5  # small enough to stay on one side of a ReLU
     for linear in linears:
         u, s, vh = svd(linear.weight)
         formula = s * group_gradient(u, vh, grads[linear.path])
         parameter = next(n for n, p in model.model.named_parameters() if p is linear.parameter)
         for k in (0, len(s) // 2, len(s) - 1):
             group = linear.oriented(s[k] * torch.outer(u[:, k], vh[k]))
-            with torch.no_grad():
-                up = total_loss(model, calibration, {parameter: linear.parameter + step * group})
-                down = total_loss(model, calibration, {parameter: linear.parameter - step * group})
-            slope = float(up - down) / (2 * step)
-            assert slope == pytest.approx(float(formula[k]), rel=1e-4, abs=1e-5 * float(formula.abs().max())), (linear.path, k)
+            slopes = []
+            for step in (1e-4, 1e-5, 1e-6):  # a long step may cross the kink of a ReLU, a short one drown in rounding
+                with torch.no_grad():
+                    up = total_loss(model, calibration, {parameter: linear.parameter + step * group})
+                    down = total_loss(model, calibration, {parameter: linear.parameter - step * group})
+                slopes.append(float(up - down) / (2 * step))
+            close = [slope == pytest.approx(float(formula[k]), rel=1e-4, abs=1e-6 * float(formula.abs().max())) for slope in slopes]
+            assert any(close), (linear.path, k, float(formula[k]), slopes)
 
 
 def test_one_sweep_gives_the_gradient_of_the_summed_loss(family, decoder, calibration):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "report": {"core", "errors"},
     "pipeline": {"core", "errors", "stages", "methods", "evaluation", "report.card"},
     "inspection": {"core", "stages", "pipeline"},
-    "estimate": {"core", "methods"},
+    "estimate": {"core", "methods", "stages"},
     "terminal": set(),
     "commands": {"core", "errors", "methods", "stages", "pipeline", "inspection", "estimate", "report", "terminal"},
     "demo": {"core", "errors", "evaluation", "report", "pipeline", "terminal"},

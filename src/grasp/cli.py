@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,14 @@ import click
 
 from grasp import __version__
 from grasp.errors import GraspError, RecipeError, did_you_mean
+
+
+def _commands() -> Any:
+    """What the verbs show; imported when one runs, since it brings torch."""
+    from grasp import commands
+
+    commands.only_our_own_words()
+    return commands
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]
@@ -38,6 +47,18 @@ class MethodCommand(click.Command):
         own = super().get_params(ctx)
         taken = {param.name for param in own}
         return [*own, *(option for option in _method_options() if option.name not in taken)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two lists: the flags of the methods, then those of the command."""
+        method_flags = {option.name for option in _method_options()}
+        lists: dict[str, list[tuple[str, str]]] = {"Method flags (each names the methods it belongs to)": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                lists["Options" if param.name not in method_flags else next(iter(lists))].append(record)
+        for title, records in lists.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def _method_options() -> list[click.Option]:
@@ -75,7 +96,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     try:
         if path.suffix == ".json":
             values = json.loads(path.read_text(encoding="utf-8"))
-            values = values.get("recipe", values)
+            values = values.get("recipe", values) if isinstance(values, dict) else values
         else:
             if sys.version_info >= (3, 11):
                 import tomllib
@@ -84,12 +105,15 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
         raise RecipeError(f"--config {path}: cannot be read: {failure}; give a .toml recipe or a grasp.json") from None
-    values = {key.replace("-", "_"): value for key, value in values.items()}
-    known = {p.name for p in ctx.command.get_params(ctx) if p.name} - {"config", "help"}
-    for key in values:
-        if key not in known:
-            raise RecipeError(f"--config {path}: '{key}' is no flag of grasp {ctx.info_name}{did_you_mean(key, known)}")
-    ctx.default_map = values
+    if not isinstance(values, dict):
+        raise RecipeError(f"--config {path}: holds no table of flags; give a .toml recipe or a grasp.json")
+    known = {p.opts[0].lstrip("-").replace("-", "_"): p.name or "" for p in ctx.command.get_params(ctx) if p.name not in ("config", "help")}
+    ctx.default_map = {}
+    for key, value in values.items():
+        flag = key.replace("-", "_")
+        if flag not in known:
+            raise RecipeError(f"--config {path}: '{key}' is no flag of grasp {ctx.info_name}{did_you_mean(flag, known)}")
+        ctx.default_map[known[flag]] = value
     return path
 
 
@@ -145,10 +169,8 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
     """Compress MODEL and save the result in OUT, a new or empty directory.
 
     MODEL: hub id, directory, .gguf file, or smollm2 (embedded). Say how much with one of --ratio, --num-layers or --layers.
-    A flag that begins with [method, ...] belongs to those methods.
     """
-    from grasp import commands
-
+    commands = _commands()
     given = {name: value for name, value in options.items() if value is not None}
     if dry_run:
         commands.dry_run(model, out, given, as_json)
@@ -172,8 +194,7 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
 @shared("data", "text_field", "seed", "device", "dtype", "trust")
 def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Layer redundancy and singular spectra of MODEL, as a table and a picture. Nothing is changed."""
-    from grasp import commands
-
+    commands = _commands()
     commands.inspect(model, output, options, as_json, quiet)
 
 
@@ -191,8 +212,7 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
 @shared("text_field", "device", "dtype", "trust")
 def evaluate(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Token perplexity of MODEL, with the protocol that makes the number. A block without a finite loss is an error."""
-    from grasp import commands
-
+    commands = _commands()
     commands.evaluate(model, options, as_json, quiet)
 
 
@@ -210,6 +230,7 @@ def evaluate(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:
     """Compress SmolLM2-135M-Instruct by the paper's method, save, reload in a new process, and measure it beside the dense model
     and the model with the same layers removed."""
+    _commands()
     from grasp import demo as script
 
     if measure is not None:
@@ -222,8 +243,7 @@ def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None
 @shared()
 def list_methods(as_json: bool, quiet: bool) -> None:
     """The compression methods, their papers and flags."""
-    from grasp import commands
-
+    commands = _commands()
     commands.methods(as_json)
 
 
@@ -231,8 +251,7 @@ def list_methods(as_json: bool, quiet: bool) -> None:
 @shared()
 def list_families(as_json: bool, quiet: bool) -> None:
     """The architectures in the table, and where each keeps its matrices. Others work by inspection where they can."""
-    from grasp import commands
-
+    commands = _commands()
     commands.families(as_json)
 
 
@@ -240,8 +259,7 @@ def list_families(as_json: bool, quiet: bool) -> None:
 @shared()
 def list_data(as_json: bool, quiet: bool) -> None:
     """What --data and --ppl take."""
-    from grasp import commands
-
+    commands = _commands()
     commands.data(as_json)
 
 
@@ -255,9 +273,11 @@ def main() -> None:
         _fail(str(error), 2, debug)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was left behind", 130, debug)
     except BrokenPipeError:
@@ -268,6 +288,6 @@ def main() -> None:
 
 def _fail(message: str, status: int, debug: bool) -> typing.NoReturn:
     if debug:
-        raise  # noqa: PLE0704  (called from an except block only)
+        traceback.print_exc()
     click.echo(f"grasp: error: {message}", err=True)
     sys.exit(status)

@@ -15,13 +15,16 @@ from grasp.core.families import FAMILIES
 from grasp.core.manifest import MANIFEST
 from grasp.core.models import DTYPES
 from grasp.methods import available
-from grasp.report.plots import spectra
+from grasp.report.plots import check_picture, spectra
 from grasp.stages.calibration import FILE_TYPES, NAMED
-from grasp.terminal import emit, megabytes, progress_bars, say, table
+from grasp.terminal import emit, escape, megabytes, progress_bars, say, table
 
-logging.getLogger("grasp").setLevel(logging.INFO)
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+
+def only_our_own_words() -> None:
+    """Let grasp report what it does, and keep transformers' bars and notices out of ours."""
+    logging.getLogger("grasp").setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -52,11 +55,12 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
 
 def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
     """Say what `compress` would do and what it would cost."""
-    data = {name: options.pop(name) for name in ("data", "num_samples", "seq_len", "seed", "text_field", "device") if name in options}
-    dtype = options.pop("dtype", None)
+    for name in ("data", "seed", "text_field"):
+        options.pop(name, None)
+    dtype, num_samples, seq_len = options.get("dtype"), options["num_samples"], options["seq_len"]
     decoder, method, plan = estimate.dry_run(model, **options)
     width = (DTYPES[dtype] if dtype else decoder.model.dtype).itemsize
-    cost = estimate.estimate(decoder, plan, data["num_samples"], data["seq_len"], width)
+    cost = estimate.estimate(decoder, plan, num_samples, seq_len, width)
     before, after = decoder.num_parameters(), plan.parameters
     rows = [
         ("model", f"{model}: {decoder.family.name}, {decoder.num_layers} layers, {before:,} parameters"),
@@ -66,7 +70,7 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> No
         ("on disk", "follows from the scores" if after is None else f"about {megabytes(after * width)}"),
         (
             "passes",
-            f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over {data['num_samples']} × {data['seq_len']} tokens",
+            f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over {num_samples} × {seq_len} tokens",
         ),
         ("memory", f"about {megabytes(cost.memory)}"),
         ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
@@ -87,6 +91,7 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> No
 
 def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Table and picture of layer redundancy and singular spectra."""
+    check_picture(output)
     with progress_bars(quiet) as bars:
         seen = inspection.inspect(model, progress=bars, **options)
     scores = seen.redundancy.scores
@@ -98,7 +103,7 @@ def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, qu
     table(title, ("layer", "score", "most redundant", ""), rows, left=0)
     spectra(dict(scores), seen.redundancy.kind, {path: values.tolist() for path, values in seen.singular_values.items()}, output)
     say(f"most redundant first: {','.join(map(str, order))}")
-    say(f"picture: {output}")
+    say(f"picture: {escape(str(output))}")
     if as_json:
         emit(
             {

@@ -12,6 +12,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.methods import make
 from grasp.methods.base import Method, Plan
+from grasp.stages.calibration import check_lengths
 
 EFFICIENCY = 0.4
 """Share of a bare matrix product's speed that a whole transformer pass reaches (measured on two cores: 0.3 to 0.5)."""
@@ -52,9 +53,20 @@ def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / min(times)
 
 
-def dry_run(model: str, *, method: str, trust_remote_code: bool = False, **fields: Any) -> tuple[Decoder, Method, Plan]:
+def dry_run(
+    model: str,
+    *,
+    method: str,
+    num_samples: int,
+    seq_len: int,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    **fields: Any,
+) -> tuple[Decoder, Method, Plan]:
     """What `compress` would do, from the model's shapes alone: no weights are read."""
     chosen = make(method, fields)
-    decoder = load_model(model, empty=True, trust_remote_code=trust_remote_code)
+    decoder = load_model(model, empty=True, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_lengths(decoder, num_samples, seq_len)
     chosen.check(decoder)
     return decoder, chosen, chosen.plan(decoder)

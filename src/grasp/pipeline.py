@@ -219,4 +219,4 @@ def evaluate(
 
 
 def _names(value: str | Iterable[str]) -> list[str]:
-    return value.split(",") if isinstance(value, str) else list(value)
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape as escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -48,11 +49,13 @@ def progress_bars(quiet: bool = False) -> Iterator[Bars]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
     """A table on stderr: the first `left` columns flush left, the others right."""
-    drawn = Table(title=title or None, title_justify="left", header_style="bold", show_header=any(columns), box=None, padding=(0, 2, 0, 0))
+    drawn = Table(
+        title=escape(title) or None, title_justify="left", header_style="bold", show_header=any(columns), box=None, padding=(0, 2, 0, 0)
+    )
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+        drawn.add_row(*(escape(str(cell)) for cell in row))
     console.print(drawn)
 
 
@@ -67,6 +70,6 @@ def emit(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: int | float) -> str:
     """Bytes as people read them."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

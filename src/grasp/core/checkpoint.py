@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def _existing_parent(path: Path) -> Path:
 def whole(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out` that becomes `out` if the block ends well, and vanishes if not."""
     scratch = None
+    parent = out.absolute().parent
+    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
@@ -77,6 +79,9 @@ def whole(out: Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        for folder in new if not out.exists() else ():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _umask() -> int:

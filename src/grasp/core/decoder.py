@@ -117,7 +117,9 @@ class Decoder:
                 if backward:
                     loss, count = self.loss(ids, mask)
                     if not bool(torch.isfinite(loss)):
-                        raise NumericsError(f"calibration block {block}: the loss is {float(loss)}; {self._first_non_finite(ids, mask)}")
+                        raise NumericsError(
+                            f"calibration block {block}: the loss is {float(loss.detach())}; {self.first_non_finite(ids, mask)}"
+                        )
                     loss.backward()
                     total_loss, tokens = total_loss + float(loss.detach()), tokens + count
                 else:
@@ -159,7 +161,7 @@ class Decoder:
                 parameter.grad = grad
 
     @torch.no_grad()
-    def _first_non_finite(self, ids: Tensor, mask: Tensor | None) -> str:
+    def first_non_finite(self, ids: Tensor, mask: Tensor | None) -> str:
         """Where a forward pass first leaves the finite numbers."""
         found: list[int] = []
 

@@ -78,12 +78,7 @@ class GraspQuantizer(HfQuantizer):
     """Puts `LowRankLinear` modules into the empty model before its weights are read."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        for path, rank in self.quantization_config.ranks.items():
-            try:
-                old = model.get_submodule(path)
-            except AttributeError:
-                raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
-            model.set_submodule(path, low_rank_like(old, rank, device="meta"))
+        place_low_rank(model, self.quantization_config.ranks)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -119,6 +114,16 @@ def low_rank_like(old: nn.Module, rank: int, device: Any = None) -> LowRankLinea
     """An unfilled `LowRankLinear` with the features, bias and dtype of `old`."""
     fan_in, fan_out = features(old)
     return LowRankLinear(fan_in, fan_out, rank, old.bias is not None, device, old.weight.dtype)
+
+
+def place_low_rank(model: nn.Module, ranks: dict[str, int]) -> None:
+    """Put unfilled low-rank modules without memory (meta device) in the place of the linears that `ranks` names."""
+    for path, rank in ranks.items():
+        try:
+            old = model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
+        model.set_submodule(path, low_rank_like(old, rank, device="meta"))
 
 
 def carry_code(model: Any) -> None:

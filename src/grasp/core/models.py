@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from grasp.core.decoder import Decoder
 from grasp.core.manifest import MANIFEST, read_manifest
+from grasp.core.modeling_grasp import place_low_rank
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,19 @@ def load_model(
         if empty:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            place_low_rank(model, (getattr(config, "quantization_config", None) or {}).get("ranks", {}))
             return Decoder(model, None, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
         if gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=wanted or "auto", output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, HFValidationError, SafetensorError, ValueError, RuntimeError, KeyError) as failure:
         raise _explained(source, path, failure) from failure
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(f"{source}: the weight '{key}' has the shape {tuple(found)} where the config asks for {tuple(expected)}")
     if info["missing_keys"]:
         keys = sorted(info["missing_keys"])
         raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
@@ -118,7 +125,9 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as failure:
-        raise RecipeError(f"--device {name}: {str(failure).splitlines()[0]}; try cpu") from failure
+        raise RecipeError(
+            f"--device {name}: {str(failure).splitlines()[0]}; try cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"
+        ) from failure
     return device
 
 

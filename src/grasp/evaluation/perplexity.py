@@ -41,6 +41,8 @@ def perplexity(
     step = body if stride is None else stride
     if not 1 <= step <= body:
         raise RecipeError(f"--stride {stride}: must be from 1 to --seq-len ({body})")
+    if num_blocks is not None and num_blocks < 1:
+        raise RecipeError(f"--num-blocks {num_blocks}: must be 1 or more")
     available = (len(tokens) - body) // step + 1 if len(tokens) >= body else 0
     if available < 1:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from typing import Any
@@ -30,10 +31,10 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
     methods = available()
     if method not in methods:
         raise RecipeError(f"--method {method}: unknown; allowed: {', '.join(methods)}{did_you_mean(method, methods)}")
-    known = methods[method].__dataclass_fields__
+    known = {field.name: field for field in dataclasses.fields(methods[method])}
     for name in fields:
         if name not in known:
-            owners = [other for other, cls in methods.items() if name in cls.__dataclass_fields__]
+            owners = [other for other, cls in methods.items() if name in {field.name for field in dataclasses.fields(cls)}]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
     return methods[method](**{name: _fitting(str(known[name].type), value) for name, value in fields.items()})

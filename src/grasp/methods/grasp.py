@@ -13,6 +13,7 @@ norm, and a sample is a block of tokens, not a line of text.
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import torch
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
+from grasp.core.families import select
 from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, factors, svd
 from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
@@ -33,6 +35,8 @@ from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
 from grasp.stages.attribution import NEEDS_GROUP_GRAD, NEEDS_WEIGHT_GRAD, SCORES, attribute
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, GroupGrad, Similarity, WeightGrad
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RETAIN_RATIO = 0.1
 """Where the paper's gains level off (Table 6)."""
@@ -70,7 +74,9 @@ class Grasp(Method):
         if self.score not in SCORES:
             raise RecipeError(f"--score {self.score}: unknown; allowed: {', '.join(SCORES)}{did_you_mean(self.score, SCORES)}")
         if self.sigma_split not in get_args(SigmaSplit):
-            raise RecipeError(f"--sigma-split {self.sigma_split}: unknown; allowed: {', '.join(get_args(SigmaSplit))}")
+            raise RecipeError(
+                f"--sigma-split {self.sigma_split}: unknown; allowed: {', '.join(get_args(SigmaSplit))}{did_you_mean(self.sigma_split, get_args(SigmaSplit))}"
+            )
         if self.rank_multiple < 1:
             raise RecipeError(f"--rank-multiple {self.rank_multiple}: must be 1 or more")
         if self.angular and self.layers is not None:
@@ -98,12 +104,13 @@ class Grasp(Method):
         linears = [linear for index in layers for linear in model.linears(index, self.projections)]
         sweeps = 0 if self.score in ("magnitude", "random") else 2 * len(layers) if self.iterative else min(len(layers), 1)
         gradients = sum(math.prod(linear.shape) for linear in linears) if sweeps else 0
-        parameters = None
+        parameters, num_edits = None, len(linears)
         if self.threshold_ratio is None:
             ranks = (allocation or self._uniform(linears)).ranks
+            num_edits = sum(ranks[linear.path] is not None for linear in linears)
             parameters = model.num_parameters() - sum(saved(linear.shape, ranks[linear.path]) for linear in linears)
         fused = self.layers is not None and sweeps == 1 and self.score in NEEDS_WEIGHT_GRAD
-        return Plan(len(layers), len(linears), parameters, 0 if fused else 1, sweeps, gradients)
+        return Plan(len(layers), num_edits, parameters, 0 if fused else 1, sweeps, gradients)
 
     def needs(self, model: Decoder) -> list[Collector]:
         collectors: list[Collector] = [Similarity()]
@@ -117,6 +124,10 @@ class Grasp(Method):
     def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
         layers, allocation = self._choose(model, stats)
         order = sorted(layers, reverse=True)
+        for index in order:
+            low_rank = len(select(model.family, self.projections)) - len(model.linears(index, self.projections))
+            if low_rank:
+                logger.warning("layer %d: %d of its matrices are low-rank pairs already and stay as they are", index, low_rank)
         if not self.iterative:
             linears = [linear for index in order for linear in self._processing_order(model, index)]
             yield from self._replace(model, linears, allocation, data, stats)
@@ -125,7 +136,7 @@ class Grasp(Method):
             for part in ("mlp", "attention"):
                 names = {path for _, path in getattr(model.family, part)}
                 linears = [linear for linear in model.linears(index, self.projections) if linear.name in names]
-                yield from self._replace(model, linears, allocation, data, None)
+                yield from self._replace(model, linears, allocation, data, task=f"attribution, layer {index} {part}")
 
     def _processing_order(self, model: Decoder, index: int) -> list[Linear]:
         """The layer's matrices, MLP before attention."""
@@ -162,7 +173,13 @@ class Grasp(Method):
         return uniform({linear.path: linear.shape for linear in linears}, self._retain_ratio, self.rank_multiple)
 
     def _replace(
-        self, model: Decoder, linears: Sequence[Linear], allocation: Allocation | None, data: Calibration, stats: Statistics | None
+        self,
+        model: Decoder,
+        linears: Sequence[Linear],
+        allocation: Allocation | None,
+        data: Calibration,
+        stats: Statistics | None = None,
+        task: str = "attribution",
     ) -> Iterator[Edit]:
         """Score the groups of `linears` on the model as it is now, and yield their replacements one by one."""
         if allocation is None and self.threshold_ratio is None:
@@ -177,11 +194,11 @@ class Grasp(Method):
         moments: dict[str, torch.Tensor] = {}
         if self.score in NEEDS_WEIGHT_GRAD:
             ready = stats is not None and WeightGrad.name in stats.tables
-            found = stats if stats is not None and ready else model.sweep(data, [WeightGrad(paths)], "attribution")
+            found = stats if stats is not None and ready else model.sweep(data, [WeightGrad(paths)], task)
             grads = dict(found[WeightGrad.name])
         elif self.score in NEEDS_GROUP_GRAD:
             groups = {linear.path: svd(linear.weight) for linear in linears}
-            moments = dict(model.sweep(data, [GroupGrad(groups)], "attribution")[GroupGrad.name])
+            moments = dict(model.sweep(data, [GroupGrad(groups)], task)[GroupGrad.name])
         for linear in linears:
             u, s, vh = groups.pop(linear.path) if groups else svd(linear.weight)
             generator = torch.Generator().manual_seed(data.seed * 1_000_003 + zlib.crc32(linear.path.encode()))

@@ -10,9 +10,21 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Patch
 
+from grasp.errors import RecipeError
+
 KEPT, LEFT = "#c1440e", "#9aa5b1"
+
+
+def check_picture(path: Path) -> None:
+    """Raise `RecipeError` where a picture cannot be written: asked before any work is done."""
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.lstrip(".") not in kinds:
+        raise RecipeError(f"--output {path}: not a picture matplotlib writes; allowed: {', '.join('.' + kind for kind in kinds)}")
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"--output {path}: {path.parent} is not a directory; make it first, or choose another path")
 
 
 def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:

@@ -12,6 +12,8 @@ import gzip
 import hashlib
 import importlib
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor
 from grasp.core.decoder import Decoder
 from grasp.core.records import Calibration
 from grasp.core.sweep import Progress, silent
-from grasp.errors import DataError, did_you_mean
+from grasp.errors import DataError, NumericsError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def calibrate(
     stream = tokenize(model, text)
     bos = bos_of(model)
     body = seq_len - (bos is not None)
-    if len(stream) < body + 1:
+    if len(stream) < body:
         raise DataError(
             f"--data {data}: {len(stream):,} tokens are too few for one block of --seq-len {seq_len}; give more text or a smaller --seq-len"
         )
-    starts = torch.randint(0, len(stream) - body, (num_samples,), generator=generator)
+    starts = torch.randint(0, len(stream) - body + 1, (num_samples,), generator=generator)
     ids = torch.stack([stream[start : start + body] for start in starts.tolist()])  # num_samples, body
     if bos is not None:
         ids = torch.cat([torch.full((num_samples, 1), bos), ids], dim=1)
@@ -106,26 +108,27 @@ def tokenize(model: Decoder, text: str) -> Tensor:
 
 def read_text(data: str, *, split: str, text_field: str | None = None, tokenizer: Any = None) -> str:
     """All text of DATA. `split` "train" or "test" picks the part of a named set; a file is read whole. Raises `DataError`."""
+    flag = "--ppl" if split == "test" else "--data"
     if data == "pydoc":
         return _pydoc(split)
     if data in NAMED and data != "self":
         return _from_hub(data, split)
     path = Path(data).expanduser()
     if not path.is_file():
-        known = [*NAMED, *FILE_TYPES]
-        raise DataError(f"--data {data}: neither a file nor a known set; allowed: {', '.join(NAMED)}, or a path{did_you_mean(data, known)}")
+        known = [name for name in NAMED if name != "self" or split == "train"]
+        raise DataError(f"{flag} {data}: neither a file nor a known set; allowed: {', '.join(known)}, or a path{did_you_mean(data, known)}")
     kind = next((suffix for suffix in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(suffix)), None)
     if kind is None:
-        raise DataError(f"--data {data}: unknown file type; allowed: {', '.join(FILE_TYPES)}")
+        raise DataError(f"{flag} {data}: unknown file type; allowed: {', '.join(FILE_TYPES)}")
     try:
         if kind in (".txt", ".raw", ".md"):
             text = path.read_text(encoding="utf-8")
         else:
-            text = "\n\n".join(_row_text(row, data, text_field, tokenizer) for row in _rows(path, kind))
-    except (OSError, ValueError, EOFError) as failure:
-        raise DataError(f"--data {data}: cannot be read: {' '.join(str(failure).split())[:200]}") from failure
+            text = "\n\n".join(_row_text(row, f"{flag} {data}", text_field, tokenizer) for row in _rows(path, kind))
+    except (OSError, ValueError, EOFError, zlib.error, csv.Error) as failure:
+        raise DataError(f"{flag} {data}: cannot be read: {' '.join(str(failure).split())[:200]}") from failure
     if not text.strip():
-        raise DataError(f"--data {data}: holds no text")
+        raise DataError(f"{flag} {data}: holds no text")
     return text
 
 
@@ -138,12 +141,18 @@ def _rows(path: Path, kind: str) -> Iterator[Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         yield from value if isinstance(value, list) else [value]
     elif kind == ".csv":
-        with path.open(newline="", encoding="utf-8") as lines:
-            yield from csv.DictReader(lines)
+        usual = csv.field_size_limit(sys.maxsize)  # documents are longer than the module's limit of 128 KiB
+        try:
+            with path.open(newline="", encoding="utf-8") as lines:
+                yield from csv.DictReader(lines)
+        finally:
+            csv.field_size_limit(usual)
     else:
-        import pyarrow.parquet  # comes with `datasets`; loaded only for parquet files
-
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        try:
+            parquet = importlib.import_module("pyarrow.parquet")  # comes with `datasets`; loaded only for parquet files
+        except ImportError:
+            raise ValueError("parquet needs the package pyarrow: pip install 'grasp-llm[data]'") from None
+        for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
 
 
@@ -151,54 +160,61 @@ TEXT_FIELDS = ("text", "content", "page", "document", "sentence")
 """Columns tried in this order where --text-field is not given."""
 
 
-def _row_text(row: Any, data: str, field: str | None, tokenizer: Any) -> str:
-    """The text of one row: the named field; else chat messages through the template, an Alpaca triple, or a usual column."""
+def _row_text(row: Any, where: str, field: str | None, tokenizer: Any) -> str:
+    """The text of one row (`where`: flag and source, for messages): the named field; else chat messages through the template, an Alpaca triple, or a usual column."""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise DataError(f"--data {data}: a row is neither text nor an object but {type(row).__name__}")
+        raise DataError(f"{where}: a row is neither text nor an object but {type(row).__name__}")
     if field is not None:
         if not isinstance(row.get(field), str):
             raise DataError(
-                f"--text-field {field}: a row of {data} has no such text; it has {', '.join(map(str, row))}{did_you_mean(field, row)}"
+                f"--text-field {field}: a row of {where.partition(' ')[2]} has no such text; it has {', '.join(map(str, row))}{did_you_mean(field, row)}"
             )
         return row[field]
     if isinstance(row.get("messages"), list):
         if tokenizer is None or not tokenizer.chat_template:
-            raise DataError(f"--data {data}: has chat messages, but the model's tokenizer has no chat template; name a plain --text-field")
+            raise DataError(f"{where}: has chat messages, but the model's tokenizer has no chat template; name a plain --text-field")
         return tokenizer.apply_chat_template(row["messages"], tokenize=False)
     if "instruction" in row and "output" in row:
         return "\n\n".join(part for part in (row["instruction"], row.get("input", ""), row["output"]) if part)
     for name in TEXT_FIELDS:
         if isinstance(row.get(name), str):
             return row[name]
-    raise DataError(f"--data {data}: no column holds text under a usual name; choose one of {', '.join(map(str, row))} with --text-field")
+    raise DataError(f"{where}: no column holds text under a usual name; choose one of {', '.join(map(str, row))} with --text-field")
 
 
 def _pydoc(split: str) -> str:
     """Topics of the language reference; every fifth (by a hash of its name) is held out as the test split."""
     topics = importlib.import_module("pydoc_data.topics").topics
-    held_out = {name for name in topics if hashlib.sha256(name.encode()).digest()[0] % 5 == 0}
-    return "\n\n".join(topics[name] for name in sorted(topics) if (name in held_out) == (split == "test"))
+    held_out = [name for name in sorted(topics) if hashlib.sha256(name.encode()).digest()[0] % 5 == 0]
+    if split == "test":
+        return "\n\n".join(topics[name] for name in held_out)
+    # topics quote one another: a held-out paragraph is taken out of every other topic too
+    parts = {" ".join(part.split()) for name in held_out for part in topics[name].split("\n\n")}
+    train = [part for name in sorted(topics) if name not in held_out for part in topics[name].split("\n\n")]
+    return "\n\n".join(part for part in train if " ".join(part.split()) not in parts)
 
 
 def _from_hub(name: str, split: str) -> str:
     """A named set through `datasets`, with the local way out where the hub cannot be reached."""
-    known = NAMED[name]
-    way_out = f"give a local file instead (for example --data path/to/{known.like}), or use --data pydoc"
+    known, flag = NAMED[name], "--ppl" if split == "test" else "--data"
+    way_out = f"give a local file instead (for example {flag} path/to/{known.like}), or use {flag} pydoc"
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise DataError(f"--data {name}: needs the package datasets (pip install 'grasp-llm[data]'); {way_out}") from None
+        raise DataError(f"{flag} {name}: needs the package datasets (pip install 'grasp-llm[data]'); {way_out}") from None
     chosen = known.splits[split == "test"]
     try:
         rows = datasets.load_dataset(*known.hub, split=chosen, streaming=known.most_rows is not None, revision=known.revision)
-        texts = [_row_text(row, name, known.field if known.field in row else None, None) for row in _head(rows, known.most_rows)]
+        texts = [
+            _row_text(row, f"{flag} {name}", known.field if known.field in row else None, None) for row in _head(rows, known.most_rows)
+        ]
     except DataError:
         raise
     except Exception as failure:  # the hub client raises many kinds; all mean the same to the user
         raise DataError(
-            f"--data {name}: the Hugging Face hub did not give it ({' '.join(str(failure).split())[:120]}); {way_out}"
+            f"{flag} {name}: the Hugging Face hub did not give it ({' '.join(str(failure).split())[:120]}); {way_out}"
         ) from failure
     return known.join.join(texts)
 
@@ -222,8 +238,8 @@ def _sample_from(model: Decoder, num_samples: int, seq_len: int, seed: int, prog
         for first in range(0, num_samples, batch):
             progress("sampling text from the model", first, num_samples)
             start = torch.full((min(batch, num_samples - first), 1), begin, device=model.device)
-            blocks.append(
-                model.model.generate(
+            try:
+                block = model.model.generate(
                     start,
                     attention_mask=torch.ones_like(start),
                     do_sample=True,
@@ -234,6 +250,10 @@ def _sample_from(model: Decoder, num_samples: int, seq_len: int, seed: int, prog
                     max_new_tokens=seq_len - 1,
                     pad_token_id=begin,
                 )
-            )
+            except RuntimeError as failure:  # torch cannot draw from probabilities that are not finite
+                raise NumericsError(
+                    f"--data self: the model's probabilities are not finite; {model.first_non_finite(start, None)}"
+                ) from failure
+            blocks.append(block)
     progress("sampling text from the model", num_samples, num_samples)
     return torch.cat(blocks).cpu()

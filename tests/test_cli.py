@@ -1,0 +1,333 @@
+"""The command line as a user calls it: tables on stderr, one JSON object on stdout, recipes that repeat, a light start."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import grasp
+from grasp import cli
+from grasp.core.families import FAMILIES
+from grasp.methods import available
+
+SMALL = ("--num-samples", "3", "--seq-len", "32")
+
+
+@dataclass
+class Outcome:
+    """What a command left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        """The one JSON object, which must be all there is on stdout."""
+        assert self.status == 0, self.err
+        [line] = self.out.splitlines()
+        value = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def error(self) -> str:
+        """The one line that a mistake ends in; nothing else may have been printed."""
+        assert self.status == 2 and self.out == "" and "Traceback" not in self.err, self.err
+        [line] = self.err.splitlines()
+        assert line.startswith("grasp: error: ")
+        return line.removeprefix("grasp: error: ")
+
+
+def command(*arguments: object) -> Outcome:
+    """Run `grasp ...` in this process, as its entry point would."""
+    out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
+    handlers, level, status = root.handlers[:], root.level, 0
+    argv = mock.patch.object(sys, "argv", ["grasp", *map(str, arguments)])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception:  # what the interpreter does with it
+            traceback.print_exc()
+            status = 1
+        finally:
+            root.handlers[:], root.level = handlers, level
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def made(model_directory, text_file, tmp_path_factory) -> tuple[Path, Outcome]:
+    """(OUT, outcome) of one `grasp compress`."""
+    out = tmp_path_factory.mktemp("made") / "small"
+    flags = ("--layers", "1,3", "--retain-ratio", "0.3", "--seed", "5", "--data", text_file, *SMALL)
+    return out, command("compress", model_directory, out, *flags, "--json")
+
+
+def edits(out: Path) -> list[dict]:
+    return json.loads((out / "grasp.json").read_text())["edits"]
+
+
+# --- verbs
+
+
+def test_compress_says_what_it_did(made, model_directory):
+    out, outcome = made
+    said, manifest = outcome.json, json.loads((out / "grasp.json").read_text())
+    assert Path(said["path"]) == out and said["parameters"] == manifest["parameters"]
+    assert said["bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert said["recipe"]["layers"] == [1, 3] and said["recipe"]["seed"] == 5
+    stored = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    assert said["parameters"]["after"] == stored < said["parameters"]["before"]
+    assert f"{stored:,}" in outcome.err and "14 low-rank matrices" in outcome.err
+
+
+def test_the_path_is_shown_as_it_is(model_directory, text_file, tmp_path):
+    """Brackets in a name are no markup."""
+    outcome = command("compress", model_directory, tmp_path / "a[b]", "--num-layers", "1", "--data", text_file, *SMALL)
+    assert outcome.status == 0 and "a[b]" in "".join(outcome.err.split())
+
+
+def test_eval_of_the_result(made, model_directory, text_file):
+    out, outcome = made
+    flags = ("--ppl", text_file, "--seq-len", "64", "--num-blocks", "2", "--json")
+    small, dense = (command("eval", place, *flags) for place in (out, model_directory))
+    assert (dense.json["parameters"], small.json["parameters"]) == tuple(outcome.json["parameters"][key] for key in ("before", "after"))
+    [score] = small.json["scores"]
+    assert (score["seq_len"], score["num_blocks"], score["num_tokens"]) == (64, 2, 2 * 63)
+    assert score["value"] > 0 and score["value"] != dense.json["scores"][0]["value"]
+    assert f"{score['value']:.3f}" in small.err
+
+
+@pytest.mark.parametrize("flags", [(), ("--angular",)])
+def test_inspect_draws_a_picture_and_changes_nothing(flags, model_directory, text_file, tmp_path):
+    before = {file: file.read_bytes() for file in Path(model_directory).iterdir()}
+    picture = tmp_path / "seen.png"
+    said = command("inspect", model_directory, "-o", picture, "--data", text_file, *SMALL, *flags, "--json").json
+    assert sorted(said["most_redundant_first"]) == [0, 1, 2, 3] and set(said["scores"]) == {"0", "1", "2", "3"}
+    assert said["most_redundant_first"][0] == min(range(4), key=lambda layer: said["scores"][str(layer)])
+    with Image.open(picture) as image:
+        dark, light = image.convert("L").getextrema()
+        assert dark < 64 and light == 255 and len(image.convert("RGB").getcolors(1 << 20)) > 8
+    assert {file: file.read_bytes() for file in Path(model_directory).iterdir()} == before
+
+
+def test_lists_of_what_there_is():
+    assert set(command("methods", "--json").json) == set(available())
+    assert set(command("families", "--json").json) == {family.name for family in FAMILIES}
+    said = command("data", "--json").json
+    assert {"pydoc", "self", "wikitext2", "ptb", "c4", "alpaca"} <= set(said["named"]) and ".jsonl.gz" in said["file_types"]
+
+
+@pytest.mark.parametrize("verb", ["methods", "families", "data"])
+def test_without_json_stdout_is_empty(verb):
+    outcome = command(verb)
+    assert outcome.status == 0 and outcome.out == "" and len(outcome.err.splitlines()) > 3
+
+
+def test_every_flag_of_every_method_is_in_the_help():
+    shown = command("compress", "--help").out
+    for name, method in available().items():
+        assert name in shown
+        for field in dataclasses.fields(method):
+            assert f"--{field.name.replace('_', '-')}" in shown
+
+
+# --- dry run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num-layers", "2"),
+        ("--ratio", "0.2"),
+        ("--ratio", "0.2", "--rank-multiple", "4", "--angular"),
+        ("--layers", "0,2", "--projections", "mlp", "--retain-ratio", "0.4"),
+        ("--method", "shortgpt", "--ratio", "0.2"),
+        ("--method", "shortgpt", "--layers", "2"),
+    ],
+    ids=" ".join,
+)
+def test_a_dry_run_writes_nothing_and_knows_the_size(flags, model_directory, text_file, tmp_path):
+    given = (*flags, "--data", text_file, *SMALL, "--json")
+    dry = command("compress", model_directory, tmp_path / "out", *given, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    real = command("compress", model_directory, tmp_path / "out", *given).json["parameters"]
+    assert (dry.json["parameters_before"], dry.json["parameters_after"]) == (real["before"], real["after"])
+    assert dry.json["num_edits"] == len(edits(tmp_path / "out"))
+    assert f"{real['after']:,}" in dry.err
+
+
+def test_a_dry_run_knows_the_size_of_a_compressed_model(made, text_file, tmp_path):
+    given = ("--layers", "0", "--data", text_file, *SMALL, "--json")
+    dry = command("compress", made[0], tmp_path / "out", *given, "--dry-run").json
+    real = command("compress", made[0], tmp_path / "out", *given).json["parameters"]
+    assert (dry["parameters_before"], dry["parameters_after"]) == (real["before"], real["after"])
+
+
+def test_a_dry_run_refuses_what_the_run_would(model_directory, tmp_path):
+    out = tmp_path / "out"
+    for flags in (("--dtype", "flaot32"), ("--device", "cdua"), ("--num-layers", "7"), ("--seq-len", "1000")):
+        given = ("--num-layers", "1", *SMALL, *flags, "--dry-run")
+        assert " ".join(flags) in command("compress", model_directory, out, *given).error, flags
+
+
+# --- recipes
+
+
+def recipe(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_is_read_and_the_command_line_wins(model_directory, text_file, tmp_path):
+    lines = ("num-layers = 1", "retain_ratio = 0.3", "seed = 9", 'projections = ["q", "down"]', f'data = "{text_file}"')
+    config = recipe(tmp_path / "recipe.toml", "\n".join((*lines, "num-samples = 2", "seq-len = 16")))
+    said = command("compress", "--config", config, model_directory, tmp_path / "out", "--seed", "4", "--retain-ratio", "0.2", "--json").json
+    assert said["recipe"] == {
+        "model": model_directory, "method": "grasp", "num_layers": 1, "retain_ratio": 0.2, "projections": ["q", "down"],
+        "data": text_file, "num_samples": 2, "seq_len": 16, "seed": 4,
+    }  # fmt: skip
+
+
+def test_a_recipe_may_hold_any_flag(model_directory, text_file, tmp_path):
+    config = recipe(tmp_path / "recipe.toml", "json = true\nquiet = true\ndry-run = true\nnum-layers = 1\nseq-len = 32\n")
+    assert command("compress", "--config", config, model_directory, tmp_path / "out").json["num_layers"] == 1
+
+
+def test_an_unknown_key_of_a_recipe(model_directory, tmp_path):
+    config = recipe(tmp_path / "recipe.toml", "retain_rato = 0.2\n")
+    error = command("compress", "--config", config, model_directory, tmp_path / "out", "--num-layers", "1").error
+    assert f"--config {config}" in error and "'retain_rato'" in error and "did you mean 'retain_ratio'?" in error
+
+
+@pytest.mark.parametrize("content", ["a = = 1", "[1, 2]", '{"recipe": 3}', "\xff"])
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_an_unreadable_recipe(content, suffix, model_directory, tmp_path):
+    config = tmp_path / f"recipe{suffix}"
+    config.write_bytes(content.encode("latin-1"))
+    assert f"--config {config}" in command("compress", "--config", config, model_directory, tmp_path / "out").error
+
+
+def test_a_missing_recipe(model_directory, tmp_path):
+    assert "--config nowhere.toml" in command("compress", "--config", "nowhere.toml", model_directory, tmp_path / "out").error
+
+
+def test_the_manifest_of_a_checkpoint_repeats_it(made, model_directory, tmp_path):
+    out, outcome = made
+    again = command("compress", "--config", out / "grasp.json", model_directory, tmp_path / "again", "--json").json
+    assert again["recipe"] == outcome.json["recipe"]
+    assert edits(tmp_path / "again") == edits(out)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--ratio", "0.2", "--score", "taylor-per-sample", "--angular", "--sigma-split", "left"),
+        ("--layers", "0,2", "--threshold-ratio", "0.5", "--iterative", "--projections", "q,mlp", "--dtype", "bfloat16"),
+        ("--method", "shortgpt", "--num-layers", "1"),
+    ],
+    ids=" ".join,
+)
+def test_the_repeat_command_of_the_model_card_repeats_it(flags, model_directory, text_file, tmp_path, monkeypatch):
+    given = (*flags, "--data", text_file, *SMALL, "--seed", "2")
+    first = command("compress", model_directory, tmp_path / "small one", *given, "--json").json
+    card = (tmp_path / "small one" / "README.md").read_text()
+    [repeat] = re.findall(r"## Repeat\n\n```\n(.*)\n```", card)
+    assert shlex.split(repeat)[0] == "grasp"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = command(*shlex.split(repeat)[1:], "--json").json
+    assert again["recipe"] == first["recipe"]
+    assert edits(Path(again["path"])) == edits(tmp_path / "small one")
+
+
+# --- mistakes; more of them in test_faults.py
+
+
+def test_a_flag_of_another_method_says_whose_it_is(model_directory, tmp_path):
+    flags = ("--method", "shortgpt", "--num-layers", "1", "--retain-ratio", "0.1")
+    error = command("compress", model_directory, tmp_path / "out", *flags).error
+    assert "--retain-ratio" in error and "--method shortgpt" in error and "belongs to grasp" in error
+
+
+def test_debug_shows_the_traceback_and_the_status_stays(model_directory, tmp_path):
+    given = ("compress", model_directory, tmp_path / "out", "--layers", "7", *SMALL)
+    assert "--layers 7" in command(*given).error
+    outcome = command(*given, "--debug")
+    assert "Traceback (most recent call last)" in outcome.err and "RecipeError" in outcome.err
+    assert outcome.status == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--seq-len", "long"), ("--seq-len", "long")),
+        (("--layers", "1,x"), ("--layers", "1,x", "21,22")),
+        (("--retain-raito", "0.1"), ("--retain-raito", "--retain-ratio")),
+    ],
+)
+def test_a_flag_that_cannot_be_parsed_is_one_line_too(words, said, model_directory, tmp_path):
+    error = command("compress", model_directory, tmp_path / "out", *words).error
+    assert all(part in error for part in said)
+
+
+def test_an_unknown_verb_is_one_line_too():
+    assert "comprss" in command("comprss").error
+
+
+# --- a light start
+
+
+def fresh(*words: str) -> tuple[float, set[str], str]:
+    """(seconds, modules imported, stdout) of `python words...`, a new process."""
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - begin
+    return seconds, set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)), done.stdout
+
+
+HEAVY = {"torch", "transformers", "numpy", "matplotlib"}
+
+
+def test_help_is_light_and_answers_within_a_third_of_a_second():
+    best = 9.0
+    for _ in range(8):
+        seconds, modules, shown = fresh("-m", "grasp", "--help")
+        assert not HEAVY & modules and "compress" in shown
+        best = min(best, seconds)
+        if best < 0.3:
+            break
+    assert best < 0.3
+
+
+def test_importing_grasp_is_light():
+    _, modules, _ = fresh("-c", "import grasp; grasp.__version__; dir(grasp)")
+    assert "grasp" in modules and not HEAVY & modules
+
+
+def test_the_checks_of_lightness_can_fail():
+    seconds, modules, _ = fresh("-c", "import grasp; grasp.Calibration")
+    assert "torch" in modules and seconds > 0.3
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(grasp, name) is not None for name in grasp.__all__)
+    with pytest.raises(AttributeError):
+        _ = grasp.nothing

@@ -1,0 +1,171 @@
+"""Perplexity against a plain loop, every token once, and never a block left out."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.errors import DataError, GraspError, NumericsError, RecipeError
+from grasp.evaluation.perplexity import perplexity
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """A text of 110 random tokens."""
+    return torch.randint(0, 256, (110,), generator=torch.Generator().manual_seed(2))
+
+
+def plain_loop(model: Decoder, tokens: torch.Tensor, seq_len: int, stride: int, bos: int | None = None) -> tuple[float, int]:
+    """(perplexity, tokens counted): the log-probability of every token in the first block that predicts it, in float64."""
+    found: dict[int, float] = {}
+    body = seq_len if bos is None else seq_len - 1
+    for start in range(0, len(tokens) - body + 1, stride):
+        block = tokens[start : start + body].tolist()
+        with torch.no_grad():
+            logits = model.model(torch.tensor([block if bos is None else [bos, *block]]), use_cache=False).logits[0].double()
+        offset = 1 if bos is None else 0
+        for place in range(offset, body):
+            found.setdefault(start + place, float(torch.log_softmax(logits[place - offset], 0)[block[place]]))
+    return math.exp(-sum(found.values()) / len(found)), len(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("stride", [None, 32, 31, 8, 5, 1])
+def test_equals_a_plain_loop_that_counts_every_token_once(name, stride, decoder, tokens):
+    model = decoder(name)
+    found = perplexity(model, tokens, name="text", seq_len=32, stride=stride)
+    expected, count = plain_loop(model, tokens, 32, stride or 32)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.protocol["num_tokens"] == count
+
+
+@pytest.mark.parametrize("stride", [None, 31, 10])
+def test_gemma_sees_bos_before_every_block_and_is_not_asked_for_it(stride, decoder, tokens):
+    model = decoder("gemma2")
+    found = perplexity(model, tokens, name="text", seq_len=32, stride=stride, bos=256)
+    expected, count = plain_loop(model, tokens, 32, stride or 31, bos=256)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.protocol["num_tokens"] == count
+    assert found.protocol["bos"] == "every block"
+
+
+def test_evaluate_gives_gemma_its_bos_and_llama_none(decoder, tokenizer, text_file):
+    with open(text_file, encoding="utf-8") as stream:
+        ids = torch.tensor(tokenizer(stream.read()).input_ids)
+    for name, bos in (("gemma2", 256), ("llama", None)):
+        model = Decoder(decoder(name).model, tokenizer)
+        [score] = grasp.evaluate(model, ppl=text_file, seq_len=64, num_blocks=3).scores
+        assert score.value == pytest.approx(perplexity(model, ids, name="x", seq_len=64, num_blocks=3, bos=bos).value, rel=1e-6), name
+
+
+def test_num_blocks_takes_the_first(decoder, tokens):
+    model = decoder("llama")
+    found = perplexity(model, tokens, name="text", seq_len=32, num_blocks=2)
+    assert found.protocol["num_blocks"] == 2
+    assert found.value == pytest.approx(plain_loop(model, tokens[:64], 32, 32)[0], rel=1e-5)
+
+
+def test_more_blocks_than_there_are_is_all_of_them(decoder, tokens):
+    model = decoder("llama")
+    assert perplexity(model, tokens, name="text", seq_len=32, num_blocks=99) == perplexity(model, tokens, name="text", seq_len=32)
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1])
+def test_no_blocks_is_an_error(num_blocks, decoder, tokens):
+    with pytest.raises(GraspError, match=f"--num-blocks {num_blocks}: "):
+        perplexity(decoder("llama"), tokens, name="text", seq_len=32, num_blocks=num_blocks)
+
+
+def test_the_score_states_its_protocol(decoder, tokens):
+    found = perplexity(decoder("llama"), tokens, name="text", seq_len=32, stride=8)
+    stated = {key: value for key, value in found.to_json().items() if key not in ("value", "loss")}
+    assert stated == {
+        "name": "text", "unit": "perplexity", "seq_len": 32, "stride": 8, "bos": "as tokenised",
+        "num_blocks": 10, "num_tokens": 31 + 9 * 8, "dtype": "float32",
+    }  # fmt: skip
+    assert found.value == math.exp(found.protocol["loss"])
+
+
+@pytest.fixture
+def broken(decoder) -> Decoder:
+    """A model whose loss is NaN where token 7 is read, and nowhere else."""
+    model = decoder("mistral")
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[7] = torch.nan
+    return model
+
+
+def test_a_non_finite_block_is_an_error_and_never_skipped(broken, tokens):
+    tokens[tokens == 7] = 8
+    clean = perplexity(broken, tokens, name="text", seq_len=32)
+    assert math.isfinite(clean.value) and clean.protocol["num_blocks"] == 3
+    tokens[70] = 7  # in the third block
+    with pytest.raises(NumericsError, match=r"text: the loss of block 2 is nan .*--dtype float32$"):
+        perplexity(broken, tokens, name="text", seq_len=32)
+    assert perplexity(broken, tokens, name="text", seq_len=32, num_blocks=2).protocol["num_blocks"] == 2
+
+
+def test_a_non_finite_weight_stops_evaluate(decoder, tokenizer, text_file):
+    model = Decoder(decoder("llama").model, tokenizer)
+    with torch.no_grad():
+        model.layer(2).linears["mlp.down_proj"].parameter[0, 0] = torch.inf
+    with pytest.raises(NumericsError):
+        grasp.evaluate(model, ppl=text_file, seq_len=32)
+
+
+def test_a_text_shorter_than_a_block(decoder, tokens):
+    assert perplexity(decoder("llama"), tokens[:32], name="text", seq_len=32).protocol["num_blocks"] == 1
+    with pytest.raises(DataError, match=r"text: 31 tokens .* --seq-len 32; give more text or a smaller --seq-len$"):
+        perplexity(decoder("llama"), tokens[:31], name="text", seq_len=32)
+
+
+@pytest.mark.parametrize("stride", [0, -3, 33])
+def test_a_stride_that_leaves_tokens_out_is_an_error(stride, decoder, tokens):
+    with pytest.raises(RecipeError, match=f"--stride {stride}: must be from 1 to .*32"):
+        perplexity(decoder("llama"), tokens, name="text", seq_len=32, stride=stride)
+
+
+def test_evaluate_measures_several_texts_at_once(model_directory, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, with other words in it. " * 9)
+    both = grasp.evaluate(model_directory, ppl=[text_file, str(other)], seq_len=64)
+    assert [score.name for score in both.scores] == [text_file, str(other)]
+    assert both.scores[0].value != both.scores[1].value
+    assert grasp.evaluate(model_directory, ppl=f"{text_file},{other}", seq_len=64) == both  # as the command line writes it
+    for score in both.scores:
+        assert grasp.evaluate(model_directory, ppl=score.name, seq_len=64).scores == (score,)
+    assert json.loads(json.dumps(both.to_json()))["scores"][1]["num_tokens"] == 5 * 63
+
+
+def test_blanks_between_the_texts_do_no_harm(model_directory, text_file):
+    assert len(grasp.evaluate(model_directory, ppl=f"{text_file}, {text_file}", seq_len=64, num_blocks=1).scores) == 2
+
+
+def test_evaluate_reads_the_held_out_part_and_whole_blocks_by_default(model_directory):
+    [score] = grasp.evaluate(model_directory, ppl="pydoc", num_blocks=2).scores
+    assert (score.protocol["seq_len"], score.protocol["stride"]) == (128, 128)  # the longest the model reads
+    assert score.protocol["num_tokens"] == 2 * 127
+
+
+def test_evaluate_cannot_read_from_the_model_itself(model_directory):
+    """`self` is calibration text; the message must not offer what it refuses."""
+    with pytest.raises(DataError) as caught:
+        grasp.evaluate(model_directory, ppl="self", seq_len=64)
+    assert "self, " not in str(caught.value) and "did you mean 'self'" not in str(caught.value)
+
+
+def test_bfloat16_logits_are_promoted_before_the_loss(decoder, tokens):
+    model = decoder("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = model.model(tokens[None, :64]).logits[0, :-1]
+    assert logits.dtype == torch.bfloat16
+    promoted = float(cross_entropy(logits.double(), tokens[1:64]).exp())
+    narrow = float(cross_entropy(logits, tokens[1:64]).exp())
+    assert narrow != pytest.approx(promoted, rel=1e-4)  # or this test could not fail
+    found = perplexity(model, tokens[:64], name="text", seq_len=64)
+    assert found.value == pytest.approx(promoted, rel=1e-5)
+    assert found.protocol["dtype"] == "bfloat16"
