@@ -157,12 +157,25 @@ def test_peft_lora_on_top(checkpoint, tmp_path):
         assert torch.allclose(again.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits, atol=1e-5)
 
 
-def test_trainer_may_train_it(checkpoint):
-    """transformers refuses to train quantised models; a low-rank one is not quantised, and casts freely."""
-    from transformers.trainer_utils import validate_quantization_for_training
+def test_trainer_trains_it(checkpoint, tmp_path):
+    """transformers refuses to train quantised models; a low-rank one is not quantised: it trains, saves and casts freely."""
+    from transformers import Trainer, TrainingArguments
 
     model = grasp.load(checkpoint).model
-    validate_quantization_for_training(model)
+    model.requires_grad_(True)
+    ids = torch.load(checkpoint.parent / "ids.pt")
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    options = {"max_steps": 3, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), dataloader_pin_memory=False, **options), train_dataset=rows)
+    before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    again = grasp.load(tmp_path / "trained").model
+    factorised = next(m for m in again.modules() if isinstance(m, LowRankLinear))
+    assert factorised.rank > 0
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before)
     assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
 
 

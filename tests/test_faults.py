@@ -465,3 +465,29 @@ def test_a_killed_process_leaves_no_out_and_the_next_run_works(case, deaths, com
             grasp.load(left[0])
     assert compress("--num-layers", "1", out=out).status == 0
     assert grasp.load(out).manifest["parameters"] == grasp.load(home / "whole" / "out").manifest["parameters"]
+
+
+def test_without_a_network_the_hub_is_not_asked_six_times(monkeypatch):
+    """Where the hub's name cannot be looked up, a hub model is sought in the cache only, and a hub text is refused at once."""
+    from grasp.core import hub
+    from grasp.stages import calibration
+
+    def no_network(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(calibration, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", no_network)
+    seen = {}
+
+    def only_the_cache(_name: str, **options: object) -> None:
+        seen.update(options)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("grasp.core.models.AutoConfig.from_pretrained", only_the_cache)
+    with pytest.raises(ModelError, match="not a local directory"):
+        grasp.evaluate("somebody/model")
+    assert seen["local_files_only"] is True
+    with pytest.raises(grasp.GraspError, match="cannot be reached; give a local file instead"):
+        calibration.read_text("wikitext2", split="train")

@@ -17,12 +17,13 @@ from grasp.core.models import DTYPES
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
 from grasp.stages.calibration import FILE_TYPES, NAMED
-from grasp.terminal import emit, escape, megabytes, progress_bars, say, table
+from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
 
 def only_our_own_words() -> None:
     """Let grasp report what it does, and keep transformers' bars and notices out of ours."""
     logging.getLogger("grasp").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints for itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -103,7 +104,7 @@ def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, qu
     table(title, ("layer", "score", "most redundant", ""), rows, left=0)
     spectra(dict(scores), seen.redundancy.kind, {path: values.tolist() for path, values in seen.singular_values.items()}, output)
     say(f"most redundant first: {','.join(map(str, order))}")
-    say(f"picture: {escape(str(output))}")
+    say(f"picture: {plain(output)}")
     if as_json:
         emit(
             {

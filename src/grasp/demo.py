@@ -20,7 +20,7 @@ from grasp.core.sweep import Progress
 from grasp.errors import GraspError
 from grasp.evaluation.speed import decode_speed, greedy
 from grasp.report.plots import overview
-from grasp.terminal import emit, megabytes, progress_bars, say, table
+from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
 NUM_LAYERS, RETAIN_RATIO = 9, 0.1
 CALIBRATION: dict[str, Any] = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0}
@@ -58,8 +58,8 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
     )
     say("")
     for row in rows:
-        say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{json.dumps(row['text'], ensure_ascii=False)[1:-1]}[/dim]")
-    say(f"\ncheckpoint: {output / 'grasp'}\npicture:    {picture}\ntook {time.perf_counter() - begin:.0f} s")
+        say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{plain(json.dumps(row['text'], ensure_ascii=False)[1:-1])}[/dim]")
+    say(f"\ncheckpoint: {plain(output / 'grasp')}\npicture:    {plain(picture)}\ntook {time.perf_counter() - begin:.0f} s")
     if as_json:
         emit(
             {

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape as escape
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -62,6 +62,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 def say(message: str) -> None:
     """One line for people."""
     console.print(message, soft_wrap=True)
+
+
+def plain(value: object) -> str:
+    """Text for `say` that shows as it is, square brackets and all."""
+    return escape(str(value))
 
 
 def emit(value: dict[str, Any]) -> None:

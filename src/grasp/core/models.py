@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from grasp.core.decoder import Decoder
+from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import place_low_rank
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
@@ -50,6 +52,8 @@ def load_model(
         check_directory(path)
     name: str | Path = path if gguf or path.exists() else source
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name == source and not reachable():
+        options["local_files_only"] = True  # from the user's cache, or not at all
     if gguf:
         options["gguf_file"] = gguf
     try:
@@ -135,9 +139,9 @@ def _explained(source: str, path: Path, failure: Exception) -> ModelError | Chec
     """One line for what transformers says in many."""
     reason = " ".join(str(failure).split())
     if path.is_dir():
-        return CheckpointError(f"{source}: cannot be loaded: {reason[:300]}")
+        return CheckpointError(f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}")
     return ModelError(
-        f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it ({reason[:160]}); "
+        f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it ({textwrap.shorten(reason, 120, placeholder='…')}); "
         f"check the name and the network, or use a local directory, a .gguf file or '{EMBEDDED}'"
     )
 

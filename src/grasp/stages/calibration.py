@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor
 
 from grasp.core.decoder import Decoder
+from grasp.core.hub import reachable
 from grasp.core.records import Calibration
 from grasp.core.sweep import Progress, silent
 from grasp.errors import DataError, NumericsError, did_you_mean
@@ -204,6 +206,8 @@ def _from_hub(name: str, split: str) -> str:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise DataError(f"{flag} {name}: needs the package datasets (pip install 'grasp-llm[data]'); {way_out}") from None
+    if not reachable() and not HF_HUB_OFFLINE:
+        raise DataError(f"{flag} {name}: the Hugging Face hub cannot be reached; {way_out}, or set HF_HUB_OFFLINE=1 to use your cache")
     chosen = known.splits[split == "test"]
     try:
         rows = datasets.load_dataset(*known.hub, split=chosen, streaming=known.most_rows is not None, revision=known.revision)
