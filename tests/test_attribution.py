@@ -20,7 +20,7 @@ def float64_throughout(monkeypatch):
 
 
 def weight_grads(model, calibration, linears):
-    return model.sweep(calibration, [WeightGrad(frozenset(linear.path for linear in linears))])["weight_grad"]
+    return model.sweep(calibration, [WeightGrad(linear.path for linear in linears)])["weight_grad"]
 
 
 def total_loss(model, calibration, overrides):

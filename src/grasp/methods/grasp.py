@@ -118,7 +118,7 @@ class Grasp(Method):
             collectors.append(AngularDistance())
         if self.layers is not None and self.score in NEEDS_WEIGHT_GRAD and not self.iterative:
             linears = [linear for index in self.layers for linear in model.linears(index, self.projections)]
-            collectors.append(WeightGrad(frozenset(linear.path for linear in linears)))
+            collectors.append(WeightGrad(linear.path for linear in linears))
         return collectors
 
     def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
@@ -188,13 +188,12 @@ class Grasp(Method):
             linears = [linear for linear in linears if allocation.ranks[linear.path] is not None]
         if not linears:
             return
-        paths = frozenset(linear.path for linear in linears)
         groups = {}
         grads: dict[str, torch.Tensor] = {}
         moments: dict[str, torch.Tensor] = {}
         if self.score in NEEDS_WEIGHT_GRAD:
             ready = stats is not None and WeightGrad.name in stats.tables
-            found = stats if stats is not None and ready else model.sweep(data, [WeightGrad(paths)], task)
+            found = stats if stats is not None and ready else model.sweep(data, [WeightGrad(linear.path for linear in linears)], task)
             grads = dict(found[WeightGrad.name])
         elif self.score in NEEDS_GROUP_GRAD:
             groups = {linear.path: svd(linear.weight) for linear in linears}

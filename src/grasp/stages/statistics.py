@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -91,17 +91,13 @@ class AngularDistance(Collector):
         return {"distance": self.total / self.blocks, "layers": torch.tensor(sorted(self.states))}
 
 
-class WeightGrad(Collector):
-    """`G = dL/dW` (out, in) of the chosen matrices, the loss summed over the whole set. Table: path -> G in float32 or wider.
+class _OfGradients(Collector):
+    """Asks for the gradients of the matrices at `paths`; what it makes of them after each block is up to the subclass."""
 
-    For a float32 model autograd itself keeps the sum in `.grad`; a narrower gradient is added to a float32 sum after each block.
-    """
-
-    name: ClassVar[str] = "weight_grad"
     backward: ClassVar[bool] = True
 
-    def __init__(self, paths: frozenset[str]):
-        self.paths = paths
+    def __init__(self, paths: Iterable[str]):
+        self.paths = frozenset(paths)
         self.linears: dict[str, Linear] = {}
         self.sums: dict[str, Tensor] = {}
 
@@ -111,6 +107,15 @@ class WeightGrad(Collector):
                 self.linears[linear.path] = linear
                 linear.parameter.requires_grad_(True)
         return []
+
+
+class WeightGrad(_OfGradients):
+    """`G = dL/dW` (out, in) of the chosen matrices, the loss summed over the whole set. Table: path -> G in float32 or wider.
+
+    For a float32 model autograd itself keeps the sum in `.grad`; a narrower gradient is added to a float32 sum after each block.
+    """
+
+    name: ClassVar[str] = "weight_grad"
 
     def end_block(self) -> None:
         for path, linear in self.linears.items():
@@ -130,26 +135,17 @@ class WeightGrad(Collector):
         return table
 
 
-class GroupGrad(Collector):
+class GroupGrad(_OfGradients):
     """Per-sample sums of every singular group's `g_k = sigma_k u_k' G_s v_k`, where G_s is the gradient of block s alone.
 
     Table: path -> (3, k): sum of g, sum of |g|, sum of g squared over the blocks. Needs the decompositions beforehand.
     """
 
     name: ClassVar[str] = "group_grad"
-    backward: ClassVar[bool] = True
 
     def __init__(self, groups: Mapping[str, tuple[Tensor, Tensor, Tensor]]):
+        super().__init__(groups)
         self.groups = groups
-        self.linears: dict[str, Linear] = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def attach(self, layer: Layer) -> list[RemovableHandle]:
-        for linear in layer.linears.values():
-            if linear.path in self.groups:
-                self.linears[linear.path] = linear
-                linear.parameter.requires_grad_(True)
-        return []
 
     def end_block(self) -> None:
         for path, linear in self.linears.items():
