@@ -9,7 +9,8 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 .PHONY: demo test check docs clean
 
 demo: .venv/demo
-	.venv/bin/grasp demo
+	rm -rf demo-output
+	.venv/bin/grasp demo --output demo-output
 
 test: .venv/test
 	.venv/bin/python -m pytest

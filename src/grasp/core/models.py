@@ -69,7 +69,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, HFValidationError, SafetensorError, ValueError, RuntimeError, KeyError) as failure:
+    except (ImportError, OSError, HFValidationError, SafetensorError, ValueError, RuntimeError, KeyError) as failure:
         raise _explained(source, path, failure) from failure
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
