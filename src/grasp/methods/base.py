@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit
-from grasp.core.records import Calibration, Statistics
+from grasp.core.records import Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError
+from grasp.stages.redundancy import angular_distance, block_influence
+from grasp.stages.statistics import AngularDistance, Similarity
 
 
 def flag(default: Any, help: str) -> Any:
@@ -65,29 +67,48 @@ class Method(ABC):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
-def check_layers(model: Decoder, layers: Sequence[int] | None, num_layers: int | None, most: int) -> None:
-    """Raise `RecipeError` for a layer the model lacks, or more layers than it can give."""
-    for layer in layers or ():
-        if not 0 <= layer < model.num_layers:
-            raise RecipeError(f"--layers {layer}: the model has layers 0 to {model.num_layers - 1}")
-    if num_layers is not None and num_layers > most:
-        raise RecipeError(f"--num-layers {num_layers}: the model has {model.num_layers} layers; at most {most} are allowed")
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """Base of the methods that edit chosen decoder layers: the most redundant ones, as many as asked for, or those named."""
 
+    ratio: float | None = flag(None, "Share of ALL parameters to remove; the number of layers follows.")
+    num_layers: int | None = flag(None, "Edit this many layers, the most redundant ones.")
+    layers: tuple[int, ...] | None = flag(None, "Edit these layers, e.g. 21,22,25.")
+    angular: bool = flag(False, "Choose one contiguous span by angular distance at the last token instead of block influence.")
 
-def check_size_flags(method: Method, *names: str) -> None:
-    """Exactly one of the fields `names` must be given, and it must make sense. Raises `RecipeError`."""
-    given = [name for name in names if getattr(method, name) is not None]
-    flags = ", ".join("--" + name.replace("_", "-") for name in names)
-    if len(given) != 1:
-        said = "none was given" if not given else "got " + " and ".join("--" + name.replace("_", "-") for name in given)
-        raise RecipeError(f"--method {method.name}: say how much to compress with one of {flags}; {said}")
-    value = getattr(method, given[0])
-    if given[0] == "ratio" and not 0 <= value < 1:
-        raise RecipeError(f"--ratio {value}: the share of all parameters to remove must be at least 0 and below 1")
-    if given[0] == "num_layers" and value < 0:
-        raise RecipeError(f"--num-layers {value}: must be 0 or more")
-    if given[0] == "layers" and len(set(value)) != len(value):
-        raise RecipeError(f"--layers {','.join(map(str, value))}: a layer is named twice")
+    def __post_init__(self) -> None:
+        sizes = {"--ratio": self.ratio, "--num-layers": self.num_layers, "--layers": self.layers}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            said = f"got {' and '.join(given)}" if given else "none was given"
+            raise RecipeError(f"--method {self.name}: say how much to compress with one of {', '.join(sizes)}; {said}")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise RecipeError(f"--ratio {self.ratio}: the share of all parameters to remove must be at least 0 and below 1")
+        if self.num_layers is not None and self.num_layers < 0:
+            raise RecipeError(f"--num-layers {self.num_layers}: must be 0 or more")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise RecipeError(f"--layers {','.join(map(str, self.layers))}: a layer is named twice")
+        if self.layers == ():
+            raise RecipeError("--layers: names no layer; write it like 21,22,25")
+        if self.angular and self.layers is not None:
+            raise RecipeError("--angular chooses the layers, --layers names them; give one")
+
+    def check_layers(self, model: Decoder, most: int) -> None:
+        """Raise `RecipeError` for a layer the model lacks, or for more than `most` layers."""
+        for layer in self.layers or ():
+            if not 0 <= layer < model.num_layers:
+                raise RecipeError(f"--layers {layer}: the model has layers 0 to {model.num_layers - 1}")
+        if self.num_layers is not None and self.num_layers > most:
+            raise RecipeError(f"--num-layers {self.num_layers}: the model has {model.num_layers} layers; at most {most} are allowed")
+        if self.layers is not None and len(self.layers) > most:
+            raise RecipeError(f"--layers names all {model.num_layers} layers of the model; at most {most} are allowed")
+
+    def needs(self, model: Decoder) -> list[Collector]:
+        return [Similarity(), AngularDistance()] if self.angular else [Similarity()]
+
+    def redundancy(self, stats: Statistics) -> Redundancy:
+        """The scores that the choice of layers goes by."""
+        return angular_distance(stats) if self.angular else block_influence(stats)
 
 
 def ratio_unreachable(ratio: float, largest: float, hint: str) -> RecipeError:

@@ -26,15 +26,14 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
 from grasp.core.layer import Linear
-from grasp.core.linalg import SigmaSplit, factors, svd
+from grasp.core.linalg import SigmaSplit, break_even_rank, factors, svd
 from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError, did_you_mean
-from grasp.methods.base import Method, Plan, check_layers, check_size_flags, flag, ratio_unreachable
+from grasp.methods.base import LayerMethod, Plan, flag, ratio_unreachable
 from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
 from grasp.stages.attribution import NEEDS_GROUP_GRAD, NEEDS_WEIGHT_GRAD, SCORES, attribute
-from grasp.stages.redundancy import angular_distance, block_influence
-from grasp.stages.statistics import AngularDistance, GroupGrad, Similarity, WeightGrad
+from grasp.stages.statistics import GroupGrad, WeightGrad
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +42,12 @@ DEFAULT_RETAIN_RATIO = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grasp(Method):
+class Grasp(LayerMethod):
     """Replace the matrices of redundant layers by the singular groups the loss depends on."""
 
     name: ClassVar[str] = "grasp"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
 
-    ratio: float | None = flag(None, "Share of ALL parameters to remove; the number of layers and the last one's ranks follow.")
-    num_layers: int | None = flag(None, "Replace this many layers, the most redundant ones.")
-    layers: tuple[int, ...] | None = flag(None, "Replace these layers, e.g. 21,22,25.")
-    angular: bool = flag(False, "Choose one contiguous span by angular distance at the last token instead of block influence.")
     retain_ratio: float | None = flag(None, "Share of each replaced matrix's parameters to keep (default 0.1).")
     threshold_ratio: float | None = flag(None, "Instead: keep the smallest set of groups that holds this share of a matrix's score.")
     score: str = flag("taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".")
@@ -62,7 +57,7 @@ class Grasp(Method):
     sigma_split: str = flag("both", "Which factor holds the singular values: both (square roots), left (out) or right (in).")
 
     def __post_init__(self) -> None:
-        check_size_flags(self, "ratio", "num_layers", "layers")
+        super().__post_init__()
         if self.retain_ratio is not None and self.threshold_ratio is not None:
             raise RecipeError("--retain-ratio and --threshold-ratio both say how many groups to keep; give one")
         if self.ratio is not None and self.threshold_ratio is not None:
@@ -79,15 +74,13 @@ class Grasp(Method):
             )
         if self.rank_multiple < 1:
             raise RecipeError(f"--rank-multiple {self.rank_multiple}: must be 1 or more")
-        if self.angular and self.layers is not None:
-            raise RecipeError("--angular chooses the layers, --layers names them; give one")
 
     @property
     def _retain_ratio(self) -> float:
         return DEFAULT_RETAIN_RATIO if self.retain_ratio is None else self.retain_ratio
 
     def check(self, model: Decoder) -> None:
-        check_layers(model, self.layers, self.num_layers, model.num_layers)
+        self.check_layers(model, most=model.num_layers)
         model.linears(0, self.projections)
         if self.ratio is not None:
             self._for_ratio(model, range(model.num_layers))
@@ -113,9 +106,7 @@ class Grasp(Method):
         return Plan(len(layers), num_edits, parameters, 0 if fused else 1, sweeps, gradients)
 
     def needs(self, model: Decoder) -> list[Collector]:
-        collectors: list[Collector] = [Similarity()]
-        if self.angular:
-            collectors.append(AngularDistance())
+        collectors = super().needs(model)
         if self.layers is not None and self.score in NEEDS_WEIGHT_GRAD and not self.iterative:
             linears = [linear for index in self.layers for linear in model.linears(index, self.projections)]
             collectors.append(WeightGrad(linear.path for linear in linears))
@@ -147,7 +138,7 @@ class Grasp(Method):
         """The layers to replace, and the ranks where the budget fixes them."""
         if self.layers is not None:
             return self.layers, None
-        redundancy = angular_distance(stats) if self.angular else block_influence(stats)
+        redundancy = self.redundancy(stats)
         if self.num_layers is not None:
             return redundancy.lowest(self.num_layers), None
         return self._for_ratio(model, _most_redundant_first(redundancy), redundancy if self.angular else None)
@@ -185,6 +176,9 @@ class Grasp(Method):
         if allocation is None and self.threshold_ratio is None:
             allocation = self._uniform(linears)
         if allocation is not None:
+            for linear in linears:
+                if allocation.ranks[linear.path] is None:
+                    _stays_dense(linear)
             linears = [linear for linear in linears if allocation.ranks[linear.path] is not None]
         if not linears:
             return
@@ -209,10 +203,21 @@ class Grasp(Method):
                 rank = allocation.ranks[linear.path]
             else:
                 rank = threshold(linear.shape, scored, self.threshold_ratio or 0.0, self.rank_multiple)
-            if rank is not None:
+            if rank is None:
+                _stays_dense(linear)
+            else:
                 kept = keep(scored, rank)
                 a, b = factors(u, s, vh, kept.to(u.device), self.sigma_split)  # type: ignore[arg-type]
                 yield Factorize(linear.path, a, b, kept, scored)
+
+
+def _stays_dense(linear: Linear) -> None:
+    logger.warning(
+        "%s stays dense: a pair of the rank asked for is not smaller than the %d x %d matrix (break-even rank %.1f)",
+        linear.path,
+        *linear.shape,
+        break_even_rank(*linear.shape),
+    )
 
 
 def _most_redundant_first(redundancy: Redundancy) -> list[int]:

@@ -15,32 +15,18 @@ from typing import ClassVar
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop, Edit
 from grasp.core.records import Calibration, Statistics
-from grasp.core.sweep import Collector
-from grasp.errors import RecipeError
-from grasp.methods.base import Method, Plan, check_layers, check_size_flags, flag, ratio_unreachable
-from grasp.stages.redundancy import angular_distance, block_influence
-from grasp.stages.statistics import AngularDistance, Similarity
+from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortGPT(Method):
+class ShortGPT(LayerMethod):
     """Delete the layers that change their input least."""
 
     name: ClassVar[str] = "shortgpt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.03853"
 
-    ratio: float | None = flag(None, "Share of ALL parameters to remove: the fewest whole layers that reach it.")
-    num_layers: int | None = flag(None, "Delete this many layers, the most redundant ones.")
-    layers: tuple[int, ...] | None = flag(None, "Delete these layers, e.g. 21,22,25.")
-    angular: bool = flag(False, "Choose one contiguous span by angular distance at the last token instead of block influence.")
-
-    def __post_init__(self) -> None:
-        check_size_flags(self, "ratio", "num_layers", "layers")
-        if self.angular and self.layers is not None:
-            raise RecipeError("--angular chooses the layers, --layers names them; give one")
-
     def check(self, model: Decoder) -> None:
-        check_layers(model, self.layers, self.num_layers, model.num_layers - 1)
+        self.check_layers(model, most=model.num_layers - 1)
         self._count(model)
 
     def plan(self, model: Decoder) -> Plan:
@@ -49,20 +35,14 @@ class ShortGPT(Method):
         layers = self.layers if self.layers is not None else range(count)
         return Plan(count, count, model.num_parameters() - sum(sizes[index] for index in layers), 1, 0)
 
-    def needs(self, model: Decoder) -> list[Collector]:
-        return [Similarity(), AngularDistance()] if self.angular else [Similarity()]
-
     def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
-        redundancy = angular_distance(stats) if self.angular else block_influence(stats)
-        layers = self.layers if self.layers is not None else redundancy.lowest(self._count(model))
+        layers = self.layers if self.layers is not None else self.redundancy(stats).lowest(self._count(model))
         for index in sorted(layers, reverse=True):
             yield Drop(index)
 
     def _count(self, model: Decoder) -> int:
-        """How many layers go. Raises `RecipeError` where the ratio asks for more than all but one."""
+        """How many layers go; for a ratio, the fewest that reach it. Raises `RecipeError` where that is more than all but one."""
         if self.layers is not None:
-            if len(self.layers) >= model.num_layers:
-                raise RecipeError(f"--layers names all {model.num_layers} layers; at least one must stay")
             return len(self.layers)
         if self.num_layers is not None:
             return self.num_layers

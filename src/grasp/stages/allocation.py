@@ -6,7 +6,6 @@ stays (rank None).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,28 +14,20 @@ import torch
 from grasp.core.linalg import break_even_rank, rank_for_ratio
 from grasp.core.records import Allocation, Attribution
 
-logger = logging.getLogger(__name__)
-
 Shapes = Mapping[str, tuple[int, int]]
 """Matrix path -> (out_features, in_features)."""
 
 
-def guarded(path: str, shape: tuple[int, int], rank: int, multiple: int = 1) -> int | None:
-    """`rank` rounded down to a multiple (but not to nothing), or None at or above break-even: logged, since it was asked for."""
-    limit = break_even_rank(*shape)
+def guarded(shape: tuple[int, int], rank: int, multiple: int = 1) -> int | None:
+    """`rank` rounded down to a multiple (but not to nothing), or None at or above break-even."""
     if multiple > 1 and rank > 0:
         rank = max(rank // multiple, 1) * multiple
-    if rank >= limit:
-        logger.warning(
-            "%s stays dense: a pair of rank %d is not smaller than the %d x %d matrix (break-even %.1f)", path, rank, *shape, limit
-        )
-        return None
-    return rank
+    return rank if rank < break_even_rank(*shape) else None
 
 
 def uniform(shapes: Shapes, retain_ratio: float, multiple: int = 1) -> Allocation:
     """Every matrix keeps the share `retain_ratio` of its own parameters."""
-    return Allocation({path: guarded(path, (m, n), rank_for_ratio(m, n, retain_ratio), multiple) for path, (m, n) in shapes.items()})
+    return Allocation({path: guarded((m, n), rank_for_ratio(m, n, retain_ratio), multiple) for path, (m, n) in shapes.items()})
 
 
 def threshold(shape: tuple[int, int], attribution: Attribution, share: float, multiple: int = 1) -> int | None:
@@ -44,7 +35,7 @@ def threshold(shape: tuple[int, int], attribution: Attribution, share: float, mu
     scores = attribution.scores.double().clamp_min(0)
     total = scores.sort(descending=True).values.cumsum(0)
     rank = int((total < share * total[-1] * (1 - 1e-12)).sum()) + 1 if share > 0 and float(total[-1]) > 0 else 0
-    return guarded(attribution.path, shape, rank, multiple)
+    return guarded(shape, rank, multiple)
 
 
 def saved(shape: tuple[int, int], rank: int | None) -> int:
