@@ -100,7 +100,18 @@ def main() -> None:
     runs: dict[str, list[dict]] = {"floor": [], "grasp": []}
     for number in range(arguments.rounds):
         for kind, found in runs.items():
-            command = [sys.executable, __file__, "--child", kind, "--model", arguments.model, "--dtype", arguments.dtype, "--blocks", str(arguments.blocks)]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                kind,
+                "--model",
+                arguments.model,
+                "--dtype",
+                arguments.dtype,
+                "--blocks",
+                str(arguments.blocks),
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}  {kind:6s} {found[-1]['seconds']:7.1f} s   peak {found[-1]['peak'] / 1e6:7.0f} MB", flush=True)
