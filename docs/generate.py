@@ -17,7 +17,13 @@ OUTPUT = Path(__file__).with_name("reference.md")
 
 
 def reference() -> str:
-    parts = ["<!-- Written by docs/generate.py from the code; do not edit. `make docs` writes it anew. -->", "", "# Reference", "", "## Commands"]
+    parts = [
+        "<!-- Written by docs/generate.py from the code; do not edit. `make docs` writes it anew. -->",
+        "",
+        "# Reference",
+        "",
+        "## Commands",
+    ]
     root = click.Context(cli, info_name="grasp", terminal_width=100)
     parts += ["", "```", cli.get_help(root), "```"]
     for name in cli.list_commands(root):
@@ -26,7 +32,16 @@ def reference() -> str:
         parts += ["", f"### grasp {name}", "", "```", command.get_help(context), "```"]
     parts += ["", "## Methods", ""]
     for name, method in available().items():
-        parts += [f"### {name}", "", (method.__doc__ or "").strip(), "", f"Paper: <{method.paper}>", "", "| flag | default | |", "|---|---|---|"]
+        parts += [
+            f"### {name}",
+            "",
+            (method.__doc__ or "").strip(),
+            "",
+            f"Paper: <{method.paper}>",
+            "",
+            "| flag | default | |",
+            "|---|---|---|",
+        ]
         parts += [f"| `--{f.name.replace('_', '-')}` | {f.default} | {f.metadata['help']} |" for f in dataclasses.fields(method)] + [""]
     parts += ["## Families", "", "| family | model type | layers | attention | mlp | notes |", "|---|---|---|---|---|---|"]
     for row in FAMILIES:

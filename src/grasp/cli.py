@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import traceback
 import typing
@@ -19,7 +20,8 @@ from grasp.errors import GraspError, RecipeError, did_you_mean
 
 
 def _commands() -> Any:
-    """What the verbs show; imported when one runs, since it brings torch."""
+    """What the verbs show; imported when one runs, since it brings torch. Other libraries' bars stay off: ours show the same."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from grasp import commands
 
     commands.only_our_own_words()

@@ -49,11 +49,11 @@ def progress_bars(quiet: bool = False) -> Iterator[Bars]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
     """A table on stderr: the first `left` columns flush left, the others right."""
-    drawn = Table(
-        title=escape(title) or None, title_justify="left", header_style="bold", show_header=any(columns), box=None, padding=(0, 2, 0, 0)
-    )
+    if title:
+        say(f"[italic]{plain(title)}[/italic]")  # a title of the table's own would be folded to its width
+    drawn = Table(header_style="bold", show_header=any(columns), box=None, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if number < left else "right", overflow="fold")
+        drawn.add_column(column, justify="left" if number < left or not column else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(str(cell)) for cell in row))
     console.print(drawn)
