@@ -97,7 +97,8 @@ def spectra(redundancy: dict[int, float], kind: str, singular_values: dict[str, 
         by_name.setdefault(matrix.rsplit(".", 1)[-1], []).append(values)
     for name, group in by_name.items():
         length = min(len(values) for values in group)
-        mean = [sum(sorted(_energy(values))[k] for values in group) / len(group) for k in range(length)]
+        shares = [_energy(values) for values in group]
+        mean = [sum(share[k] for share in shares) / len(shares) for k in range(length)]
         bottom.plot([(k + 1) / length for k in range(length)], mean, label=name)
     bottom.set_xlabel("share of singular groups, largest σ first")
     bottom.set_ylabel("share of Σσ², mean over layers")
