@@ -82,6 +82,7 @@ class GraspQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        check_shapes(model)
         model.is_quantized = False  # every tensor is an ordinary float: casting and training are allowed
         carry_code(model)
         return model
@@ -124,6 +125,20 @@ def place_low_rank(model: nn.Module, ranks: dict[str, int]) -> None:
         except AttributeError:
             raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
         model.set_submodule(path, low_rank_like(old, rank, device="meta"))
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raise `ValueError` where a weight read from the files does not have the shape that the config gives it.
+
+    Some releases of transformers load a tensor of any shape into a model that comes through a quantizer.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        rank = module.rank if isinstance(module, LowRankLinear) else module.in_features
+        wrong = tuple(module.weight.shape) != (module.out_features, rank)
+        if wrong or (isinstance(module, LowRankLinear) and tuple(module.weight_in.shape) != (rank, module.in_features)):
+            raise ValueError(f"the weight of '{path}' is {tuple(module.weight.shape)}, which does not fit the ranks in config.json")
 
 
 def carry_code(model: Any) -> None:
