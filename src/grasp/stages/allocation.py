@@ -31,7 +31,7 @@ def uniform(shapes: Shapes, retain_ratio: float, multiple: int = 1) -> Allocatio
 
 
 def threshold(shape: tuple[int, int], attribution: Attribution, share: float, multiple: int = 1) -> int | None:
-    """The size of the smallest set of groups that holds `share` of the matrix's total score."""
+    """The size of the smallest set of groups that holds `share` of the matrix's total score; negative (signed) scores count as 0."""
     scores = attribution.scores.double().clamp_min(0)
     total = scores.sort(descending=True).values.cumsum(0)
     rank = int((total < share * total[-1] * (1 - 1e-12)).sum()) + 1 if share > 0 and float(total[-1]) > 0 else 0
