@@ -59,7 +59,7 @@ def test_a_pair_that_is_not_smaller_stays_dense(caplog, calibration):
     assert guarded((12, 12), 5) == 5
     assert guarded((12, 12), 6) is None
     with caplog.at_level(logging.WARNING):
-        result = grasp.compress(build("llama"), layers=(1,), threshold_ratio=0.95, data=calibration)
+        result = grasp.compress(build("llama"), layers=(1,), threshold_ratio=0.95, data=calibration, method="grasp")
     dense = [record for record in caplog.records if "stays dense" in record.getMessage()]
     assert len(dense) == 7 - len(result.manifest["edits"]) > 0
     assert "model.layers.1." in dense[0].getMessage() and "break-even" in dense[0].getMessage()

@@ -16,16 +16,34 @@ from grasp.core.edits import Factorize, apply
 from grasp.core.modeling_grasp import LowRankLinear
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, model_directory):
-    """A compressed tiny Llama with the logits it gave before it was saved."""
-    out = tmp_path_factory.mktemp("checkpoint") / "out"
+def compressed(out: Path, model: str, **fields: object) -> Path:
+    """A compressed tiny Llama in `out`, with the logits it gave before it was saved beside it."""
     ids = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
-    result = grasp.compress(model_directory, out, data=grasp.Calibration(ids, "random"), num_layers=2, retain_ratio=0.3)
+    result = grasp.compress(model, out, data=grasp.Calibration(ids, "random"), **fields)
     with torch.no_grad():
         torch.save(result.model(input_ids=ids).logits, out.parent / "logits.pt")
     torch.save(ids, out.parent / "ids.pt")
     return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model_directory):
+    """A checkpoint of the paper's method: pairs."""
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    return compressed(out, model_directory, method="grasp", num_layers=2, retain_ratio=0.3)
+
+
+@pytest.fixture(scope="module")
+def pivoted(tmp_path_factory, model_directory):
+    """A checkpoint of the default method: pivoted pairs."""
+    out = tmp_path_factory.mktemp("pivoted") / "out"
+    return compressed(out, model_directory, ratio=0.2)
+
+
+@pytest.fixture(params=["checkpoint", "pivoted"])
+def either(request):
+    """Both in turn."""
+    return request.getfixturevalue(request.param)
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -49,12 +67,13 @@ NO_GRASP = "import importlib.abc\nclass No(importlib.abc.MetaPathFinder):\n    d
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "flag"),
-    [("import grasp", "", ""), ("", "import grasp", ""), ("", "AutoModelForCausalLM.from_pretrained; import transformers.quantizers.auto; import grasp", ""), (NO_GRASP, "", ", trust_remote_code=True")],
-    ids=["grasp first", "grasp second", "grasp after quantizers", "no grasp, trust_remote_code"],
+    ("made", "before", "after", "flag"),
+    [("pivoted", "import grasp", "", ""), ("checkpoint", "", "import grasp", ""), ("checkpoint", "", "AutoModelForCausalLM.from_pretrained; import transformers.quantizers.auto; import grasp", ""), ("checkpoint", NO_GRASP, "", ", trust_remote_code=True"), ("pivoted", NO_GRASP, "", ", trust_remote_code=True")],
+    ids=["grasp first", "grasp second", "grasp after quantizers", "no grasp, trust_remote_code", "no grasp, pivoted"],
 )  # fmt: skip
-def test_plain_transformers_loads_it(checkpoint, tmp_path, before, after, flag):
+def test_plain_transformers_loads_it(made, request, tmp_path, before, after, flag):
     """In a new process: equal logits, low-rank modules, the small size; and what it saves again loads again the same way."""
+    checkpoint = request.getfixturevalue(made)
     code = LOAD.format(before=before, after=after, flag=flag)
     done = run(code, checkpoint, checkpoint.parent, tmp_path / "again")
     size = json.loads((checkpoint / "grasp.json").read_text())["parameters"]["after"]
@@ -115,7 +134,9 @@ def test_the_factors_are_the_kept_groups(checkpoint, model_directory):
 
 @pytest.mark.parametrize("split", ["both", "left", "right"])
 def test_sigma_split_changes_the_factors_not_the_product(split, model_directory, calibration):
-    made = {name: grasp.compress(model_directory, data=calibration, layers=(1,), sigma_split=name) for name in ("both", split)}
+    made = {
+        name: grasp.compress(model_directory, data=calibration, layers=(1,), sigma_split=name, method="grasp") for name in ("both", split)
+    }
     pairs = [found.model.model.layers[1].mlp.up_proj for found in made.values()]
     assert torch.allclose(pairs[0].weight @ pairs[0].weight_in, pairs[-1].weight @ pairs[-1].weight_in, atol=1e-5)
     unit = [abs(float(t.norm(dim=d).mean()) - 1) < 1e-4 for t, d in ((pairs[-1].weight, 0), (pairs[-1].weight_in, 1))]
@@ -124,7 +145,7 @@ def test_sigma_split_changes_the_factors_not_the_product(split, model_directory,
 
 def test_rank_zero_keeps_the_bias(tmp_path, calibration):
     """r = 0 removes the matrices, not their biases; the checkpoint with empty factors loads."""
-    result = grasp.compress(build("gpt2"), tmp_path / "out", layers=(1,), retain_ratio=0.0, data=calibration)
+    result = grasp.compress(build("gpt2"), tmp_path / "out", layers=(1,), retain_ratio=0.0, data=calibration, method="grasp")
     again = grasp.load(tmp_path / "out").model
     block = again.transformer.h[1]
     assert isinstance(block.mlp.c_fc, LowRankLinear) and block.mlp.c_fc.rank == 0
@@ -134,14 +155,14 @@ def test_rank_zero_keeps_the_bias(tmp_path, calibration):
         assert torch.equal(again(input_ids=calibration.ids).logits, result.model(input_ids=calibration.ids).logits)
 
 
-def test_peft_lora_on_top(checkpoint, tmp_path):
+def test_peft_lora_on_top(either, tmp_path):
     """LoRA on low-rank and dense linears alike: trains, saves, loads."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    base = grasp.load(checkpoint).model
+    base = grasp.load(either).model
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    ids = torch.load(checkpoint.parent / "ids.pt")
+    ids = torch.load(either.parent / "ids.pt")
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(4):
@@ -152,18 +173,18 @@ def test_peft_lora_on_top(checkpoint, tmp_path):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     adapted.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(grasp.load(checkpoint).model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(grasp.load(either).model, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.allclose(again.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits, atol=1e-5)
 
 
-def test_trainer_trains_it(checkpoint, tmp_path):
+def test_trainer_trains_it(either, tmp_path):
     """transformers refuses to train quantised models; a low-rank one is not quantised: it trains, saves and casts freely."""
     from transformers import Trainer, TrainingArguments
 
-    model = grasp.load(checkpoint).model
+    model = grasp.load(either).model
     model.requires_grad_(True)
-    ids = torch.load(checkpoint.parent / "ids.pt")
+    ids = torch.load(either.parent / "ids.pt")
     rows = [{"input_ids": row, "labels": row} for row in ids]
     options = {"max_steps": 3, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), dataloader_pin_memory=False, **options), train_dataset=rows)
@@ -179,9 +200,9 @@ def test_trainer_trains_it(checkpoint, tmp_path):
     assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
 
 
-def test_torch_compile(checkpoint):
-    model = grasp.load(checkpoint).model
-    ids = torch.load(checkpoint.parent / "ids.pt")
+def test_torch_compile(either):
+    model = grasp.load(either).model
+    ids = torch.load(either.parent / "ids.pt")
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
         assert torch.allclose(compiled, model(input_ids=ids).logits, atol=1e-5)
@@ -234,12 +255,12 @@ def test_loading_peaks_near_the_size_of_the_file(tmp_path):
     assert float(done.stdout.split()[-1]) <= 1.3
 
 
-def test_the_manifest_can_be_read_by_anyone(checkpoint):
-    """Plain JSON, no NaN, and the weights file holds only tensors of the small model."""
+def test_the_manifest_can_be_read_by_anyone(either):
+    """Plain JSON, no NaN, and the weights file holds only tensors of the small model (and where a pivoted pair's rows go)."""
     from safetensors import safe_open
 
-    text = (checkpoint / "grasp.json").read_text()
+    text = (either / "grasp.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in grasp.json"))
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
-        total = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    with safe_open(either / "model.safetensors", framework="pt") as file:
+        total = sum(file.get_tensor(key).numel() for key in file.keys() if not key.endswith(".places"))  # noqa: SIM118
     assert total == json.loads(text)["parameters"]["after"]

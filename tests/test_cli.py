@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import re
 import shlex
 import subprocess
@@ -73,9 +74,9 @@ def command(*arguments: object) -> Outcome:
 
 @pytest.fixture(scope="module")
 def made(model_directory, text_file, tmp_path_factory) -> tuple[Path, Outcome]:
-    """(OUT, outcome) of one `grasp compress`."""
+    """(OUT, outcome) of one `grasp compress` by the paper's method."""
     out = tmp_path_factory.mktemp("made") / "small"
-    flags = ("--layers", "1,3", "--retain-ratio", "0.3", "--seed", "5", "--data", text_file, *SMALL)
+    flags = ("--method", "grasp", "--layers", "1,3", "--retain-ratio", "0.3", "--seed", "5", "--data", text_file, *SMALL)
     return out, command("compress", model_directory, out, *flags, "--json")
 
 
@@ -97,9 +98,29 @@ def test_compress_says_what_it_did(made, model_directory):
     assert f"{stored:,}" in outcome.err and "14 low-rank matrices" in outcome.err
 
 
+def test_the_default_method_is_grasp_fisher(model_directory, text_file, tmp_path):
+    """Its pairs are pivoted, and the manifest says so and what loss they are expected to cost."""
+    said = command("compress", model_directory, tmp_path / "out", "--ratio", "0.2", "--data", text_file, *SMALL, "--json").json
+    manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
+    assert said["recipe"]["method"] == manifest["method"]["name"] == "grasp-fisher"
+    assert all(edit["pivoted"] and edit["predicted_loss"] >= 0 for edit in manifest["edits"])
+    assert manifest["prediction"]["loss_rise"] == pytest.approx(sum(edit["predicted_loss"] for edit in manifest["edits"]))
+    assert 0.2 <= said["parameters"]["ratio"] < 0.2 + 80 / said["parameters"]["before"]  # 80: one rank of the widest matrix
+
+
+def test_the_default_method_takes_the_most_redundant_layers(model_directory, text_file, tmp_path):
+    flags = ("--layers", "bi", "--num-layers", "2", "--retain-ratio", "0.3")
+    said = command("compress", model_directory, tmp_path / "out", *flags, "--data", text_file, *SMALL, "--json").json
+    scores = json.loads((tmp_path / "out" / "grasp.json").read_text())["redundancy"]["bi"]
+    assert {edit["path"].split(".")[2] for edit in edits(tmp_path / "out")} == set(sorted(scores, key=lambda layer: scores[layer])[:2])
+    chosen = 2 * (32 * (32 + 32 + 16 + 16) + 3 * 32 * 48)  # numbers in two layers
+    removed = said["parameters"]["before"] - said["parameters"]["after"]
+    assert 0 <= removed - 0.7 * chosen < 80
+
+
 def test_the_path_is_shown_as_it_is(model_directory, text_file, tmp_path):
     """Brackets in a name are no markup."""
-    outcome = command("compress", model_directory, tmp_path / "a[b]", "--num-layers", "1", "--data", text_file, *SMALL)
+    outcome = command("compress", model_directory, tmp_path / "a[b]", "--ratio", "0.1", "--data", text_file, *SMALL)
     assert outcome.status == 0 and "a[b]" in "".join(outcome.err.split())
 
 
@@ -154,10 +175,10 @@ def test_every_flag_of_every_method_is_in_the_help():
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--num-layers", "2"),
-        ("--ratio", "0.2"),
-        ("--ratio", "0.2", "--rank-multiple", "4", "--angular"),
-        ("--layers", "0,2", "--projections", "mlp", "--retain-ratio", "0.4"),
+        ("--method", "grasp", "--num-layers", "2"),
+        ("--method", "grasp", "--ratio", "0.2"),
+        ("--method", "grasp", "--ratio", "0.2", "--rank-multiple", "4", "--angular"),
+        ("--method", "grasp", "--layers", "0,2", "--projections", "mlp", "--retain-ratio", "0.4"),
         ("--method", "shortgpt", "--ratio", "0.2"),
         ("--method", "shortgpt", "--layers", "2"),
     ],
@@ -173,8 +194,21 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(flags, model_directory, tex
     assert f"{real['after']:,}" in dry.err
 
 
+def test_a_dry_run_of_the_default_method_knows_size_and_loss(model_directory, text_file, tmp_path):
+    """Ranks follow from the losses: the size is met to within one rank, and the perplexity expected is the one the manifest then names."""
+    given = ("--ratio", "0.2", "--data", text_file, *SMALL, "--json")
+    dry = command("compress", model_directory, tmp_path / "out", *given, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    real = command("compress", model_directory, tmp_path / "out", *given).json["parameters"]
+    assert dry.json["parameters_before"] == real["before"] and 0 <= dry.json["parameters_after"] - real["after"] < 80
+    found = json.loads((tmp_path / "out" / "grasp.json").read_text())["prediction"]
+    expected = dry.json["expected_perplexity"]["0.2"]
+    assert expected == pytest.approx(math.exp(found["loss_before"] + found["loss_rise"]), rel=1e-3)
+    assert f"{expected:.2f}" in dry.err
+
+
 def test_a_dry_run_knows_the_size_of_a_compressed_model(made, text_file, tmp_path):
-    given = ("--layers", "0", "--data", text_file, *SMALL, "--json")
+    given = ("--method", "grasp", "--layers", "0", "--data", text_file, *SMALL, "--json")
     dry = command("compress", made[0], tmp_path / "out", *given, "--dry-run").json
     real = command("compress", made[0], tmp_path / "out", *given).json["parameters"]
     assert (dry["parameters_before"], dry["parameters_after"]) == (real["before"], real["after"])
@@ -182,9 +216,10 @@ def test_a_dry_run_knows_the_size_of_a_compressed_model(made, text_file, tmp_pat
 
 def test_a_dry_run_refuses_what_the_run_would(model_directory, tmp_path):
     out = tmp_path / "out"
-    for flags in (("--dtype", "flaot32"), ("--device", "cdua"), ("--num-layers", "7"), ("--seq-len", "1000")):
-        given = ("--num-layers", "1", *SMALL, *flags, "--dry-run")
-        assert " ".join(flags) in command("compress", model_directory, out, *given).error, flags
+    for method in (("--method", "grasp", "--num-layers", "1"), ("--layers", "bi", "--num-layers", "1", "--ratio", "0.1")):
+        for flags in (("--dtype", "flaot32"), ("--device", "cdua"), ("--num-layers", "7"), ("--seq-len", "1000")):
+            given = (*method, *SMALL, *flags, "--dry-run")
+            assert " ".join(flags) in command("compress", model_directory, out, *given).error, given
 
 
 # --- recipes
@@ -196,7 +231,7 @@ def recipe(path: Path, text: str) -> Path:
 
 
 def test_a_recipe_is_read_and_the_command_line_wins(model_directory, text_file, tmp_path):
-    lines = ("num-layers = 1", "retain_ratio = 0.3", "seed = 9", 'projections = ["q", "down"]', f'data = "{text_file}"')
+    lines = ('method = "grasp"', "num-layers = 1", "retain_ratio = 0.3", "seed = 9", 'projections = ["q", "down"]', f'data = "{text_file}"')
     config = recipe(tmp_path / "recipe.toml", "\n".join((*lines, "num-samples = 2", "seq-len = 16")))
     said = command("compress", "--config", config, model_directory, tmp_path / "out", "--seed", "4", "--retain-ratio", "0.2", "--json").json
     assert said["recipe"] == {
@@ -206,7 +241,8 @@ def test_a_recipe_is_read_and_the_command_line_wins(model_directory, text_file, 
 
 
 def test_a_recipe_may_hold_any_flag(model_directory, text_file, tmp_path):
-    config = recipe(tmp_path / "recipe.toml", "json = true\nquiet = true\ndry-run = true\nnum-layers = 1\nseq-len = 32\n")
+    lines = ("json = true", "quiet = true", "dry-run = true", 'method = "grasp"', "num-layers = 1", "seq-len = 32")
+    config = recipe(tmp_path / "recipe.toml", "\n".join(lines))
     assert command("compress", "--config", config, model_directory, tmp_path / "out").json["num_layers"] == 1
 
 
@@ -228,25 +264,36 @@ def test_a_missing_recipe(model_directory, tmp_path):
     assert "--config nowhere.toml" in command("compress", "--config", "nowhere.toml", model_directory, tmp_path / "out").error
 
 
-def test_the_manifest_of_a_checkpoint_repeats_it(made, model_directory, tmp_path):
-    out, outcome = made
-    again = command("compress", "--config", out / "grasp.json", model_directory, tmp_path / "again", "--json").json
-    assert again["recipe"] == outcome.json["recipe"]
-    assert edits(tmp_path / "again") == edits(out)
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method grasp --layers 1,3 --retain-ratio 0.3",
+        "--layers 1,3 --retain-ratio 0.3",
+        "--layers bi --num-layers 1 --ratio 0.1 --exclude k",
+    ],
+)
+def test_the_manifest_of_a_checkpoint_repeats_it(flags, model_directory, text_file, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    first = command("compress", model_directory, out, *flags.split(), "--seed", "5", "--data", text_file, *SMALL, "--json").json
+    second = command("compress", "--config", out / "grasp.json", model_directory, again, "--json").json
+    assert second["recipe"] == first["recipe"]
+    assert edits(again) == edits(out)
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--ratio", "0.2", "--score", "taylor-per-sample", "--angular", "--sigma-split", "left"),
-        ("--layers", "0,2", "--threshold-ratio", "0.5", "--iterative", "--projections", "q,mlp", "--dtype", "bfloat16"),
-        ("--method", "shortgpt", "--num-layers", "1"),
+        "--method grasp --ratio 0.2 --score taylor-per-sample --angular --sigma-split left",
+        "--method grasp --layers 0,2 --threshold-ratio 0.5 --iterative --projections q,mlp --dtype bfloat16",
+        "--method shortgpt --num-layers 1",
+        "--ratio 0.2",
+        "--layers bi --num-layers 2 --retain-ratio 0.3 --basis input --storage pair --dtype bfloat16",
+        "--layers 0,2 --ratio 0.1 --exclude k,v --score random --allocation per-layer --rank-multiple 2",
     ],
-    ids=" ".join,
 )
 def test_the_repeat_command_of_the_model_card_repeats_it(flags, model_directory, text_file, tmp_path, monkeypatch):
-    given = (*flags, "--data", text_file, *SMALL, "--seed", "2")
+    given = (*flags.split(), "--data", text_file, *SMALL, "--seed", "2")
     first = command("compress", model_directory, tmp_path / "small one", *given, "--json").json
     card = (tmp_path / "small one" / "README.md").read_text()
     [repeat] = re.findall(r"## Repeat\n\n```\n(.*)\n```", card)
@@ -261,14 +308,28 @@ def test_the_repeat_command_of_the_model_card_repeats_it(flags, model_directory,
 # --- mistakes; more of them in test_faults.py
 
 
-def test_a_flag_of_another_method_says_whose_it_is(model_directory, tmp_path):
-    flags = ("--method", "shortgpt", "--num-layers", "1", "--retain-ratio", "0.1")
-    error = command("compress", model_directory, tmp_path / "out", *flags).error
-    assert "--retain-ratio" in error and "--method shortgpt" in error and "belongs to grasp" in error
+@pytest.mark.parametrize(
+    ("flags", "flag", "method", "owners"),
+    [
+        ("--method shortgpt --num-layers 1 --retain-ratio 0.1", "--retain-ratio", "shortgpt", "grasp, grasp-fisher"),
+        ("--method grasp --num-layers 1 --basis input", "--basis", "grasp", "grasp-fisher"),
+        ("--ratio 0.2 --iterative", "--iterative", "grasp-fisher", "grasp"),
+        ("--ratio 0.2 --angular", "--angular", "grasp-fisher", "grasp, shortgpt"),
+    ],
+)
+def test_a_flag_of_another_method_says_whose_it_is(flags, flag, method, owners, model_directory, tmp_path):
+    error = command("compress", model_directory, tmp_path / "out", *flags.split()).error
+    assert error == f"{flag}: not a flag of --method {method}; it belongs to {owners}"
+
+
+@pytest.mark.parametrize("flags", ["--layers bi", "--layers all"])
+def test_layers_of_the_papers_method_are_numbers(flags, model_directory, tmp_path):
+    error = command("compress", model_directory, tmp_path / "out", "--method", "grasp", *flags.split()).error
+    assert error == f"{flags}: not a list of whole numbers; write it like 21,22,25"
 
 
 def test_debug_shows_the_traceback_and_the_status_stays(model_directory, tmp_path):
-    given = ("compress", model_directory, tmp_path / "out", "--layers", "7", *SMALL)
+    given = ("compress", model_directory, tmp_path / "out", "--method", "grasp", "--layers", "7", *SMALL)
     assert "--layers 7" in command(*given).error
     outcome = command(*given, "--debug")
     assert "Traceback (most recent call last)" in outcome.err and "RecipeError" in outcome.err
@@ -279,7 +340,8 @@ def test_debug_shows_the_traceback_and_the_status_stays(model_directory, tmp_pat
     ("words", "said"),
     [
         (("--seq-len", "long"), ("--seq-len", "long")),
-        (("--layers", "1,x"), ("--layers", "1,x", "21,22")),
+        (("--method", "grasp", "--layers", "1,x"), ("--layers", "1,x", "21,22")),
+        (("--ratio", "0.2", "--layers", "1,x"), ("--layers", "1,x", "21,22")),
         (("--retain-raito", "0.1"), ("--retain-raito", "--retain-ratio")),
     ],
 )

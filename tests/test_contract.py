@@ -12,7 +12,13 @@ from grasp.core.edits import Drop, apply
 from grasp.methods import available, make
 
 METHODS = sorted(available())
-RECIPES = {"grasp": {"num_layers": 2, "retain_ratio": 0.3}, "shortgpt": {"num_layers": 2}}
+RECIPES = {"grasp": {"num_layers": 2, "retain_ratio": 0.3}, "grasp-fisher": {"ratio": 0.2}, "shortgpt": {"num_layers": 2}}
+SIZES = {
+    "grasp": ({"ratio": 0.2}, {"layers": (1, 3)}),
+    "grasp-fisher": ({"retain_ratio": 0.3, "layers": (1, 3)}, {"ratio": 0.1, "layers": "bi", "num_layers": 2}),
+    "shortgpt": ({"ratio": 0.2}, {"layers": (1, 3)}),
+}
+"""More ways to say how much, for every method."""
 
 
 @pytest.fixture(params=METHODS)
@@ -30,7 +36,7 @@ def logits(model, ids, **more):
 
 
 def test_every_method_has_a_recipe_here(method):
-    assert method in RECIPES, "add the new method to RECIPES so that the contract covers it"
+    assert method in RECIPES and method in SIZES, "add the new method to RECIPES and SIZES so that the contract covers it"
 
 
 def test_size_is_met(family, method, calibration):
@@ -110,10 +116,12 @@ def test_recipe_round_trip(family, method, calibration, tmp_path):
 
 
 def test_plan_predicts_the_result(family, method, calibration):
-    for fields in (RECIPES[method], {"ratio": 0.2}, {"layers": (1, 3)}):
+    """To the number; where ranks follow from losses not yet known, what is planned is the most, missed by less than one rank."""
+    for fields in (RECIPES[method], *SIZES[method]):
         chosen, model = make(method, fields), Decoder(build(family))
         result = compressed(family, method, calibration, **fields)
-        assert chosen.plan(model).parameters == result.parameters_after, fields
+        one_rank = max(sum(linear.shape) for linear in model.linears(0)) if method == "grasp-fisher" else 1
+        assert 0 <= chosen.plan(model).parameters - result.parameters_after < one_rank, fields
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

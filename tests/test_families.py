@@ -59,7 +59,7 @@ def test_projections_that_cannot_be(projections, message):
 
 
 def test_only_the_chosen_projections_are_replaced(calibration):
-    result = grasp.compress(build("llama"), data=calibration, num_layers=2, projections="mlp")
+    result = grasp.compress(build("llama"), data=calibration, num_layers=2, projections="mlp", method="grasp")
     assert {edit["path"].split(".")[3] for edit in result.manifest["edits"]} == {"mlp"} and len(result.manifest["edits"]) == 6
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_family_of_plain_linears_works_by_inspection(config, argument
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_IDS, **arguments)).eval()
     with caplog.at_level(logging.WARNING):
-        result = grasp.compress(model, tmp_path / "out", num_layers=2, retain_ratio=0.3, data=calibration)
+        result = grasp.compress(model, tmp_path / "out", num_layers=2, retain_ratio=0.3, data=calibration, method="grasp")
     assert "by inspection" in caplog.text
     assert len(result.manifest["edits"]) == 2 * len(Decoder(model).family.matrices) >= 12
     with torch.no_grad():
@@ -87,14 +87,14 @@ def test_an_unknown_family_of_plain_linears_works_by_inspection(config, argument
 def test_a_model_with_fused_experts_says_how_to_add_a_row(calibration):
     config = transformers.MixtralConfig(**_IDS, **_GATED, num_local_experts=4)
     with pytest.raises(grasp.GraspError, match=r"mixtral.*add a row to src/grasp/core/families.py"):
-        grasp.compress(transformers.MixtralForCausalLM(config), num_layers=1, data=calibration)
+        grasp.compress(transformers.MixtralForCausalLM(config), num_layers=1, data=calibration, method="grasp")
 
 
 def test_a_model_that_is_not_laid_out_as_its_family(calibration):
     model = build("llama")
     del model.model.layers[0].mlp.up_proj
     with pytest.raises(grasp.GraspError, match="not laid out as Llama"):
-        grasp.compress(model, num_layers=1, data=calibration)
+        grasp.compress(model, num_layers=1, data=calibration, method="grasp")
 
 
 def test_layers_that_scale_by_their_index_are_not_dropped(calibration):

@@ -19,6 +19,7 @@ from test_cli import SMALL, Outcome, command
 import grasp
 from grasp import pipeline
 from grasp.core.decoder import Decoder
+from grasp.core.modeling_grasp import FORMAT_VERSION
 from grasp.errors import CheckpointError, ModelError
 
 UP_TO_DATE = "pip install -U grasp-llm"
@@ -39,10 +40,11 @@ def the_input_is_never_touched(model_directory):
 
 @pytest.fixture
 def compress(model_directory, text_file, tmp_path):
-    """`compress(*flags, model=..., out=...)`: the command on the tiny model; its OUT is tmp_path / "out"."""
+    """`compress(*flags, model=..., out=...)`: the command on the tiny model, by the paper's method unless flags name one; OUT is tmp_path / "out"."""
 
     def run(*flags: object, model: object = model_directory, out: object = tmp_path / "out") -> Outcome:
-        return command("compress", model, out, "--data", text_file, *SMALL, *flags)
+        method = () if {"--method", "--config"} & set(flags) else ("--method", "grasp")
+        return command("compress", model, out, "--data", text_file, *SMALL, *method, *flags)
 
     return run
 
@@ -57,7 +59,7 @@ def copy(model_directory, tmp_path) -> Path:
 def checkpoint(model_directory, text_file, tmp_path_factory) -> Path:
     """A checkpoint with low-rank matrices in layer 3."""
     out = tmp_path_factory.mktemp("checkpoint") / "small"
-    made = command("compress", model_directory, out, "--layers", "3", "--data", text_file, *SMALL)
+    made = command("compress", model_directory, out, "--method", "grasp", "--layers", "3", "--data", text_file, *SMALL)
     assert made.status == 0, made.err
     return out
 
@@ -100,6 +102,18 @@ MISTAKES = {
     "--num-layers 1 --num-samples 0": ["--num-samples 0", "1 or more"],
     "--num-layers 1 --seq-len 500": ["--seq-len 500", "2 to 128"],
     "--num-layers 1 --data pydco": ["--data pydco", "wikitext2", "did you mean 'pydoc'?"],
+    "--method grasp-fisher": ["--method grasp-fisher", "--ratio", "--retain-ratio", "none was given"],
+    "--method grasp-fisher --ratio 0.1 --retain-ratio 0.1": ["--method grasp-fisher", "one of", "got both"],
+    "--method grasp-fisher --ratio nan": ["--ratio nan", "at least 0 and below 1"],
+    "--method grasp-fisher --ratio 0.1 --layers 7": ["--layers 7", "0 to 3"],
+    "--method grasp-fisher --ratio 0.1 --layers 1,1": ["--layers 1,1", "twice"],
+    "--method grasp-fisher --ratio 0.1 --layers bii": ["--layers bii", "all, bi, or indices"],
+    "--method grasp-fisher --ratio 0.1 --layers bi": ["--num-layers", "--layers bi", "go together"],
+    "--method grasp-fisher --ratio 0.1 --num-layers 2": ["--num-layers", "--layers bi", "go together"],
+    "--method grasp-fisher --retain-ratio 0.1 --layers bi --num-layers 5": ["--num-layers 5", "4 layers"],
+    "--method grasp-fisher --ratio 0.1 --basis fischer": ["--basis fischer", "plain, input, fisher", "did you mean 'fisher'?"],
+    "--method grasp-fisher --ratio 0.1 --exclude gaet": ["--exclude", "'gaet'", "did you mean 'gate'?"],
+    "--method grasp-fisher --ratio 0.1 --rank-multiple 0": ["--rank-multiple 0", "1 or more"],
 }
 
 
@@ -117,7 +131,20 @@ def test_a_device_that_is_not_there(compress):
     assert "--device cuda" in error and "try cpu" in error
 
 
-@pytest.mark.parametrize("flags", ["", "--retain-ratio 0.5", "--projections mlp", "--rank-multiple 8", "--angular", "--method shortgpt"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--retain-ratio 0.5",
+        "--projections mlp",
+        "--rank-multiple 8",
+        "--angular",
+        "--method shortgpt",
+        "--method grasp-fisher",
+        "--method grasp-fisher --layers 1,2 --exclude k,v --rank-multiple 8",
+        "--method grasp-fisher --layers bi --num-layers 2 --storage pair",
+    ],
+)
 def test_the_largest_reachable_ratio_is_named_and_can_be_reached(flags, compress, tmp_path):
     error = compress("--ratio", "0.99", *flags.split()).error
     assert "--ratio 0.99" in error and not (tmp_path / "out").exists()
@@ -187,7 +214,7 @@ def test_a_config_of_no_language_model(content, compress, copy):
 @pytest.mark.parametrize("verb", ["compress", "eval"])
 def test_missing_weights(verb, copy, text_file, tmp_path):
     (copy / "model.safetensors").unlink()
-    words = (tmp_path / "out", "--num-layers", "1") if verb == "compress" else ("--ppl", text_file)
+    words = (tmp_path / "out", "--ratio", "0.1") if verb == "compress" else ("--ppl", text_file)
     error = command(verb, copy, *words).error
     assert str(copy) in error and "no *.safetensors file" in error
 
@@ -246,13 +273,22 @@ def test_a_model_without_its_familys_linears():
 @pytest.mark.parametrize("verb", ["compress", "inspect"])
 def test_a_non_finite_weight_is_named(verb, number, copy, text_file, tmp_path):
     change_weights(copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"][3].fill_(number))
-    words = (tmp_path / "out", "--num-layers", "1") if verb == "compress" else ("-o", tmp_path / "seen.png")
+    words = (tmp_path / "out", "--ratio", "0.1") if verb == "compress" else ("-o", tmp_path / "seen.png")
     error = command(verb, copy, *words, "--data", text_file, *SMALL).error
     assert "'model.layers.2.mlp.down_proj.weight' holds 48 non-finite numbers" in error
 
 
 @pytest.mark.parametrize(
-    "flags", ["--num-layers 1", "--layers 1", "--layers 1 --score magnitude", "--layers 3 --data self", "--method shortgpt --num-layers 1"]
+    "flags",
+    [
+        "--num-layers 1",
+        "--layers 1",
+        "--layers 1 --score magnitude",
+        "--layers 3 --data self",
+        "--method shortgpt --num-layers 1",
+        "--method grasp-fisher --ratio 0.1",
+        "--method grasp-fisher --ratio 0.1 --basis plain",
+    ],
 )
 def test_a_loss_that_is_not_a_number_names_the_layer(flags, compress, copy, tmp_path):
     """Finite weights whose products overflow in layer 2."""
@@ -268,7 +304,7 @@ def test_a_loss_that_is_not_a_number_names_the_layer(flags, compress, copy, tmp_
 def test_a_manifest_of_a_newer_grasp(checkpoint, text_file, tmp_path):
     newer = Path(shutil.copytree(checkpoint, tmp_path / "newer"))
     change_json(newer / "grasp.json", format_version=99)
-    with pytest.raises(CheckpointError, match=f"format 99 .* up to 1; .*{UP_TO_DATE}"):
+    with pytest.raises(CheckpointError, match=f"format 99 .* up to {FORMAT_VERSION}; .*{UP_TO_DATE}"):
         grasp.load(newer)
     error = command("eval", newer, "--ppl", text_file).error
     assert str(newer) in error and UP_TO_DATE in error
@@ -278,7 +314,7 @@ def test_weights_of_a_newer_grasp(checkpoint, text_file, tmp_path):
     newer = Path(shutil.copytree(checkpoint, tmp_path / "newer"))
     table = json.loads((newer / "config.json").read_text())["quantization_config"]
     change_json(newer / "config.json", quantization_config={**table, "version": 99})
-    with pytest.raises(ValueError, match=f"format 99.* up to 1: .*{UP_TO_DATE}"):
+    with pytest.raises(ValueError, match=f"format 99.* up to {FORMAT_VERSION}: .*{UP_TO_DATE}"):
         transformers.AutoModelForCausalLM.from_pretrained(newer)
     error = command("eval", newer, "--ppl", text_file).error
     assert str(newer) in error and UP_TO_DATE in error
@@ -336,10 +372,11 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(compress, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_room_for_the_small_model_is_enough(compress, monkeypatch):
+@pytest.mark.parametrize("method", ["grasp", "grasp-fisher"])
+def test_room_for_the_small_model_is_enough(method, compress, monkeypatch):
     free_space(monkeypatch, 130_000)
-    assert "free" in compress("--ratio", "0.1").error
-    assert compress("--ratio", "0.3").status == 0
+    assert "free" in compress("--ratio", "0.1", "--method", method).error
+    assert compress("--ratio", "0.3", "--method", method).status == 0
 
 
 def test_a_disk_that_fills_up_meanwhile_is_noticed_before_writing(compress, monkeypatch, tmp_path):
@@ -415,7 +452,7 @@ for prepare in (whole, no_room, killed_in_the_weights, killed_after_the_weights,
     if child == 0:
         os.dup2(os.open(place + ".err", os.O_WRONLY | os.O_CREAT), 2)
         prepare()
-        size = ["--num-layers", "1", "--num-samples", "3", "--seq-len", "32"]
+        size = ["--method", "grasp", "--num-layers", "1", "--num-samples", "3", "--seq-len", "32"]
         sys.argv = ["grasp", "compress", model, os.path.join(place, "out"), "--data", text, *size]
         try:
             main()

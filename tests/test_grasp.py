@@ -37,7 +37,7 @@ def test_equals_the_plain_version(iterative, calibration):
     steps = [[f"model.layers.{layer}.{name}" for name in part] for layer in (3, 1) for part in (MLP, ATTENTION)]
     for paths in steps if iterative else [[path for step in steps for path in step]]:
         plain_step(expected, calibration.ids, paths, 0.3)
-    found = grasp.compress(build("llama"), layers=(1, 3), retain_ratio=0.3, iterative=iterative, data=calibration).model
+    found = grasp.compress(build("llama"), layers=(1, 3), retain_ratio=0.3, iterative=iterative, data=calibration, method="grasp").model
     with torch.no_grad():
         assert torch.allclose(found(input_ids=calibration.ids).logits, expected(input_ids=calibration.ids).logits, atol=1e-4)
     for path in steps[0]:
@@ -48,7 +48,7 @@ def test_equals_the_plain_version(iterative, calibration):
 def test_iterative_differs_from_one_shot(calibration):
     kept = []
     for iterative in (False, True):
-        result = grasp.compress(build("llama"), layers=(1, 2, 3), retain_ratio=0.3, iterative=iterative, data=calibration)
+        result = grasp.compress(build("llama"), layers=(1, 2, 3), retain_ratio=0.3, iterative=iterative, data=calibration, method="grasp")
         assert [edit["path"].split(".")[2] for edit in result.manifest["edits"]] == ["3"] * 7 + ["2"] * 7 + ["1"] * 7
         kept.append([edit["kept"] for edit in result.manifest["edits"]])
     assert kept[0] != kept[1]
@@ -62,16 +62,16 @@ def test_how_often_the_set_is_read(fields, passes, calibration):
     model = build("llama")
     seen = []
     model.base_model.register_forward_hook(lambda *_: seen.append(1))
-    grasp.compress(model, data=calibration, **fields)
+    grasp.compress(model, data=calibration, **fields, method="grasp")
     assert len(seen) == passes * calibration.num_blocks
 
 
 def test_angular_takes_one_contiguous_span(calibration):
-    result = grasp.compress(build("llama"), num_layers=2, angular=True, data=calibration)
+    result = grasp.compress(build("llama"), num_layers=2, angular=True, data=calibration, method="grasp")
     layers = sorted({int(edit["path"].split(".")[2]) for edit in result.manifest["edits"]})
     assert layers[1] == layers[0] + 1
     assert result.manifest["redundancy"].keys() == {"bi", "angular"}
-    by_ratio = grasp.compress(build("llama"), ratio=0.3, angular=True, data=calibration)
+    by_ratio = grasp.compress(build("llama"), ratio=0.3, angular=True, data=calibration, method="grasp")
     spanned = sorted({int(edit["path"].split(".")[2]) for edit in by_ratio.manifest["edits"]})
     assert spanned == list(range(spanned[0], spanned[-1] + 1)) and by_ratio.ratio >= 0.3
     dropped = grasp.compress(build("llama"), method="shortgpt", num_layers=2, angular=True, data=calibration)
@@ -79,7 +79,7 @@ def test_angular_takes_one_contiguous_span(calibration):
 
 
 def test_threshold_keeps_the_smallest_set_that_holds_the_share(calibration):
-    result = grasp.compress(build("llama"), layers=(1,), threshold_ratio=0.5, data=calibration)
+    result = grasp.compress(build("llama"), layers=(1,), threshold_ratio=0.5, data=calibration, method="grasp")
     assert result.manifest["edits"]
     for edit in result.manifest["edits"]:
         scores = sorted(edit["scores"], reverse=True)
@@ -89,16 +89,19 @@ def test_threshold_keeps_the_smallest_set_that_holds_the_share(calibration):
 
 
 def test_rank_multiple(calibration):
-    result = grasp.compress(build("llama"), layers=(1, 2), retain_ratio=0.7, rank_multiple=4, data=calibration)
+    result = grasp.compress(build("llama"), layers=(1, 2), retain_ratio=0.7, rank_multiple=4, data=calibration, method="grasp")
     assert {edit["rank"] % 4 for edit in result.manifest["edits"]} == {0}
-    exact = grasp.compress(build("llama"), ratio=0.2, rank_multiple=4, data=calibration)
+    exact = grasp.compress(build("llama"), ratio=0.2, rank_multiple=4, data=calibration, method="grasp")
     assert {edit["rank"] % 4 for edit in exact.manifest["edits"]} == {0} and exact.ratio >= 0.2
 
 
 def test_the_random_control_is_seeded(calibration):
     def kept(seed):
         data = grasp.Calibration(calibration.ids, "random", seed)
-        return [edit["kept"] for edit in grasp.compress(build("llama"), layers=(1,), score="random", data=data).manifest["edits"]]
+        return [
+            edit["kept"]
+            for edit in grasp.compress(build("llama"), layers=(1,), score="random", data=data, method="grasp").manifest["edits"]
+        ]
 
     assert kept(0) == kept(0) != kept(1)
     assert len({tuple(k) for k in kept(0)}) > 1
@@ -108,7 +111,7 @@ def test_the_random_control_is_seeded(calibration):
     "score", ["taylor", "taylor-signed", "gradient", "taylor-per-sample", "taylor-per-sample-squared", "magnitude", "random"]
 )
 def test_every_score_compresses_to_the_same_size(score, calibration):
-    result = grasp.compress(build("qwen2"), num_layers=2, retain_ratio=0.3, score=score, data=calibration)
+    result = grasp.compress(build("qwen2"), num_layers=2, retain_ratio=0.3, score=score, data=calibration, method="grasp")
     assert {edit["score"] for edit in result.manifest["edits"]} == {score}
     for edit in result.manifest["edits"]:
         best = sorted(range(len(edit["scores"])), key=lambda k: -edit["scores"][k])[: edit["rank"]]
@@ -117,8 +120,8 @@ def test_every_score_compresses_to_the_same_size(score, calibration):
 
 def test_a_second_run_goes_on_where_the_first_stopped(calibration):
     """Compressing a compressed model: other layers can follow, and the size adds up."""
-    first = grasp.compress(build("llama"), layers=(1,), data=calibration)
-    second = grasp.compress(copy.deepcopy(first.model), layers=(2,), data=calibration)
-    both = grasp.compress(build("llama"), layers=(1, 2), data=calibration)
+    first = grasp.compress(build("llama"), layers=(1,), data=calibration, method="grasp")
+    second = grasp.compress(copy.deepcopy(first.model), layers=(2,), data=calibration, method="grasp")
+    both = grasp.compress(build("llama"), layers=(1, 2), data=calibration, method="grasp")
     assert second.parameters_after == both.parameters_after
     assert len(Decoder(second.model).layer(1).linears) == 0 and LAYERS == 4

@@ -1,7 +1,7 @@
-"""grasp: make a Hugging Face language model smaller by replacing redundant layers with the singular groups its loss depends on.
+"""grasp: make a Hugging Face language model smaller by keeping the singular groups its loss depends on.
 
     import grasp
-    result = grasp.compress("smollm2", "small", method="grasp", num_layers=9, retain_ratio=0.1)
+    result = grasp.compress("smollm2", "small", ratio=0.2)
     grasp.evaluate("small", ppl="pydoc")
     model = grasp.load("small").model
 

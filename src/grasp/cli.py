@@ -66,16 +66,18 @@ class MethodCommand(click.Command):
 def _method_options() -> list[click.Option]:
     from grasp.methods import available
 
-    owners: dict[str, list[str]] = {}
-    fields: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
+    helps: dict[str, dict[str, list[str]]] = {}
+    kinds: dict[str, Any] = {}
     for name, method in available().items():
         hints = typing.get_type_hints(method)
         for field in dataclasses.fields(method):
-            owners.setdefault(field.name, []).append(name)
-            fields.setdefault(field.name, (hints[field.name], field))
+            helps.setdefault(field.name, {}).setdefault(field.metadata["help"], []).append(name)
+            kind = kinds.setdefault(field.name, hints[field.name])
+            if kind != hints[field.name] and "tuple" in str(kind):
+                kinds[field.name] = tuple[str, ...]  # the method chosen says what the words may be
     options = []
-    for name, (kind, field) in fields.items():
-        text = f"[{', '.join(owners[name])}] {field.metadata['help']}"
+    for name, kind in kinds.items():
+        text = " ".join(f"[{', '.join(owners)}] {text}" for text, owners in helps[name].items())
         flag = f"--{name.replace('_', '-')}"
         if kind is bool:
             options.append(click.Option([flag], is_flag=True, default=None, help=text))
@@ -120,7 +122,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
 
 
 _OPTIONS: dict[str, Callable[..., Any]] = {
-    "data": click.option("--data", default="pydoc", show_default=True, help="Calibration text: a named set (see `grasp data`), a file, self or pydoc."),
+    "data": click.option("--data", default="pydoc", show_default=True, help="Calibration text: a named set (see `grasp data`), a file, self or pydoc; several, separated by commas, are mixed."),
     "text_field": click.option("--text-field", help="Column of the text in .jsonl, .json, .csv or .parquet files."),
     "seed": click.option("--seed", type=int, default=0, show_default=True, help="Draws the calibration blocks."),
     "device": click.option("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one."),
@@ -158,24 +160,24 @@ def cli() -> None:
 @cli.command(cls=MethodCommand, short_help="Compress MODEL and save it in OUT.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", default="grasp", show_default=True, help="Compression method (see `grasp methods`).")
+@click.option("--method", default="grasp-fisher", show_default=True, help="Compression method (see `grasp methods`).")
 @click.option("--num-samples", type=int, default=64, show_default=True, help="Number of calibration blocks.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
 @click.option(
     "--config", type=click.Path(path_type=Path), is_eager=True, callback=_read_config, expose_value=False,
     help="Recipe: a .toml file of these flags, or the grasp.json of a checkpoint. Flags given here win.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be done, its size, memory and time; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, its size, memory, time and expected perplexity; write nothing.")
 @shared("data", "text_field", "seed", "device", "dtype", "trust")
 def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Compress MODEL and save the result in OUT, a new or empty directory.
 
-    MODEL: hub id, directory, .gguf file, or smollm2 (embedded). Say how much with one of --ratio, --num-layers or --layers.
+    MODEL: hub id, directory, .gguf file, or smollm2 (embedded). Say how much with --ratio; --method grasp is the paper's method.
     """
     commands = _commands()
     given = {name: value for name, value in options.items() if value is not None}
     if dry_run:
-        commands.dry_run(model, out, given, as_json)
+        commands.dry_run(model, out, given, as_json, quiet)
     else:
         commands.compress(model, out, given, as_json, quiet)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
         )
 
 
-def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
-    """Say what `compress` would do and what it would cost."""
+LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Ratios that a dry run shows beside the one asked for."""
+
+
+def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Say what `compress` would do, what it would cost, and, where the method can tell, what perplexity to expect."""
+    everything = dict(options)
     for name in ("data", "seed", "text_field"):
         options.pop(name, None)
     dtype, num_samples, seq_len = options.get("dtype"), options["num_samples"], options["seq_len"]
@@ -77,7 +83,17 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> No
         ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
         ("writes", f"{out}: nothing in a dry run"),
     ]
+    asked = options.get("ratio") or (None if after is None else round(1 - after / before, 4))
+    expected = _expect(model, everything, asked, quiet) if method.predicts else None
     table("dry run", ("", ""), rows, left=2)
+    if expected is not None:
+        lines = [("dense", "", f"{math.exp(expected.loss):.2f}", "")]
+        lines += [
+            (f"{ratio:.4g}", f"{rise:.3f}", f"{expected.perplexity(ratio):.2f}", "← asked for" if ratio == asked else "")
+            for ratio, rise in expected.rises.items()
+        ]
+        share = "ratio" if options.get("budget") != "latency" else "ratio (of time)"
+        table("expected on text like the calibration text", (share, "loss rise (nats/token)", "perplexity", ""), lines, left=0)
     if as_json:
         emit(
             {
@@ -86,8 +102,16 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool) -> No
                 "seconds": cost.seconds,
                 "memory_bytes": cost.memory,
                 **dataclasses.asdict(plan),
+                **({} if expected is None else {"loss": expected.loss}),
+                **({} if expected is None else {"expected_perplexity": {ratio: expected.perplexity(ratio) for ratio in expected.rises}}),
             }
         )
+
+
+def _expect(model: str, options: dict[str, Any], asked: float | None, quiet: bool) -> pipeline.Prediction:
+    """Read the model and sweep the calibration set once: the loss to expect at the ratio asked for and at a few others."""
+    with progress_bars(quiet) as bars:
+        return pipeline.predict(model, sorted({*LADDER, *([] if asked is None else [asked])}), progress=bars, **options)
 
 
 def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:

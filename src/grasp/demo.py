@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp import pipeline
-from grasp.core.checkpoint import bytes_on_disk, check_destination
+from grasp.core.checkpoint import check_destination
 from grasp.core.models import EMBEDDED, embedded_model, load_model
 from grasp.core.sweep import Progress
 from grasp.errors import GraspError
@@ -23,7 +23,7 @@ from grasp.report.plots import overview
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
 NUM_LAYERS, RETAIN_RATIO = 9, 0.1
-CALIBRATION: dict[str, Any] = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0}
+CALIBRATION: dict[str, Any] = {"data": "pydoc", "num_samples": 16, "seq_len": 512, "seed": 0, "dtype": "bfloat16"}
 HELD_OUT: dict[str, Any] = {"seq_len": 512, "num_blocks": 12}
 PROMPT = "A function in Python is"
 NEW_TOKENS = 24
@@ -33,23 +33,29 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
     """Compress twice, measure in a child process, print the table."""
     begin = time.perf_counter()
     check_destination(output, 2_000_000_000)
-    say(f"SmolLM2-135M-Instruct, {NUM_LAYERS} of 30 layers replaced by {RETAIN_RATIO:.0%} of their parameters")
+    say(
+        f"SmolLM2-135M-Instruct: {NUM_LAYERS} of 30 layers replaced by {RETAIN_RATIO:.0%} of their parameters, and the default method at that size"
+    )
     with progress_bars(quiet) as bars:
         bars("unpacking the model", 0, 1)
         embedded_model()
         bars("unpacking the model", 1, 1)
-        made = pipeline.compress(EMBEDDED, output / "grasp", num_layers=NUM_LAYERS, retain_ratio=RETAIN_RATIO, progress=bars, **CALIBRATION)
+        paper: dict[str, Any] = {"method": "grasp", "num_layers": NUM_LAYERS, "retain_ratio": RETAIN_RATIO}
+        made = pipeline.compress(EMBEDDED, output / "grasp", progress=_renamed(bars, "grasp: {}"), **paper, **CALIBRATION)
         layers = tuple(sorted({int(edit["path"].split(".")[2]) for edit in made.manifest["edits"]}))
+        ours = pipeline.compress(
+            EMBEDDED, output / "grasp-fisher", ratio=made.ratio, progress=_renamed(bars, "grasp-fisher: {}"), **CALIBRATION
+        )
     with progress_bars(quiet=True) as bars:
         pipeline.compress(
             EMBEDDED, output / "removed", method="shortgpt", layers=layers, progress=bars, **{**CALIBRATION, "num_samples": 1}
         )
-    picture = overview(made.manifest, output / "overview.png")
-    del made
+    pictures = [overview(made.manifest, output / "grasp.png"), overview(ours.manifest, output / "grasp-fisher.png")]
+    del made, ours
     rows = _measure_in_new_process(output, quiet)
-    columns = ("model", "parameters", "on disk", "perplexity", "tokens/s")
+    columns = ("model", "parameters", "in memory", "perplexity", "tokens/s")
     table(
-        f"Held-out pydoc text, {HELD_OUT['num_blocks']} × {HELD_OUT['seq_len']} tokens; greedy decoding, batch 1; layers {','.join(map(str, layers))}",
+        f"Held-out pydoc text, {HELD_OUT['num_blocks']} × {HELD_OUT['seq_len']} tokens; greedy decoding, batch 1; float32; layers {','.join(map(str, layers))}",
         columns,
         [
             (r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}")
@@ -59,14 +65,16 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
     say("")
     for row in rows:
         say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{plain(json.dumps(row['text'], ensure_ascii=False)[1:-1])}[/dim]")
-    say(f"\ncheckpoint: {plain(output / 'grasp')}\npicture:    {plain(picture)}\ntook {time.perf_counter() - begin:.0f} s")
+    say(
+        f"\ncheckpoints: {plain(output / 'grasp')}, {plain(output / 'grasp-fisher')}\npictures:    {', '.join(plain(path) for path in pictures)}\ntook {time.perf_counter() - begin:.0f} s"
+    )
     if as_json:
         emit(
             {
                 "rows": rows,
                 "layers": layers,
-                "checkpoint": str(output / "grasp"),
-                "picture": str(picture),
+                "checkpoints": [str(output / "grasp"), str(output / "grasp-fisher")],
+                "pictures": [str(path) for path in pictures],
                 "seconds": time.perf_counter() - begin,
             }
         )
@@ -81,19 +89,24 @@ def _measure_in_new_process(output: Path, quiet: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _renamed(progress: Progress, task: str) -> Progress:
-    """The same progress, under a name of our own."""
-    return lambda _, done, total: progress(task, done, total)
+def _renamed(progress: Progress, name: str) -> Progress:
+    """The same progress, under a name of our own; "{}" in it stands for the task."""
+    return lambda task, done, total: progress(name.format(task), done, total)
 
 
 def measure(output: Path, quiet: bool) -> None:
     """In the new process: load the three models from disk, measure them, print JSON."""
-    places = {"dense": embedded_model(), "same layers removed": output / "removed", "GRASP": output / "grasp"}
+    places = {
+        "dense": embedded_model(),
+        "same layers removed": output / "removed",
+        "grasp": output / "grasp",
+        "grasp-fisher": output / "grasp-fisher",
+    }
     with progress_bars(quiet) as bars:
         models = {}
         for number, (name, place) in enumerate(places.items()):
             bars("loading in a new process", number, len(places))
-            models[name] = load_model(str(place))
+            models[name] = load_model(str(place), dtype="float32")
         bars("loading in a new process", len(places), len(places))
         perplexities = {}
         for name, model in models.items():
@@ -109,7 +122,7 @@ def measure(output: Path, quiet: bool) -> None:
         {
             "model": name,
             "parameters": model.num_parameters(),
-            "bytes": bytes_on_disk(places[name]),
+            "bytes": model.num_bytes(),
             "perplexity": perplexities[name],
             "tokens_per_second": speeds[name].value,
             "text": texts[name],

@@ -13,6 +13,7 @@ Progress, parameter counts, the edit log and timings live here, once for all met
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from grasp.core.models import open_model
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.records import Calibration, Score, Statistics
 from grasp.core.sweep import Progress, silent
+from grasp.errors import RecipeError
 from grasp.evaluation.perplexity import perplexity
 from grasp.methods import make
 from grasp.methods.base import Method
@@ -36,6 +38,7 @@ from grasp.stages.redundancy import describe_redundancy
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_METHOD = "grasp-fisher"
 DEFAULT_DATA, DEFAULT_NUM_SAMPLES, DEFAULT_SEQ_LEN = "pydoc", 64, 512
 
 
@@ -64,7 +67,7 @@ def compress(
     model: str | PreTrainedModel | Decoder,
     out: str | Path | None = None,
     *,
-    method: str | Method = "grasp",
+    method: str | Method = DEFAULT_METHOD,
     data: str | Calibration = DEFAULT_DATA,
     num_samples: int = DEFAULT_NUM_SAMPLES,
     seq_len: int = DEFAULT_SEQ_LEN,
@@ -102,22 +105,15 @@ def compress(
         data = calibrate(decoder, data, num_samples=num_samples, seq_len=seq_len, seed=seed, text_field=text_field, progress=progress)
     clock.lap("calibration")
 
-    stats = decoder.sweep(data, chosen.needs(decoder), "layer redundancy")
+    stats = decoder.sweep(data, chosen.needs(decoder), "statistics")
     redundancy = describe_redundancy(stats)
-    clock.lap("redundancy")
+    clock.lap("statistics")
 
     log = _carry_out(chosen, decoder, data, stats)
     after = decoder.num_parameters()
     clock.lap("attribution and replacement")
 
-    recipe = {
-        "model": decoder.source,
-        "method": chosen.name,
-        **chosen.recipe(),
-        **data.recipe(),
-        "text_field": text_field,
-        "dtype": dtype,
-    }
+    recipe = {"model": decoder.source, "method": chosen.name, **chosen.recipe(), **data.recipe(), "text_field": text_field, "dtype": dtype}
     manifest = {
         "model": original,
         "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe()},
@@ -125,6 +121,7 @@ def compress(
         "calibration": {**data.to_json(), "loss_before": stats.loss},
         "redundancy": redundancy,
         "edits": log,
+        **_prediction(stats.loss, log),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "versions": versions(),
         "seconds": clock.laps,
@@ -157,6 +154,62 @@ def _carry_out(method: Method, model: Decoder, data: Calibration, stats: Statist
     after = model.num_parameters()
     logger.info("%s parameters -> %s (%.2f %% removed)", f"{before:,}", f"{after:,}", 100 * (1 - after / before))
     return log
+
+
+def _prediction(loss: float | None, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's "prediction": the rise of the loss that the edits say they cost, where all of them say it."""
+    rises = [edit["predicted_loss"] for edit in log if "predicted_loss" in edit]
+    if loss is None or not rises or len(rises) < len(log):
+        return {}
+    return {"prediction": {"loss_before": loss, "loss_rise": sum(rises), "perplexity_ratio": math.exp(sum(rises))}}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method expects on text like the calibration text, in nats a token: the loss now, and its rise at each ratio."""
+
+    loss: float
+    rises: dict[float, float]
+
+    def perplexity(self, ratio: float) -> float:
+        """exp(loss + rise) at one of the ratios in `rises`."""
+        return math.exp(self.loss + self.rises[ratio])
+
+
+def predict(
+    model: str | PreTrainedModel | Decoder,
+    ratios: Sequence[float],
+    *,
+    method: str | Method = DEFAULT_METHOD,
+    data: str | Calibration = DEFAULT_DATA,
+    num_samples: int = DEFAULT_NUM_SAMPLES,
+    seq_len: int = DEFAULT_SEQ_LEN,
+    seed: int = 0,
+    text_field: str | None = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Prediction:
+    """The expected loss after `compress` at several ratios, from one sweep; nothing is changed or written.
+
+    Arguments as for `compress`, a size among them.
+
+    Raises `RecipeError` for a method whose scores are not losses.
+    """
+    chosen = make(method, fields)
+    if not chosen.predicts:
+        raise RecipeError(f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do")
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    decoder.progress = progress
+    _check(chosen, decoder, None, data, num_samples, seq_len)
+    if isinstance(data, str):
+        data = calibrate(decoder, data, num_samples=num_samples, seq_len=seq_len, seed=seed, text_field=text_field, progress=progress)
+    stats = decoder.sweep(data, chosen.needs(decoder), "statistics")
+    assert stats.loss is not None
+    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.decoder import Decoder
 from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.modeling_grasp import FORMAT_VERSION
 from grasp.core.models import load_model
 from grasp.errors import CheckpointError
 
@@ -105,7 +104,8 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str) -> No
         decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(scratch)
-        (scratch / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}) + "\n", encoding="utf-8")
+        version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
+        (scratch / MANIFEST).write_text(json.dumps({"format_version": version, **manifest}) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card, encoding="utf-8")
 
 

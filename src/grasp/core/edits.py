@@ -34,7 +34,8 @@ class Factorize:
     """Replace the matrix at `path` by the pair `weight_in` A (rank, in) and `weight` B (out, rank).
 
     `kept`: the indices of the singular groups the pair holds, ordered by falling sigma, and `attribution` their scores, where the
-    method chose among groups.
+    method chose among groups. `places` (out): the pair is pivoted (see `LowRankLinear`), and `weight` is (out - rank, rank).
+    `predicted_loss`: by how many nats a token the method expects the loss to rise.
     """
 
     path: str
@@ -42,6 +43,8 @@ class Factorize:
     weight: Tensor
     kept: Tensor | None = None
     attribution: Attribution | None = field(default=None, repr=False)
+    places: Tensor | None = None
+    predicted_loss: float | None = None
 
     @property
     def rank(self) -> int:
@@ -49,6 +52,10 @@ class Factorize:
 
     def spec(self) -> dict[str, Any]:
         found: dict[str, Any] = {"edit": "factorize", "path": self.path, "rank": self.rank}
+        if self.places is not None:
+            found["pivoted"] = True
+        if self.predicted_loss is not None:
+            found["predicted_loss"] = self.predicted_loss
         if self.kept is not None:
             found["kept"] = self.kept.tolist()
         if self.attribution is not None:
@@ -81,11 +88,13 @@ def _factorize(decoder: Decoder, edit: Factorize) -> None:
     old = layer.get_submodule(name)
     if is_low_rank(old):
         raise RecipeError(f"'{edit.path}' is a low-rank pair already")
-    new = low_rank_like(old, edit.rank, device=old.weight.device)
+    new = low_rank_like(old, edit.rank, device=old.weight.device, pivoted=edit.places is not None)
     if new.weight.shape != edit.weight.shape or new.weight_in.shape != edit.weight_in.shape:
         raise RecipeError(f"'{edit.path}': factors {tuple(edit.weight.shape)} x {tuple(edit.weight_in.shape)} do not fit the matrix")
     new.weight.copy_(edit.weight)
     new.weight_in.copy_(edit.weight_in)
+    if new.places is not None and edit.places is not None:
+        new.places.copy_(edit.places)
     if not bool(torch.isfinite(new.weight).all() and torch.isfinite(new.weight_in).all()):
         raise NumericsError(f"'{edit.path}': the factors are not finite in {new.weight.dtype}; try --dtype float32")
     if old.bias is not None:
@@ -136,7 +145,8 @@ def _sync_config(config: Any, position: int, num_layers: int) -> None:
 def _sync_quantization_config(decoder: Decoder) -> None:
     """Keep the config's table of ranks equal to the model: it is what a loader rebuilds the model from."""
     model = decoder.model
-    ranks = {path: module.rank for path, module in model.named_modules() if is_low_rank(module)}
-    if ranks:
-        model.config.quantization_config = GraspConfig(ranks)
+    pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
+    if pairs:
+        pivoted = [path for path, module in pairs.items() if getattr(module, "pivoted", False)]
+        model.config.quantization_config = GraspConfig({path: module.rank for path, module in pairs.items()}, pivoted=pivoted)
         carry_code(model)

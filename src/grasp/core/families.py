@@ -116,7 +116,7 @@ def find_family(model: nn.Module, model_type: str) -> Family:
     return family
 
 
-def select(family: Family, projections: tuple[str, ...]) -> tuple[str, ...]:
+def select(family: Family, projections: tuple[str, ...], flag: str = "--projections") -> tuple[str, ...]:
     """Paths inside a layer of the matrices whose roles are all among `projections` (roles, matrix names, or all/attention/mlp)."""
     paths = [path for _, path in family.matrices]
     names = {path.rsplit(".", 1)[-1]: path for path in paths}
@@ -129,20 +129,16 @@ def select(family: Family, projections: tuple[str, ...]) -> tuple[str, ...]:
             wanted.update(GROUPS.get(word, (word,)))
         else:
             known = [*GROUPS, *ROLES, *names]
-            raise ModelError(
-                f"--projections: '{word}' is no matrix of {family.name}; allowed: {', '.join(known)}{did_you_mean(word, known)}"
-            )
+            raise ModelError(f"{flag}: '{word}' is no matrix of {family.name}; allowed: {', '.join(known)}{did_you_mean(word, known)}")
     chosen = []
     for roles, path in family.matrices:
         parts = set(roles.split("+"))
         if path in named or parts <= wanted or (not parts & set(ROLES) and wanted >= set(ROLES)):
             chosen.append(path)
         elif parts & wanted:
-            raise ModelError(
-                f"--projections: {family.name} keeps {roles} in one matrix, {path.rsplit('.', 1)[-1]}; name all of {roles} or none"
-            )
+            raise ModelError(f"{flag}: {family.name} keeps {roles} in one matrix, {path.rsplit('.', 1)[-1]}; name all of {roles} or none")
     if not chosen:
-        raise ModelError(f"--projections: {', '.join(projections)} selects no matrix of {family.name}; allowed: {', '.join(names)}")
+        raise ModelError(f"{flag}: {', '.join(projections)} selects no matrix of {family.name}; allowed: {', '.join(names)}")
     return tuple(chosen)
 
 

@@ -26,8 +26,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-FORMAT_VERSION = 1
-"""Version of the checkpoint layout. A reader refuses a higher one."""
+FORMAT_VERSION = 2
+"""Highest version of the checkpoint layout that this reads; a higher one is refused. 1: pairs. 2: pivoted pairs too."""
 
 
 class LowRankLinear(nn.Linear):
@@ -36,49 +36,69 @@ class LowRankLinear(nn.Linear):
     It is an `nn.Linear` so that tools which look for linears (peft, for one) find it, with the in and out features of the
     matrix it replaces. Its parameters are `weight` = B (out_features, rank), `weight_in` = A (rank, in_features)
     and `bias` (out_features) or None. Rank 0 is allowed and gives `y = b`.
+
+    A pivoted pair is the same map in `rank^2` fewer numbers (Pivoting Factorization, arXiv 2501.19090): `weight_in` gives `rank` of the
+    outputs themselves, `weight` (out_features - rank, rank) the others as combinations of them, and the buffer `places` (out_features)
+    says where in that list each output is. It is smaller than the matrix at every rank below full.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, device: Any = None, dtype: Any = None):
+    places: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool, device: Any = None, dtype: Any = None, pivoted: bool = False
+    ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.weight = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype), requires_grad=False)
+        self.in_features, self.out_features, self.rank, self.pivoted = in_features, out_features, rank, pivoted
+        rows = out_features - rank if pivoted else out_features
+        self.weight = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype), requires_grad=False)
         self.weight_in = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype), requires_grad=False)
         vector = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", vector)
+        self.register_buffer("places", torch.empty(out_features, device=device, dtype=torch.int32) if pivoted else None)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) -> y (..., out_features)."""
-        return linear(linear(input, self.weight_in), self.weight, self.bias)
+        inner = linear(input, self.weight_in)  # ..., rank
+        if self.places is None:
+            return linear(inner, self.weight, self.bias)
+        output = torch.cat((inner, linear(inner, self.weight)), dim=-1).index_select(-1, self.places)
+        return output if self.bias is None else output + self.bias
+
+    def product(self) -> Tensor:
+        """The matrix (out_features, in_features) that the pair stands for."""
+        if self.places is None:
+            return self.weight @ self.weight_in
+        return torch.cat((self.weight_in, self.weight @ self.weight_in)).index_select(0, self.places)
 
     def reset_parameters(self) -> None:
         """There is nothing sensible to initialise: the factors always come from a decomposition or a checkpoint."""
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}, pivoted={self.pivoted}"
 
 
 class GraspConfig(QuantizationConfigMixin):
-    """What transformers needs to rebuild the model: the rank of every factorised linear, by module path."""
+    """What transformers needs to rebuild the model: the rank of every factorised linear, by module path, and which pairs are pivoted."""
 
-    def __init__(self, ranks: dict[str, int] | None = None, version: int = FORMAT_VERSION, **_: Any):
+    def __init__(self, ranks: dict[str, int] | None = None, version: int = 1, pivoted: list[str] | None = None, **_: Any):
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has grasp format {version}, this grasp reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U grasp-llm`"
             )
         self.quant_method = "grasp"  # a name in transformers' registry: nothing is quantised
-        self.version = version
-        self.ranks = dict(ranks or {})
+        self.ranks, self.pivoted = dict(ranks or {}), sorted(pivoted or [])
+        self.version = max(version, 2 if self.pivoted else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks}
+        return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks, "pivoted": self.pivoted}
 
 
 class GraspQuantizer(HfQuantizer):
     """Puts `LowRankLinear` modules into the empty model before its weights are read."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        place_low_rank(model, self.quantization_config.ranks)
+        place_low_rank(model, self.quantization_config.ranks, self.quantization_config.pivoted)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -111,20 +131,20 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(fan_in), int(fan_out)
 
 
-def low_rank_like(old: nn.Module, rank: int, device: Any = None) -> LowRankLinear:
+def low_rank_like(old: nn.Module, rank: int, device: Any = None, pivoted: bool = False) -> LowRankLinear:
     """An unfilled `LowRankLinear` with the features, bias and dtype of `old`."""
     fan_in, fan_out = features(old)
-    return LowRankLinear(fan_in, fan_out, rank, old.bias is not None, device, old.weight.dtype)
+    return LowRankLinear(fan_in, fan_out, rank, old.bias is not None, device, old.weight.dtype, pivoted)
 
 
-def place_low_rank(model: nn.Module, ranks: dict[str, int]) -> None:
+def place_low_rank(model: nn.Module, ranks: dict[str, int], pivoted: list[str]) -> None:
     """Put unfilled low-rank modules without memory (meta device) in the place of the linears that `ranks` names."""
     for path, rank in ranks.items():
         try:
             old = model.get_submodule(path)
         except AttributeError:
             raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
-        model.set_submodule(path, low_rank_like(old, rank, device="meta"))
+        model.set_submodule(path, low_rank_like(old, rank, device="meta", pivoted=path in pivoted))
 
 
 def check_shapes(model: nn.Module) -> None:
@@ -135,9 +155,11 @@ def check_shapes(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        rank = module.rank if isinstance(module, LowRankLinear) else module.in_features
-        wrong = tuple(module.weight.shape) != (module.out_features, rank)
-        if wrong or (isinstance(module, LowRankLinear) and tuple(module.weight_in.shape) != (rank, module.in_features)):
+        expected = [(module.weight, (module.out_features, module.in_features))]
+        if isinstance(module, LowRankLinear):
+            rows = module.out_features - module.rank if module.pivoted else module.out_features
+            expected = [(module.weight, (rows, module.rank)), (module.weight_in, (module.rank, module.in_features))]
+        if any(tuple(tensor.shape) != shape for tensor, shape in expected):
             raise ValueError(f"the weight of '{path}' is {tuple(module.weight.shape)}, which does not fit the ranks in config.json")
 
 

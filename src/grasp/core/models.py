@@ -61,7 +61,8 @@ def load_model(
         if empty:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            place_low_rank(model, (getattr(config, "quantization_config", None) or {}).get("ranks", {}))
+            written = getattr(config, "quantization_config", None) or {}
+            place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
             return Decoder(model, None, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
         if gguf:

@@ -63,19 +63,41 @@ class Calibration:
 class Statistics:
     """What one sweep over a calibration set measured: one table per collector, as sums turned into means.
 
-    `tables[name]` maps a layer index or a matrix path to a tensor. `loss` is the mean cross-entropy in nats a token, None
+    `tables[name]` maps a layer index or a matrix path to a tensor or a record. `loss` is the mean cross-entropy in nats a token, None
     after a sweep without a loss.
     """
 
-    tables: Mapping[str, Mapping[Any, Tensor]]
+    tables: Mapping[str, Mapping[Any, Any]]
     num_tokens: int
     loss: float | None = None
 
-    def __getitem__(self, name: str) -> Mapping[Any, Tensor]:
+    def __getitem__(self, name: str) -> Mapping[Any, Any]:
         try:
             return self.tables[name]
         except KeyError:
             raise KeyError(f"the sweep did not collect '{name}'; it has {sorted(self.tables)}") from None
+
+
+@dataclass
+class Curvature:
+    """How a matrix W (out, in) may change before the loss rises: sums over tokens, kept on the shorter side of W.
+
+    With x the input and d the gradient of the summed loss at the output: tall (in <= out) `near` = sum xx', `far` = W' (sum dd') W, both
+    (in, in); wide `near` = sum dd', `far` = W (sum xx') W', both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2.
+    X is summed over `input_tokens`, D over `gradient_tokens`. `weight` is W itself.
+    """
+
+    weight: Tensor
+    near: Tensor | None = None
+    far: Tensor | None = None
+    input_square: float = 0.0
+    gradient_square: float = 0.0
+    input_tokens: int = 0
+    gradient_tokens: int = 0
+
+    @property
+    def is_tall(self) -> bool:
+        return self.weight.shape[0] >= self.weight.shape[1]
 
 
 @dataclass(frozen=True)

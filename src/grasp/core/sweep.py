@@ -45,5 +45,5 @@ class Collector(ABC):
         """The block's passes are over."""
 
     @abstractmethod
-    def result(self) -> Mapping[Any, Tensor]:
+    def result(self) -> Mapping[Any, Any]:
         """The finished table."""

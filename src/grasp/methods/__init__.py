@@ -37,11 +37,19 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
             owners = [other for other, cls in methods.items() if name in {field.name for field in dataclasses.fields(cls)}]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
-    return methods[method](**{name: _fitting(str(known[name].type), value) for name, value in fields.items()})
+    return methods[method](**{name: _fitting(name, str(known[name].type), value) for name, value in fields.items()})
 
 
-def _fitting(kind: str, value: Any) -> Any:
+def _fitting(name: str, kind: str, value: Any) -> Any:
     """`value` as the field has it: lists, and "a,b" for several words, become tuples; whole numbers may stand for shares."""
     if "tuple" in kind and value is not None:
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        words = [str(word).strip() for word in (value.split(",") if isinstance(value, str) else value)]
+        if "tuple[int" not in kind:
+            return tuple(words)
+        try:
+            return tuple(int(word) for word in words)
+        except ValueError:
+            raise RecipeError(
+                f"--{name.replace('_', '-')} {','.join(words)}: not a list of whole numbers; write it like 21,22,25"
+            ) from None
     return float(value) if "float" in kind and isinstance(value, int) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +17,9 @@ from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field with the text that `--help` and the docs show for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, recipe: bool = True) -> Any:
+    """A dataclass field with the text that `--help` and the docs show for it. `recipe` False: about this machine, not about the result."""
+    return dataclasses.field(default=default, metadata={"help": help, "recipe": recipe})
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,19 @@ class Method(ABC):
     def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
         """The edits, in order; each is applied before the next is asked for."""
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the scores are losses in nats a token, so that `predict` can be asked."""
+        return False
+
+    def predict(self, model: Decoder, data: Calibration, stats: Statistics, ratios: Sequence[float]) -> dict[float, float]:
+        """Ratio -> expected rise of the loss in nats a token, for the ratios that can be reached. Changes nothing."""
+        raise NotImplementedError
+
     def recipe(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        fields = [f for f in dataclasses.fields(self) if f.metadata["recipe"]]
+        given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 

@@ -109,7 +109,7 @@ class Grasp(LayerMethod):
         collectors = super().needs(model)
         if self.layers is not None and self.score in NEEDS_WEIGHT_GRAD and not self.iterative:
             linears = [linear for index in self.layers for linear in model.linears(index, self.projections)]
-            collectors.append(WeightGrad(linear.path for linear in linears))
+            collectors += [WeightGrad(linear.path for linear in linears)] if linears else []
         return collectors
 
     def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:

@@ -19,6 +19,11 @@ def command_line(recipe: dict[str, Any], out: str) -> str:
     return shlex.join(words)
 
 
+def _listed(numbers: list[int]) -> str:
+    """The sorted numbers, or only their range where they are many."""
+    return ", ".join(map(str, numbers)) if len(numbers) <= 12 else f"{numbers[0]} to {numbers[-1]}"
+
+
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
     model, sizes, method, data = manifest["model"], manifest["parameters"], manifest["method"], manifest["calibration"]
@@ -45,7 +50,14 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
     if low_rank:
         layers = sorted({int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()})
         ranks = sorted({edit["rank"] for edit in low_rank})
-        body.append(f"| low-rank matrices | {len(low_rank)} in layers {', '.join(map(str, layers))}; ranks {', '.join(map(str, ranks))} |")
+        body.append(f"| low-rank matrices | {len(low_rank)} in layers {_listed(layers)}; ranks {_listed(ranks)} |")
+    if any(edit.get("pivoted") for edit in low_rank):
+        body.append("| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |")
+    if "prediction" in manifest:
+        rise, factor = manifest["prediction"]["loss_rise"], manifest["prediction"]["perplexity_ratio"]
+        body.append(
+            f"| expected on text like the calibration text | loss + {rise:.3f} nats a token: perplexity × {factor:.3f} (predicted, not measured) |"
+        )
     if dropped:
         body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
     body += ["", "## Load", "", "```python"]

@@ -30,15 +30,20 @@ def check_picture(path: Path) -> None:
 def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
     """Block influence per layer with the edited layers marked; below, score against sigma of a few matrices with kept groups marked.
 
-    The second row is the paper's Figure 2: a large singular value is not always an important one.
+    The second row is the paper's Figure 2: a large singular value is not always an important one. Where the ranks come from one budget
+    for all matrices, it is instead the share of groups that every matrix kept.
     """
-    edits = [edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit]
+    by_budget = "prediction" in manifest
+    edits = [] if by_budget else [edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit]
     shown = _spread(edits, matrices)
+    below = ["ranks"] if by_budget else [f"m{i}" for i in range(len(shown))]
     figure, rows = pyplot.subplot_mosaic(
-        [["bi"] * max(len(shown), 1), [f"m{i}" for i in range(len(shown))]] if shown else [["bi"]],
-        figsize=(11, 7 if shown else 3.8),
+        [["bi"] * len(below), below] if below else [["bi"]],
+        figsize=(11, 7 if below else 3.8),
         layout="constrained",
     )
+    if by_budget:
+        rank_map(rows["ranks"], manifest)
     block_influence(rows["bi"], manifest)
     for number, edit in enumerate(shown):
         kept_groups(rows[f"m{number}"], edit)
@@ -68,6 +73,19 @@ def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
     axes.legend(
         handles=[Patch(color=KEPT, label="edited"), Patch(color=LEFT, label="untouched")], loc="upper right", frameon=False, ncols=2
     )
+
+
+def rank_map(axes: Axes, manifest: dict[str, Any]) -> None:
+    """The share of its groups that every matrix kept, layer by layer; 1 stands for a matrix that stays dense."""
+    edits = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
+    names = list(dict.fromkeys(edit["path"].rsplit(".", 1)[-1] for edit in edits))
+    grid = [[1.0] * manifest["model"]["num_layers"] for _ in names]
+    for edit in edits:
+        grid[names.index(edit["path"].rsplit(".", 1)[-1])][_layer_of(edit["path"])] = edit["rank"] / len(edit["singular_values"])
+    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="cividis")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("decoder layer")
+    axes.figure.colorbar(image, ax=axes, label="share of groups kept (1 = dense)")
 
 
 def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:

@@ -66,8 +66,24 @@ def calibrate(
     text_field: str | None = None,
     progress: Progress = silent,
 ) -> Calibration:
-    """`num_samples` blocks of `seq_len` tokens of DATA. Raises `DataError` where there is too little text."""
+    """`num_samples` blocks of `seq_len` tokens of DATA; of several, separated by commas, equally many of each.
+
+    Raises `DataError` where there is too little text.
+    """
     check_lengths(model, num_samples, seq_len)
+    names = [data] if Path(data).expanduser().is_file() else [name.strip() for name in data.split(",")]
+    if num_samples < len(names):
+        raise DataError(f"--num-samples {num_samples}: too few for {len(names)} texts; give at least one block a text")
+    shares = [num_samples // len(names) + (place < num_samples % len(names)) for place in range(len(names))]
+    parts = [_draw(model, name, share, seq_len, seed, text_field, progress) for name, share in zip(names, shares, strict=True)]
+    if len(parts) == 1:
+        return parts[0]
+    hashes = hashlib.sha256(" ".join(part.text_hash for part in parts).encode()).hexdigest()
+    return Calibration(torch.cat([part.ids for part in parts]), data, seed, text_hash=hashes)
+
+
+def _draw(model: Decoder, data: str, num_samples: int, seq_len: int, seed: int, text_field: str | None, progress: Progress) -> Calibration:
+    """`num_samples` blocks of one text."""
     generator = torch.Generator().manual_seed(seed)
     if data == "self":
         return Calibration(_sample_from(model, num_samples, seq_len, seed, progress), "self", seed)

@@ -1,0 +1,196 @@
+"""`grasp-fisher` beside the paper's method, layer removal and plain SVD: sizes, switches, calibration tokens, other domains.
+
+    python benchmarks/fisher.py FOLDER [-o results/fisher.json] [--only sizes,switches,matrices,tokens,domains]
+
+FOLDER holds `wikitext2_raw/wiki.valid.raw`, `wikitext2_raw/wiki.test.raw` and `ptb/ptb.valid.txt` (not part of this repository). Model:
+smollm2 in bfloat16, calibrated on WikiText-2 valid, 64 x 512 tokens unless said; perplexity on the first 24 blocks of 512 tokens of
+WikiText-2 test and, for sizes and domains, 12 of PTB valid. Rows that are in the output file already are not measured again. About two hours on one core.
+
+One sweep serves all rows of a calibration set: the methods' own `needs` and `edits` are called as the driver calls them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Edit, apply
+from grasp.core.models import load_model
+from grasp.core.provenance import versions
+from grasp.core.records import Calibration, Statistics
+from grasp.methods import make
+from grasp.stages.calibration import calibrate
+from grasp.stages.statistics import WeightGrad
+
+SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+ANCHORS = {"105.8 M": 105_800_000, "112.2 M": 112_200_000, "121.0 M": 121_000_000}
+TOTAL = 134_515_008
+BOTH_TEXTS = ("sizes", "domains")
+"""Sections that are also measured on PTB."""
+
+
+class Benchmark:
+    """Measures rows and keeps them in a file."""
+
+    def __init__(self, folder: Path, output: Path):
+        self.wiki, self.ptb = folder / "wikitext2_raw", folder / "ptb" / "ptb.valid.txt"
+        self.output = output
+        self.rows: dict[str, dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else {}
+        self.sweeps: dict[Any, tuple[Calibration, Statistics]] = {}
+
+    def ratio(self, size: int) -> float:
+        return 1 - size / TOTAL
+
+    def calibration(self, source: str, blocks: int, seed: int) -> tuple[Calibration, Statistics]:
+        """A calibration set and everything that any method here asks of it, from one sweep of the dense model."""
+        key = (source, blocks, seed)
+        if key not in self.sweeps:
+            decoder = load_model("smollm2", dtype="bfloat16")
+            data = calibrate(decoder, source, num_samples=blocks, seq_len=512, seed=seed)
+            collectors = make("grasp-fisher", {"ratio": 0.2}).needs(decoder)
+            collectors.append(WeightGrad(linear.path for layer in decoder.layers() for linear in layer.linears.values()))
+            self.sweeps = {key: (data, decoder.sweep(data, collectors))}
+        return self.sweeps[key]
+
+    def row(self, name: str, edits: Any, **facts: Any) -> None:
+        """Apply `edits(fresh decoder)`, measure, store."""
+        if name in self.rows:
+            return
+        decoder = load_model("smollm2", dtype="bfloat16")
+        predicted = self._apply(decoder, edits(decoder))
+        row = {**facts, "parameters": decoder.num_parameters(), **({} if predicted is None else {"predicted_rise": predicted})}
+        row["wikitext2"] = grasp.evaluate(decoder, ppl=str(self.wiki / "wiki.test.raw"), seq_len=512, num_blocks=24).scores[0].value
+        if facts["section"] in BOTH_TEXTS:
+            row["ptb"] = grasp.evaluate(decoder, ppl=str(self.ptb), seq_len=512, num_blocks=12).scores[0].value
+        self.rows[name] = row
+        print(f"{name:60s} {row['parameters']:>11,} {row['wikitext2']:10.2f} {row.get('ptb', math.nan):10.2f}", flush=True)
+        text = {"rows": self.rows, "versions": versions(), "command": "python benchmarks/fisher.py FOLDER"}
+        self.output.write_text(json.dumps(text, indent=1) + "\n")
+
+    @staticmethod
+    def _apply(decoder: Decoder, edits: Iterable[Edit]) -> float | None:
+        rises = []
+        for edit in edits:
+            apply(decoder, edit)
+            rises.append(getattr(edit, "predicted_loss", None))
+        return None if not rises or None in rises else sum(rises)
+
+    def fisher(
+        self,
+        section: str,
+        sizes: dict[str, float],
+        blocks: int,
+        seed: int,
+        source: str = "",
+        allocation: tuple[str, ...] = ("global",),
+        **fields: Any,
+    ) -> None:
+        """Rows of `grasp-fisher` with these fields, at several ratios and allocations: decomposed once."""
+        label = ", ".join(["grasp-fisher", *(f"{key} {value}" for key, value in fields.items()), *([f"on {source}"] if source else [])])
+        cells = {
+            f"{section}: {label}, {ranks}, {blocks} blocks, seed {seed}, {size}": (ratio, ranks)
+            for size, ratio in sizes.items()
+            for ranks in allocation
+        }
+        if all(name in self.rows for name in cells):
+            return
+        texts = {"wikitext2": str(self.wiki / "wiki.valid.raw"), "pydoc": "pydoc"}
+        data, stats = self.calibration(",".join(texts[name] for name in (source or "wikitext2").split("+")), blocks, seed)
+        method = make("grasp-fisher", {"ratio": 0.2, **fields})
+        problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
+        facts = {"method": "grasp-fisher", "section": section, "blocks": blocks, "seed": seed, "source": source or "wikitext2", **fields}
+        for name, (ratio, ranks) in cells.items():
+            at = dataclasses.replace(method, ratio=ratio, allocation=ranks)  # type: ignore[call-arg]
+            self.row(name, lambda decoder, at=at: at.replacements(decoder, problem), ratio=ratio, allocation=ranks, **facts)
+
+    def other(self, section: str, method: str, ratio: float, blocks: int, seed: int, **fields: Any) -> None:
+        """A row of another method."""
+        name = f"{section}: {method}, {blocks} blocks, seed {seed}, {ratio:.4f}"
+        if name not in self.rows:
+            data, stats = self.calibration(str(self.wiki / "wiki.valid.raw"), blocks, seed)
+            chosen = make(method, {"ratio": ratio, **fields})
+            facts = {"method": method, "section": section, "ratio": ratio, "blocks": blocks, "seed": seed, **fields}
+            self.row(name, lambda decoder: chosen.edits(decoder, data, stats), **facts)
+
+
+def sizes(bench: Benchmark) -> None:
+    """The anchors' sizes and a sweep over ratios, for four methods."""
+    bench.row("dense", lambda decoder: [], method="dense", section="sizes", ratio=0.0)
+    anchors = {name: bench.ratio(size) for name, size in ANCHORS.items()}
+    ladder = {f"{ratio:.0%}": ratio for ratio in SIZES}
+    bench.fisher("sizes", {**anchors, **ladder}, 64, 0)
+    bench.fisher("sizes", anchors, 64, 0, storage="pair")
+    bench.fisher("sizes", ladder, 64, 0, basis="plain", storage="pair", allocation=("uniform",))
+    for ratio in SIZES:
+        bench.other("sizes", "shortgpt", ratio, 64, 0)
+        bench.other("sizes", "grasp", ratio, 64, 0)
+
+
+def switches(bench: Benchmark) -> None:
+    """Score x basis x allocation at 105.8 M, as plain pairs, so that only the switch differs."""
+    at = {"105.8 M": bench.ratio(ANCHORS["105.8 M"])}
+    for score in ("taylor", "magnitude"):
+        for basis in ("plain", "input", "fisher"):
+            bench.fisher("switches", at, 64, 0, score=score, basis=basis, storage="pair", allocation=("uniform", "per-layer", "global"))
+
+
+def tokens(bench: Benchmark) -> None:
+    """Other numbers of calibration blocks, and other draws of them."""
+    anchors = {name: bench.ratio(size) for name, size in ANCHORS.items()}
+    bench.fisher("tokens", anchors, 32, 0)
+    at = {"105.8 M": anchors["105.8 M"]}
+    for blocks, seed in ((8, 0), (32, 1), (32, 2), (64, 1), (128, 0)):
+        bench.fisher("tokens", at, blocks, seed)
+
+
+def matrices(bench: Benchmark) -> None:
+    """One matrix at a time: the smallest groups that are predicted to cost 0.02 nats together, dropped."""
+    data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0)
+    method = make("grasp-fisher", {"ratio": 0.2, "storage": "pair"})
+    problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
+    for linear in problem.linears[4::26]:
+        losses = problem.losses[linear.path]
+        rank = int((losses.flip(0).cumsum(0).flip(0) > 0.02).sum())
+        edit = method.replacement(linear, problem, rank)  # type: ignore[attr-defined]
+        bench.row(
+            f"matrices: {linear.path}",
+            lambda decoder, edit=edit: [edit],
+            method="grasp-fisher",
+            section="matrices",
+            path=linear.path,
+            rank=rank,
+        )
+
+
+def domains(bench: Benchmark) -> None:
+    """Calibrated on a mixture with another text, and on that alone."""
+    at = {"105.8 M": bench.ratio(ANCHORS["105.8 M"])}
+    for source in ("wikitext2+pydoc", "pydoc"):
+        bench.fisher("domains", at, 64, 0, source=source)
+
+
+SECTIONS = {"sizes": sizes, "switches": switches, "matrices": matrices, "tokens": tokens, "domains": domains}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/fisher.json"))
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    arguments = parser.parse_args()
+    bench = Benchmark(arguments.folder, arguments.output)
+    for section in arguments.only.split(","):
+        SECTIONS[section](bench)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

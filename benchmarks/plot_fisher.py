@@ -1,0 +1,165 @@
+"""Pictures and Markdown tables of results/fisher.json, for docs/fisher.md.
+
+    python benchmarks/plot_fisher.py [results/fisher.json] [-o docs]
+
+Writes fisher-sizes.png (perplexity against size), fisher-prediction.png (predicted against real loss rise) and fisher-tokens.png (perplexity
+against calibration tokens), and prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+LINES = {
+    "grasp-fisher": ("grasp-fisher", "#c1440e", "o-"),
+    "pair": ("grasp-fisher, plain pairs (--storage pair)", "#e39b6f", "o--"),
+    "shortgpt": ("layers removed (shortgpt)", "#4a6fa5", "s-"),
+    "grasp": ("the paper's method (grasp)", "#2e2e2e", "^-"),
+    "plain": ("plain SVD, uniform", "#9aa5b1", "v-"),
+}
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Which line of the size plot a row belongs to."""
+    if row["method"] != "grasp-fisher":
+        return str(row["method"])
+    return "plain" if row.get("basis") == "plain" else "pair" if row.get("storage") == "pair" else "grasp-fisher"
+
+
+def sizes(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
+    """Perplexity against parameters, one line a method."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axes, text, title in zip(panels, ("wikitext2", "ptb"), ("WikiText-2 test", "PTB valid (another domain)"), strict=True):
+        for key, (label, color, style) in LINES.items():
+            points = sorted((r["parameters"] / 1e6, r[text]) for r in rows if line_of(r) == key and r[text] < 3e4)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4.5, linewidth=1.4)
+        axes.axhline(dense[text], color="black", linewidth=0.8, linestyle=":")
+        axes.annotate("dense", (0.995, dense[text]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_xlabel("parameters, millions")
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("perplexity")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+
+
+def prediction(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
+    """Predicted against real rise of the loss."""
+    figure, axes = pyplot.subplots(figsize=(5.6, 5), layout="constrained")
+    chosen = [r for r in rows if r.get("predicted_rise")]
+    for text, color, label in (("wikitext2", "#c1440e", "WikiText-2 test"), ("ptb", "#4a6fa5", "PTB valid (another domain)")):
+        points = [(r["predicted_rise"], math.log(r[text] / dense[text])) for r in chosen]
+        axes.scatter(*zip(*points, strict=True), color=color, label=label, s=24)
+    low, high = min(r["predicted_rise"] for r in chosen) / 1.5, max(r["predicted_rise"] for r in chosen) * 1.5
+    axes.plot([low, high], [low, high], color="black", linewidth=0.9)
+    axes.fill_between([low, high], [0.7 * low, 0.7 * high], [1.3 * low, 1.3 * high], color="#9aa5b1", alpha=0.3, label="within 30 %")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted loss rise, nats a token")
+    axes.set_ylabel("real loss rise, nats a token")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+
+
+def tokens(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity against calibration blocks at one size."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    by_seed: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append((row["blocks"] * 512, row["wikitext2"]))
+    for seed, points in sorted(by_seed.items()):
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"draw of blocks: seed {seed}", markersize=4.5)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("calibration tokens")
+    axes.set_ylabel("perplexity, WikiText-2 test, at 105.8 M")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+
+
+def table(heads: tuple[str, ...], lines: list[tuple[Any, ...]]) -> None:
+    """A Markdown table on stdout."""
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for line in lines:
+        print("| " + " | ".join(str(cell) for cell in line) + " |")
+    print()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results/fisher.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+    named = json.loads(arguments.results.read_text())["rows"]
+    dense, rows = named["dense"], [row for name, row in named.items() if name != "dense"]
+    swept = [row for row in rows if row["section"] == "sizes"]
+    ours = [row for row in swept if line_of(row) == "grasp-fisher"]
+    sizes(swept, dense, arguments.output / "fisher-sizes.png")
+    prediction(ours, dense, arguments.output / "fisher-prediction.png")
+    ladder = sorted({row["ratio"] for row in swept})
+    cells = {(line_of(row), row["ratio"]): row for row in swept}
+    table(
+        ("ratio", *(LINES[key][0] for key in LINES)),
+        [(f"{ratio:.4g}", *(_pair(cells.get((key, ratio))) for key in LINES)) for ratio in ladder],
+    )
+    table(
+        ("ratio", "predicted rise", "real rise, WikiText-2", "real / predicted", "real rise, PTB"),
+        [
+            (
+                f"{row['ratio']:.4g}", f"{row['predicted_rise']:.3f}", f"{math.log(row['wikitext2'] / dense['wikitext2']):.3f}",
+                f"{math.log(row['wikitext2'] / dense['wikitext2']) / row['predicted_rise']:.2f}", f"{math.log(row['ptb'] / dense['ptb']):.3f}",
+            )
+            for row in sorted(ours, key=lambda row: row["ratio"])
+        ],
+    )  # fmt: skip
+    table(
+        ("score", "basis", "uniform", "per-layer", "global"),
+        [
+            (
+                score,
+                basis,
+                *(_pair(_find(rows, "switches", score=score, basis=basis, allocation=a)) for a in ("uniform", "per-layer", "global")),
+            )
+            for score in ("taylor", "magnitude")
+            for basis in ("plain", "input", "fisher")
+        ],
+    )
+    anchor = min((row["ratio"] for row in ours), key=lambda ratio: abs(ratio - 0.21347))
+    drawn = [row for row in rows if row["section"] == "tokens" and row["ratio"] == anchor] + [cells["grasp-fisher", anchor]]
+    tokens(drawn, arguments.output / "fisher-tokens.png")
+    by_set: dict[tuple[int, int], dict[float, str]] = {}
+    for row in [row for row in rows if row["section"] == "tokens"] + ours:
+        by_set.setdefault((row["blocks"], row["seed"]), {})[row["ratio"]] = _pair(row)
+    three = sorted({row["ratio"] for row in rows if row["section"] == "tokens"}, reverse=True)
+    table(
+        ("blocks of 512", "seed", *(f"ratio {ratio:.4f}" for ratio in three)),
+        [(*key, *(by_set[key].get(r, "") for r in three)) for key in sorted(by_set)],
+    )
+    other = [(row["source"], _pair(row)) for row in rows if row["section"] == "domains"]
+    table(("calibrated on", "WikiText-2 / PTB"), other)
+    return 0
+
+
+def _pair(row: dict[str, Any] | None) -> str:
+    """Perplexity on WikiText-2 test, and on PTB valid where it was measured."""
+    if row is None:
+        return ""
+    return " / ".join(f"{row[text]:.1f}" if row[text] < 1e4 else "> 10,000" for text in ("wikitext2", "ptb") if text in row)
+
+
+def _find(rows: list[dict[str, Any]], section: str, **fields: Any) -> dict[str, Any] | None:
+    return next((row for row in rows if row["section"] == section and all(row.get(k, "") == v for k, v in fields.items())), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Stage 2b', the basis: a matrix and what the loss says about it in, singular groups in that metric out.
+
+    plain    W itself: what dropping a group does to the weights
+    input    W X^½: what it does to the outputs (SVD-LLM, arXiv 2403.07378)
+    fisher   D^½ W X^½: what it does to the loss, in nats a token: half the squared singular value
+
+X and D come damped: the sample's eigenvalues of rare directions are too small, never too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from grasp.core.linalg import metric_groups
+from grasp.core.records import Curvature
+from grasp.core.scratch import Scratch
+
+BasisName = Literal["plain", "input", "fisher"]
+BASES: tuple[str, ...] = get_args(BasisName)
+INPUT_DAMPING, GRADIENT_DAMPING = 1e-4, 1e-2
+"""Added to the diagonals of X and D, as shares of their mean eigenvalues. Figures hardly move between a tenth and a hundred times this."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The singular groups of one matrix W (out, in) in a metric, best first: W = sum_k left_k right_k'.
+
+    `squares` (k): the squared singular values; `expand` (short, k) and `contract` (k, short) as in `grasp.core.linalg.metric_groups`.
+    """
+
+    weight: Tensor
+    squares: Float[Tensor, "k"]
+    expand: Float[Tensor, "short k"]
+    contract: Float[Tensor, "k short"]
+
+    def pair(self, kept: Int[Tensor, "rank"]) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(left, right) of the groups `kept`: their product is what remains of W."""
+        weight = self.weight.float()
+        expand, contract = self.expand[:, kept].to(weight), self.contract[kept].to(weight)
+        if weight.shape[0] >= weight.shape[1]:
+            return weight @ expand, contract
+        return contract.mT, expand.mT @ weight
+
+
+def groups(curvature: Curvature, basis: str, scratch: Scratch) -> Groups:
+    """The singular groups of a matrix in `basis`, their vectors kept in `scratch`."""
+    weight = curvature.weight
+    weight = (weight.cpu() if weight.device.type == "mps" else weight).double()  # that device has no float64
+    if not curvature.is_tall:
+        weight = weight.mT
+    tall, short = weight.shape
+    gram = weight.mT @ weight
+    near = torch.eye(short, dtype=torch.float64, device=weight.device)
+    far = gram
+    inputs, gradients = max(curvature.input_tokens, 1), max(curvature.gradient_tokens, 1)
+    if curvature.is_tall and basis != "plain":
+        near = _damped(curvature.near, inputs, INPUT_DAMPING, near)
+    if curvature.is_tall and basis == "fisher":
+        far = curvature.far.to(weight) / gradients + GRADIENT_DAMPING * curvature.gradient_square / gradients / tall * gram  # type: ignore[union-attr]
+    if not curvature.is_tall and basis == "fisher":
+        near = _damped(curvature.near, gradients, GRADIENT_DAMPING, near)
+    if not curvature.is_tall and basis != "plain":
+        far = curvature.far.to(weight) / inputs + INPUT_DAMPING * curvature.input_square / inputs / tall * gram  # type: ignore[union-attr]
+    expand, squares, contract = metric_groups(weight, near, far)
+    return Groups(curvature.weight, squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
+
+
+def _damped(total: Tensor | None, tokens: int, damping: float, identity: Tensor) -> Tensor:
+    gram = total.to(identity) / tokens  # type: ignore[union-attr]
+    return gram + damping * gram.diagonal().mean() * identity
+
+
+def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` on every item, in order, one thread a core: decompositions of this size gain little from more threads each."""
+    threads = torch.get_num_threads()
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return work(item)
+
+    try:
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            yield from pool.map(alone, items)
+    finally:
+        torch.set_num_threads(threads)
