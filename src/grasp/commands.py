@@ -93,7 +93,12 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
             for ratio, rise in expected.rises.items()
         ]
         share = "ratio" if options.get("budget") != "latency" else "ratio (of time)"
-        table("expected on text like the calibration text", (share, "loss rise (nats/token)", "perplexity", ""), lines, left=0)
+        table(
+            "expected on the calibration text itself; other text loses more, the more so the fewer the tokens",
+            (share, "loss rise (nats/token)", "perplexity", ""),
+            lines,
+            left=0,
+        )
     if as_json:
         emit(
             {

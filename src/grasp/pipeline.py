@@ -166,7 +166,8 @@ def _prediction(loss: float | None, log: list[dict[str, Any]]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method expects on text like the calibration text, in nats a token: the loss now, and its rise at each ratio."""
+    """What a method expects on the calibration text itself, in nats a token: the loss now, and its rise at each ratio. Text that the
+    statistics have not seen loses more, the more so the fewer the tokens (docs/fisher.md)."""
 
     loss: float
     rises: dict[float, float]

@@ -56,7 +56,7 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
     if "prediction" in manifest:
         rise, factor = manifest["prediction"]["loss_rise"], manifest["prediction"]["perplexity_ratio"]
         body.append(
-            f"| expected on text like the calibration text | loss + {rise:.3f} nats a token: perplexity × {factor:.3f} (predicted, not measured) |"
+            f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token, perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
         )
     if dropped:
         body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
