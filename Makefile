@@ -13,7 +13,7 @@ demo: .venv/demo
 	.venv/bin/grasp demo --output demo-output
 
 test: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs

@@ -152,22 +152,17 @@ def tokens(bench: Benchmark) -> None:
 
 
 def matrices(bench: Benchmark) -> None:
-    """One matrix at a time: the smallest groups that are predicted to cost 0.02 nats together, dropped."""
+    """One matrix at a time: the smallest groups that are predicted to cost 0.005, 0.02 and 0.08 nats together, dropped."""
     data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0)
     method = make("grasp-fisher", {"ratio": 0.2, "storage": "pair"})
     problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
     for linear in problem.linears[4::26]:
-        losses = problem.losses[linear.path]
-        rank = int((losses.flip(0).cumsum(0).flip(0) > 0.02).sum())
-        edit = method.replacement(linear, problem, rank)  # type: ignore[attr-defined]
-        bench.row(
-            f"matrices: {linear.path}",
-            lambda decoder, edit=edit: [edit],
-            method="grasp-fisher",
-            section="matrices",
-            path=linear.path,
-            rank=rank,
-        )
+        left = problem.losses[linear.path].flip(0).cumsum(0).flip(0)
+        for rise in (0.005, 0.02, 0.08):
+            rank = int((left > rise).sum())
+            edit = method.replacement(linear, problem, rank)  # type: ignore[attr-defined]
+            facts = {"method": "grasp-fisher", "section": "matrices", "path": linear.path, "rank": rank}
+            bench.row(f"matrices: {linear.path}, {rise}", lambda decoder, edit=edit: [edit], **facts)
 
 
 def domains(bench: Benchmark) -> None:

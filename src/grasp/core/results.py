@@ -1,0 +1,138 @@
+"""What was measured: one `Result` a model, and the results files that `grasp eval`, `bench`, `compare` and `demo` write and `grasp report` reads.
+
+A results file is one JSON object:
+
+    {"kind": "grasp-results", "format_version": 1, "title": ..., "command": ..., "rows": [a Result each], "versions": {...}, "machine": {...}}
+
+Scores of all kinds are rows of one table, told apart by `unit`:
+
+    perplexity        token perplexity on the text `name` (protocol: word_perplexity, bits_per_byte, seq_len, ...)
+    nats/token        KL divergence from the dense model on the text `name`
+    top-1 agreement   share of positions where both models predict the same token
+    perplexity ratio  to the dense model's, on the same blocks
+    acc, acc_norm, exact_match, ...   a task's metric as lm-eval names it; `name` is the task, "mean" their mean
+    share of dense    a mean of tasks over the dense model's
+    tokens/s, s, bytes, ...           speed and memory; `name` says of what ("decode", "prefill", "time to first token", ...)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp.core.records import Score
+from grasp.errors import CheckpointError
+
+KIND, FORMAT_VERSION = "grasp-results", 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy continuation of a fixed prompt. `repetition`: share of its 4-grams that it has said before, 0 to 1; `ended`: by itself."""
+
+    prompt: str
+    text: str
+    num_tokens: int = 0
+    repetition: float = 0.0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything measured about one model. `method` is "" for a model that grasp did not make; `error` says why nothing was measured.
+
+    `ratio`: share of the dense model's parameters that is gone. `seconds` by step; `peak_memory` in bytes; `notes` are warnings that
+    belong to the numbers.
+    """
+
+    label: str
+    model: str
+    method: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    num_bytes: int | None = None
+    ratio: float | None = None
+    scores: tuple[Score, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: int | None = None
+    notes: tuple[str, ...] = ()
+    error: str = ""
+
+    def score(self, unit: str, name: str | None = None) -> Score | None:
+        """The first score of this unit (and name)."""
+        return next((s for s in self.scores if s.unit == unit and name in (None, s.name)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; what is empty is left out."""
+        values = {
+            **self.__dict__,
+            "fields": dict(self.fields),
+            "seconds": dict(self.seconds),
+            "scores": [score.to_json() for score in self.scores],
+            "generations": [vars(one) for one in self.generations],
+            "notes": list(self.notes),
+        }
+        return {key: value for key, value in values.items() if value not in (None, "", (), [], {})}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Result:
+        """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` where it is none."""
+        values = dict(found)
+        values["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
+        values["generations"] = tuple(Generation(**one) for one in values.get("generations", ()))
+        values["notes"] = tuple(values.get("notes", ()))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file: rows, and where they come from."""
+
+    rows: tuple[Result, ...]
+    title: str = ""
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of the file."""
+        head = {"kind": KIND, "format_version": FORMAT_VERSION, "title": self.title, "command": self.command, "about": dict(self.about)}
+        return {**head, "rows": [row.to_json() for row in self.rows], "versions": dict(self.versions), "machine": dict(self.machine)}
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all. Raises `CheckpointError`."""
+        try:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, indent=1)
+                file.write("\n")
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
+        except OSError as failure:
+            raise CheckpointError(f"{path}: cannot be written: {failure}") from failure
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read a results file. Raises `CheckpointError` where it is damaged, something else, or of a newer format."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as failure:
+            raise CheckpointError(f"{path}: cannot be read ({failure})") from failure
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise CheckpointError(f"{path}: is no results file of grasp; grasp eval, bench, compare and demo write them")
+        if int(found.get("format_version", 0)) > FORMAT_VERSION:
+            raise CheckpointError(f"{path}: written by a newer grasp; run `pip install -U grasp-llm`")
+        try:
+            rows = tuple(Result.from_json(row) for row in found["rows"])
+        except (KeyError, TypeError, ValueError) as failure:
+            raise CheckpointError(f"{path}: the file is damaged: {failure!r}") from failure
+        text, table = (lambda key: str(found.get(key) or "")), (lambda key: dict(found.get(key) or {}))
+        return cls(rows, text("title"), text("command"), table("versions"), table("machine"), table("about"))
