@@ -38,7 +38,7 @@ docs: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data]'
+	$(PIP) --editable '.[dev,data,report]'
 	touch $@
 
 clean:

@@ -1,8 +1,11 @@
-"""Writes docs/reference.md from the code: every command's --help, the methods, the families, the texts. `--check` only compares."""
+"""Writes docs/reference.md from the code (every command's --help, the methods, the families, the texts), and the tables of
+docs/experiments.md from results/*.json. `--check` only compares."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import click
 
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
+from grasp.core.results import Result, Results
 from grasp.methods import available
-from grasp.stages.calibration import FILE_TYPES, NAMED
+from grasp.stages.text import FILE_TYPES, NAMED
 
-OUTPUT = Path(__file__).with_name("reference.md")
+OUTPUT, EXPERIMENTS = (Path(__file__).with_name(name) for name in ("reference.md", "experiments.md"))
+RESULTS = Path(__file__).parents[1] / "results"
+PLACE = re.compile(r"<!-- results: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def reference() -> str:
@@ -54,13 +60,45 @@ def reference() -> str:
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
 
 
+def experiments() -> str:
+    """docs/experiments.md with the table of every results file that it has a place for."""
+    return PLACE.sub(lambda found: _place(found[1]), EXPERIMENTS.read_text(encoding="utf-8"))
+
+
+def _place(name: str) -> str:
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"<!-- results: {name} -->\nNot measured yet.\n<!-- end -->"
+    rows = [row for row in Results.read(RESULTS / f"{name}.json").rows]
+    texts = list(dict.fromkeys(score.name for row in rows for score in row.scores if score.unit == "perplexity"))
+    heads = ["", "parameters", *(f"perplexity, {Path(text).name}" for text in texts), "compression, s", "peak memory, GB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    lines += ["| " + " | ".join(_cells(row, texts)) + " |" for row in rows]
+    return "\n".join([f"<!-- results: {name} -->", *lines, "<!-- end -->"])
+
+
+def _cells(row: Result, texts: list[str]) -> list[str]:
+    if row.error:
+        return [row.label, f"failed: {row.error}", *[""] * (len(texts) + 2)]
+    found = [row.score("perplexity", text) for text in texts]
+    shown = ["" if score is None else f"{score.value:.1f}" if score.value < 1e4 else f"{score.value:.1e}" for score in found]
+    seconds = math.fsum(row.seconds.values())
+    return [
+        row.label,
+        f"{row.parameters:,}",
+        *shown,
+        f"{seconds:.0f}" if seconds else "",
+        f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else "",
+    ]
+
+
 def main() -> int:
-    text = reference()
+    pages = {OUTPUT: reference(), EXPERIMENTS: experiments()}
     if "--check" in sys.argv:
-        same = OUTPUT.is_file() and OUTPUT.read_text(encoding="utf-8") == text
-        print("docs/reference.md is " + ("up to date" if same else "stale: run `make docs`"))
-        return 0 if same else 1
-    OUTPUT.write_text(text, encoding="utf-8")
+        stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        print(f"stale: {', '.join(stale)}; run `make docs`" if stale else "docs are up to date")
+        return 1 if stale else 0
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -13,7 +13,8 @@ import torch
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.errors import DataError
-from grasp.stages.calibration import NAMED, calibrate, read_text, tokenize
+from grasp.stages.calibration import calibrate
+from grasp.stages.text import NAMED, read_text
 
 DOCUMENTS = ["Crème brûlée, “quoted”.", 'A line\nbreak, a comma and a "quote".', "The last one; 3 < 4 & 5."]
 JOINED = "\n\n".join(DOCUMENTS)
@@ -84,12 +85,12 @@ def test_blocks_are_pieces_of_the_text_at_seeded_places(model, text_file):
 def test_every_place_can_be_drawn(model, tmp_path):
     path = write(tmp_path, ".txt", [ALPHABET[:20]])
     firsts = calibrate(model, path, num_samples=200, seq_len=16).ids[:, 0].tolist()
-    assert set(firsts) == set(tokenize(model, ALPHABET[:5]).tolist())
+    assert set(firsts) == set(model.tokenize(ALPHABET[:5]).tolist())
 
 
 def test_a_text_of_exactly_one_block_is_enough(model, tmp_path):
     path = write(tmp_path, ".txt", [ALPHABET[:16]])
-    assert torch.equal(calibrate(model, path, num_samples=2, seq_len=16).ids, tokenize(model, ALPHABET[:16]).expand(2, -1))
+    assert torch.equal(calibrate(model, path, num_samples=2, seq_len=16).ids, model.tokenize(ALPHABET[:16]).expand(2, -1))
 
 
 def test_the_hash_follows_the_ids(model, text_file):
@@ -120,43 +121,45 @@ def test_other_families_get_no_bos_put_in(model, text_file):
 
 @pytest.mark.parametrize("kind", [".txt", ".raw", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv"])
 def test_every_file_type_gives_the_same_text(kind, tmp_path):
-    assert read_text(write(tmp_path, kind, DOCUMENTS), split="train") == JOINED
+    assert read_text(write(tmp_path, kind, DOCUMENTS), split="train").whole == JOINED
 
 
 def test_a_json_list_of_plain_texts_is_text(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(DOCUMENTS))
-    assert read_text(str(tmp_path / "list.json"), split="train") == JOINED
+    assert read_text(str(tmp_path / "list.json"), split="train").whole == JOINED
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", ".csv"])
 def test_text_field_names_the_column(kind, tmp_path):
     path = write(tmp_path, kind, [{"text": "no", "body": text} for text in DOCUMENTS])
-    assert read_text(path, split="train", text_field="body") == JOINED
+    assert read_text(path, split="train", text_field="body").whole == JOINED
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_messages_go_through_the_chat_template(kind, tmp_path, tokenizer):
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in DOCUMENTS]
     path = write(tmp_path, kind, [{"messages": chat} for chat in chats])
-    assert read_text(path, split="train", tokenizer=tokenizer) == "\n\n".join(f"<user>{text}\n<assistant>Yes.\n" for text in DOCUMENTS)
+    assert read_text(path, split="train", tokenizer=tokenizer).whole == "\n\n".join(
+        f"<user>{text}\n<assistant>Yes.\n" for text in DOCUMENTS
+    )
 
 
 def test_alpaca_rows_are_instruction_input_and_answer(tmp_path):
     rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hello."}]
-    assert read_text(write(tmp_path, ".json", rows), split="train") == "Add.\n\n1, 2\n\n3\n\nGreet.\n\nHello."
+    assert read_text(write(tmp_path, ".json", rows), split="train").whole == "Add.\n\n1, 2\n\n3\n\nGreet.\n\nHello."
 
 
 def test_a_long_csv_cell_is_read_whole(tmp_path):
     """Python's csv module stops at 128 KiB a cell unless it is told otherwise; documents are longer."""
     document = "word " * 30_000
-    assert read_text(write(tmp_path, ".csv", [document]), split="train") == document
+    assert read_text(write(tmp_path, ".csv", [document]), split="train").whole == document
 
 
 def test_pydoc_splits_are_disjoint_and_together_everything():
     """By paragraph: topics quote one another, so two different topics can hold the same text."""
     topics = importlib.import_module("pydoc_data.topics").topics
     everything = {" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")}
-    train, test = ({" ".join(part.split()) for part in read_text("pydoc", split=split).split("\n\n")} for split in ("train", "test"))
+    train, test = ({" ".join(part.split()) for part in read_text("pydoc", split=split).whole.split("\n\n")} for split in ("train", "test"))
     assert train | test == everything
     leaked = sum(len(part) for part in train & test if len(part) >= 80)
     assert leaked == 0, f"{leaked:,} of {sum(map(len, test)):,} held-out characters are in the calibration text too"
@@ -201,7 +204,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_wikitext2_is_asked_for_and_joined(split, hub):
-    assert read_text("wikitext2", split=split) == JOINED
+    assert read_text("wikitext2", split=split).whole == JOINED
     [(arguments, options)] = hub.asked
     assert arguments == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     assert options["split"] == split and not options["streaming"]
@@ -209,7 +212,7 @@ def test_wikitext2_is_asked_for_and_joined(split, hub):
 
 def test_ptb_is_joined_by_spaces_and_its_revision_needs_no_script(hub):
     hub.rows = [{"sentence": "one two"}, {"sentence": "three"}]
-    assert read_text("ptb", split="train") == "one two three"
+    assert read_text("ptb", split="train").whole == "one two three"
     [(arguments, options)] = hub.asked
     assert arguments == ("ptb-text-only/ptb_text_only",) and options["revision"] == "refs/convert/parquet"
 
@@ -217,7 +220,7 @@ def test_ptb_is_joined_by_spaces_and_its_revision_needs_no_script(hub):
 def test_only_the_head_of_c4_is_read(hub):
     seen = []
     hub.rows = ({"text": str(seen.append(n) or n)} for n in range(10_000))
-    assert read_text("c4", split="test").split("\n\n")[-1] == str(NAMED["c4"].most_rows - 1)
+    assert read_text("c4", split="test").whole.split("\n\n")[-1] == str(NAMED["c4"].most_rows - 1)
     [(arguments, options)] = hub.asked
     assert arguments == ("allenai/c4", "en") and options["split"] == "validation" and options["streaming"]
     assert len(seen) <= NAMED["c4"].most_rows + 1
@@ -225,7 +228,7 @@ def test_only_the_head_of_c4_is_read(hub):
 
 def test_alpaca_of_the_hub_gives_instructions_with_answers(hub):
     hub.rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}]
-    assert read_text("alpaca", split="train") == "Add.\n\n1, 2\n\n3"
+    assert read_text("alpaca", split="train").whole == "Add.\n\n1, 2\n\n3"
     assert hub.asked[0][0] == ("tatsu-lab/alpaca",)
 
 
@@ -330,3 +333,16 @@ def test_parquet_without_pyarrow_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     refused(tmp_path / "text.parquet", "--data", "text.parquet", "pip install")
+
+
+def test_a_local_copy_of_a_named_set_is_read_by_its_rules(tmp_path):
+    """WikiText's rows: a blank line is "", any other line keeps its end; the rows are joined by a blank line."""
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(" = Title = \n \n One . \n Two . \n")
+    found = read_text(f"wikitext2={path}", split="test")
+    assert found.whole == " = Title = \n\n\n\n\n One . \n\n\n Two . \n"
+    assert found.rule == "4 rows joined by '\\n\\n'"
+    (tmp_path / "ptb.txt").write_text(" one two \n three \n")
+    assert read_text(f"ptb={tmp_path / 'ptb.txt'}", split="test").whole == "one two three"
+    with pytest.raises(DataError, match="neither a file nor a known set"):
+        read_text("wikitext2=nowhere.raw", split="test")

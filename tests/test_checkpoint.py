@@ -264,3 +264,9 @@ def test_the_manifest_can_be_read_by_anyone(either):
     with safe_open(either / "model.safetensors", framework="pt") as file:
         total = sum(file.get_tensor(key).numel() for key in file.keys() if not key.endswith(".places"))  # noqa: SIM118
     assert total == json.loads(text)["parameters"]["after"]
+
+
+def test_both_files_that_know_the_format_say_the_same_version():
+    from grasp.core import manifest, modeling_grasp
+
+    assert manifest.FORMAT_VERSION == modeling_grasp.FORMAT_VERSION

@@ -6,11 +6,11 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,15 +124,37 @@ def test_the_path_is_shown_as_it_is(model_directory, text_file, tmp_path):
     assert outcome.status == 0 and "a[b]" in "".join(outcome.err.split())
 
 
-def test_eval_of_the_result(made, model_directory, text_file):
+def test_eval_of_the_result(made, model_directory, text_file, tmp_path):
     out, outcome = made
-    flags = ("--ppl", text_file, "--seq-len", "64", "--num-blocks", "2", "--json")
-    small, dense = (command("eval", place, *flags) for place in (out, model_directory))
-    assert (dense.json["parameters"], small.json["parameters"]) == tuple(outcome.json["parameters"][key] for key in ("before", "after"))
-    [score] = small.json["scores"]
+    flags = ("--ppl", text_file, "--seq-len", "64", "--num-blocks", "2")
+    said = command(
+        "eval", out, "--against", model_directory, *flags, "--generate", "--new-tokens", "3", "-o", tmp_path / "r.json", "--json"
+    )
+    dense, small = said.json["rows"]
+    assert (dense["parameters"], small["parameters"]) == tuple(outcome.json["parameters"][key] for key in ("before", "after"))
+    score = small["scores"][0]
     assert (score["seq_len"], score["num_blocks"], score["num_tokens"]) == (64, 2, 2 * 63)
-    assert score["value"] > 0 and score["value"] != dense.json["scores"][0]["value"]
-    assert f"{score['value']:.3f}" in small.err
+    assert score["value"] > 0 and score["value"] != dense["scores"][0]["value"]
+    for shown in (
+        f"{score['value']:.3f}",
+        "KL (nats/token)",
+        "top-1 agreement",
+        "bits/byte",
+        "LEAKAGE",
+        "2 blocks, 126 tokens counted",
+        "def fibonacci(n):",
+    ):
+        assert shown in said.err, shown
+    assert json.loads((tmp_path / "r.json").read_text()) == said.json
+    alone = command("eval", model_directory, *flags, "--json").json
+    assert alone["rows"][0]["scores"][0]["value"] == pytest.approx(dense["scores"][0]["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize("output", ["nowhere/r.json", "r.txt", "."])
+def test_eval_checks_its_output_first(output, model_directory, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = command("eval", model_directory, "--ppl", text_file, "-o", output)
+    assert outcome.status == 2 and f"--output {output}" in outcome.error
 
 
 @pytest.mark.parametrize("flags", [(), ("--angular",)])
@@ -358,10 +380,11 @@ def test_an_unknown_verb_is_one_line_too():
 
 
 def fresh(*words: str) -> tuple[float, set[str], str]:
-    """(seconds, modules imported, stdout) of `python words...`, a new process."""
-    begin = time.perf_counter()
+    """(seconds of processor time, modules imported, stdout) of `python words...`, a new process. Other work takes none of that time."""
+    begin = os.times()
     done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin
+    end = os.times()
+    seconds = end.children_user + end.children_system - begin.children_user - begin.children_system
     return seconds, set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)), done.stdout
 
 
@@ -393,3 +416,29 @@ def test_every_public_name_is_there():
     assert all(getattr(grasp, name) is not None for name in grasp.__all__)
     with pytest.raises(AttributeError):
         _ = grasp.nothing
+
+
+# --- results on a page
+
+
+def test_report_of_a_checkpoint_and_results(made, model_directory, text_file, tmp_path):
+    out, _ = made
+    command("eval", out, "--against", model_directory, "--ppl", text_file, "--seq-len", "64", "-o", tmp_path / "r.json")
+    said = command("report", out, tmp_path / "r.json", "-o", tmp_path / "page.html", "--json").json
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert said == {"path": str(tmp_path / "page.html"), "bytes": len(page.encode())}
+    assert "tiny-llama" in page and "top-1 agreement" in page and "LEAKAGE" in page
+
+
+def test_report_needs_neither_torch_nor_transformers(tmp_path):
+    code = (
+        "import sys; import grasp.reporting, grasp.report.html; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty"])
+def test_report_of_nothing_names_the_path(what, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / what) in command("report", tmp_path / what, "-o", tmp_path / "page.html").error
+    assert not (tmp_path / "page.html").exists()

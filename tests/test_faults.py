@@ -507,13 +507,13 @@ def test_a_killed_process_leaves_no_out_and_the_next_run_works(case, deaths, com
 def test_without_a_network_the_hub_is_not_asked_six_times(monkeypatch):
     """Where the hub's name cannot be looked up, a hub model is sought in the cache only, and a hub text is refused at once."""
     from grasp.core import hub
-    from grasp.stages import calibration
+    from grasp.stages import text
 
     def no_network(*_: object) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(calibration, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(text, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "getaddrinfo", no_network)
     seen = {}
@@ -526,5 +526,5 @@ def test_without_a_network_the_hub_is_not_asked_six_times(monkeypatch):
     with pytest.raises(ModelError, match="not a local directory"):
         grasp.evaluate("somebody/model")
     assert seen["local_files_only"] is True
-    with pytest.raises(grasp.GraspError, match="cannot be reached; give a local file instead"):
-        calibration.read_text("wikitext2", split="train")
+    with pytest.raises(grasp.GraspError, match="cannot be reached; give a local copy instead"):
+        text.read_text("wikitext2", split="train")

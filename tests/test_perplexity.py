@@ -9,8 +9,16 @@ from torch.nn.functional import cross_entropy
 
 import grasp
 from grasp.core.decoder import Decoder
+from grasp.core.records import Text
+from grasp.core.score import Score
 from grasp.errors import DataError, GraspError, NumericsError, RecipeError
-from grasp.evaluation.perplexity import perplexity
+from grasp.evaluation import perplexity as measuring
+from grasp.evaluation.blocks import blocks_of, cut, rolling
+
+
+def perplexity(model: Decoder, tokens: torch.Tensor, *, name: str, **options) -> Score:
+    """Cut and measured, without a text to count words of."""
+    return measuring.perplexity(model, cut(tokens, name=name, **options))
 
 
 @pytest.fixture
@@ -138,7 +146,7 @@ def test_evaluate_measures_several_texts_at_once(model_directory, text_file, tmp
     assert grasp.evaluate(model_directory, ppl=f"{text_file},{other}", seq_len=64) == both  # as the command line writes it
     for score in both.scores:
         assert grasp.evaluate(model_directory, ppl=score.name, seq_len=64).scores == (score,)
-    assert json.loads(json.dumps(both.to_json()))["scores"][1]["num_tokens"] == 5 * 63
+    assert json.loads(json.dumps(both.results().to_json()))["rows"][0]["scores"][1]["num_tokens"] == 5 * 63
 
 
 def test_blanks_between_the_texts_do_no_harm(model_directory, text_file):
@@ -169,3 +177,86 @@ def test_bfloat16_logits_are_promoted_before_the_loss(decoder, tokens):
     found = perplexity(model, tokens[:64], name="text", seq_len=64)
     assert found.value == pytest.approx(promoted, rel=1e-5)
     assert found.protocol["dtype"] == "bfloat16"
+
+
+# --- the protocol of lm-eval's wikitext: every token of every document
+
+
+def windows_of_lm_eval(tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """(context, predicted) as lm-eval describes its rolling windows: the first after the prefix, later ones with one token of context or more."""
+    found = [([prefix], tokens[:length])]
+    done = min(length, len(tokens))
+    while done < len(tokens):
+        more = min(len(tokens) - done, length)
+        end = done + more
+        start = max(end - length - 1, 0)
+        found.append((tokens[start:done], tokens[done:end]))
+        done = end
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 33, 50])
+def test_rolling_windows_predict_every_token_once(size, decoder):
+    model = decoder("llama")
+    tokens = torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(size))
+    blocks = rolling([tokens], 257, name="text", seq_len=16)
+    total = 0.0
+    for context, predicted in windows_of_lm_eval(tokens.tolist(), 257, 16):
+        assert len(context) + len(predicted) - 1 <= 16  # what the model reads
+        with torch.no_grad():
+            logits = model.model(torch.tensor([(context + predicted)[:-1]])).logits[0].double().log_softmax(-1)
+        total -= sum(float(logits[len(context) - 1 + place, token]) for place, token in enumerate(predicted))
+    found = measuring.perplexity(model, blocks)
+    assert found.protocol["num_tokens"] == size
+    assert found.value == pytest.approx(math.exp(total / size), rel=1e-5)
+
+
+def test_rolling_starts_every_document_anew(decoder):
+    one, two = torch.arange(5), torch.arange(9)
+    blocks = rolling([one, two], 257, name="text", seq_len=16)
+    assert [ids.tolist() for ids in blocks.ids] == [[257, *range(5)], [257, *range(9)]] and blocks.fresh == (5, 9)
+
+
+# --- a word and a byte
+
+
+@pytest.mark.parametrize("rolls", [False, True])
+def test_loss_a_word_and_a_byte(rolls, decoder, tokenizer):
+    """The byte-level tokenizer writes one token a byte, so bits per byte are bits per token, and a word of three letters is four tokens."""
+    model = Decoder(decoder("llama").model, tokenizer)
+    text = Text("text", ("abc " * 64,), "")
+    [score] = [measuring.perplexity(model, blocks_of(model, text, seq_len=32, rolling_windows=rolls))]
+    assert score.protocol["bits_per_byte"] == pytest.approx(score.protocol["loss"] / math.log(2))
+    assert score.protocol["word_perplexity"] == pytest.approx(math.exp(4 * score.protocol["loss"]), rel=1e-6)
+
+
+def test_words_are_counted_in_the_part_that_is_read_only(decoder, tokenizer):
+    model = Decoder(decoder("llama").model, tokenizer)
+    text = Text("text", ("abc " * 16 + "abcdefg " * 64,), "")
+    first = measuring.perplexity(model, blocks_of(model, text, seq_len=32, num_blocks=2))
+    assert first.protocol["word_perplexity"] == pytest.approx(math.exp(4 * first.protocol["loss"]), rel=1e-6)
+    assert first.protocol["join"] == "read whole"
+
+
+def test_rolling_and_stride_exclude_each_other(model_directory, text_file):
+    with pytest.raises(RecipeError, match="--rolling"):
+        grasp.evaluate(model_directory, ppl=text_file, seq_len=64, stride=32, rolling=True)
+
+
+@pytest.mark.parametrize("length", [40, 300])
+def test_rolling_is_what_lm_eval_measures(length, model_directory, tokenizer, tmp_path):
+    """lm-eval's own route to `word_perplexity` (its `wikitext` task): rolling log-likelihoods of whole documents, divided by their words."""
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    documents = ["The quick brown fox jumps over the lazy dog. " * 9, "Short one.", "x" * 200]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    model = grasp.load(model_directory).model
+    theirs = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=min(length, 128))
+    requests = [Instance("loglikelihood_rolling", {}, (document,), index) for index, document in enumerate(documents)]
+    total = -sum(theirs.loglikelihood_rolling(requests, disable_tqdm=True))
+    [ours] = grasp.evaluate(model_directory, ppl=str(file), seq_len=min(length, 128), rolling=True).scores
+    words = sum(len(document.split()) for document in documents)
+    assert ours.protocol["word_perplexity"] == pytest.approx(math.exp(total / words), rel=1e-4)
+    assert ours.protocol["bits_per_byte"] == pytest.approx(total / sum(map(len, documents)) / math.log(2), rel=1e-4)

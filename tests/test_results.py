@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from grasp.core.records import Score
 from grasp.core.results import Generation, Result, Results
+from grasp.core.score import Score
 from grasp.errors import CheckpointError
 
 ROW = Result(

@@ -88,9 +88,12 @@ def test_the_demo_shows_its_table(tmp_path):
     dense, removed, small, fisher = result["rows"]
     assert [row["parameters"] for row in result["rows"][:3]] == [134_515_008, 102_654_144, 105_776_640]
     assert 105_776_640 - 2112 < fisher["parameters"] <= 105_776_640
-    assert dense["perplexity"] < fisher["perplexity"] < 0.6 * min(removed["perplexity"], small["perplexity"])
-    assert dense["perplexity"] < removed["perplexity"] and dense["perplexity"] < small["perplexity"]
-    assert dense["bytes"] > small["bytes"] > removed["bytes"] == 4 * 102_654_144
-    assert all(row["text"].strip() and row["tokens_per_second"] > 0 for row in result["rows"])
+    scores = [{score["unit"]: score["value"] for score in row["scores"]} for row in result["rows"]]
+    lost = {row["label"]: score["perplexity"] for row, score in zip(result["rows"], scores, strict=True)}
+    others = min(lost["same layers removed"], lost["grasp"])
+    assert lost["dense"] < lost["grasp-fisher"] < 0.6 * others and lost["dense"] < others
+    assert dense["num_bytes"] > small["num_bytes"] > removed["num_bytes"] == 4 * 102_654_144
+    assert all(row["generations"][0]["text"].strip() for row in result["rows"]) and all(score["tokens/s"] > 0 for score in scores)
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())["rows"] == result["rows"]
     assert all((tmp_path / "demo" / f"{name}.png").stat().st_size > 20_000 for name in ("grasp", "grasp-fisher"))
     assert embedded_model().is_dir()

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from grasp.core.checkpoint import load as load
     from grasp.core.decoder import Decoder as Decoder
     from grasp.core.records import Calibration as Calibration
-    from grasp.core.records import Score as Score
+    from grasp.core.score import Score as Score
     from grasp.errors import GraspError as GraspError
     from grasp.inspection import inspect as inspect
+    from grasp.measurement import Evaluation as Evaluation
+    from grasp.measurement import evaluate as evaluate
     from grasp.methods.base import Method as Method
     from grasp.pipeline import Compression as Compression
-    from grasp.pipeline import Evaluation as Evaluation
     from grasp.pipeline import compress as compress
-    from grasp.pipeline import evaluate as evaluate
 
 __version__ = "0.1.0"
 
@@ -36,12 +36,12 @@ _HOME = {
     "Checkpoint": "core.checkpoint",
     "Compression": "pipeline",
     "Decoder": "core.decoder",
-    "Evaluation": "pipeline",
+    "Evaluation": "measurement",
     "GraspError": "errors",
     "Method": "methods.base",
-    "Score": "core.records",
+    "Score": "core.score",
     "compress": "pipeline",
-    "evaluate": "pipeline",
+    "evaluate": "measurement",
     "inspect": "inspection",
     "load": "core.checkpoint",
 }

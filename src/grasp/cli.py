@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from grasp import __version__
-from grasp.errors import GraspError, RecipeError, did_you_mean
+from grasp.errors import GraspError
+from grasp.flags import MethodCommand, Words, read_config, shared
 
 
 def _commands() -> Any:
@@ -26,123 +24,6 @@ def _commands() -> Any:
 
     commands.only_our_own_words()
     return commands
-
-
-class Words(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list, also accepted as a TOML or JSON list."""
-
-    def __init__(self, of: type):
-        self.of, self.name = of, f"{of.__name__},..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        parts = value if isinstance(value, (list, tuple)) else [word.strip() for word in str(value).split(",") if word.strip()]
-        try:
-            return tuple(self.of(part) for part in parts)
-        except ValueError:
-            self.fail(f"'{value}' is not a list of {self.of.__name__}; write it like 21,22,25")
-
-
-class MethodCommand(click.Command):
-    """`grasp compress`: its own flags, then one flag for each field of every method, read off the methods when it runs."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        own = super().get_params(ctx)
-        taken = {param.name for param in own}
-        return [*own, *(option for option in _method_options() if option.name not in taken)]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two lists: the flags of the methods, then those of the command."""
-        method_flags = {option.name for option in _method_options()}
-        lists: dict[str, list[tuple[str, str]]] = {"Method flags (each names the methods it belongs to)": [], "Options": []}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                lists["Options" if param.name not in method_flags else next(iter(lists))].append(record)
-        for title, records in lists.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
-def _method_options() -> list[click.Option]:
-    from grasp.methods import available
-
-    helps: dict[str, dict[str, list[str]]] = {}
-    kinds: dict[str, Any] = {}
-    for name, method in available().items():
-        hints = typing.get_type_hints(method)
-        for field in dataclasses.fields(method):
-            helps.setdefault(field.name, {}).setdefault(field.metadata["help"], []).append(name)
-            kind = kinds.setdefault(field.name, hints[field.name])
-            if kind != hints[field.name] and "tuple" in str(kind):
-                kinds[field.name] = tuple[str, ...]  # the method chosen says what the words may be
-    options = []
-    for name, kind in kinds.items():
-        text = " ".join(f"[{', '.join(owners)}] {text}" for text, owners in helps[name].items())
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            options.append(click.Option([flag], is_flag=True, default=None, help=text))
-        else:
-            options.append(click.Option([flag], type=_click_type(kind), default=None, help=text))
-    return options
-
-
-def _click_type(kind: Any) -> Any:
-    plain = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
-    if typing.get_origin(plain) is tuple:
-        return Words(typing.get_args(plain)[0])
-    return plain
-
-
-def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """`--config`: values of a recipe become defaults; flags given on the command line win."""
-    if path is None:
-        return None
-    try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values = values.get("recipe", values) if isinstance(values, dict) else values
-        else:
-            if sys.version_info >= (3, 11):
-                import tomllib
-            else:
-                import tomli as tomllib
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise RecipeError(f"--config {path}: cannot be read: {failure}; give a .toml recipe or a grasp.json") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"--config {path}: holds no table of flags; give a .toml recipe or a grasp.json")
-    known = {p.opts[0].lstrip("-").replace("-", "_"): p.name or "" for p in ctx.command.get_params(ctx) if p.name not in ("config", "help")}
-    ctx.default_map = {}
-    for key, value in values.items():
-        flag = key.replace("-", "_")
-        if flag not in known:
-            raise RecipeError(f"--config {path}: '{key}' is no flag of grasp {ctx.info_name}{did_you_mean(flag, known)}")
-        ctx.default_map[known[flag]] = value
-    return path
-
-
-_OPTIONS: dict[str, Callable[..., Any]] = {
-    "data": click.option("--data", default="pydoc", show_default=True, help="Calibration text: a named set (see `grasp data`), a file, self or pydoc; several, separated by commas, are mixed."),
-    "text_field": click.option("--text-field", help="Column of the text in .jsonl, .json, .csv or .parquet files."),
-    "seed": click.option("--seed", type=int, default=0, show_default=True, help="Draws the calibration blocks."),
-    "device": click.option("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one."),
-    "dtype": click.option("--dtype", help="float32, bfloat16 or float16; default: as stored."),
-    "trust": click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model repository brings."),
-    "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
-    "quiet": click.option("--quiet", is_flag=True, help="No progress bars."),
-    "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
-}  # fmt: skip
-
-
-def shared(*names: str) -> Callable[[Any], Any]:
-    """Add options that several commands share, by name, in this order."""
-
-    def decorate(function: Any) -> Any:
-        for name in reversed((*names, "json", "quiet", "debug")):
-            function = _OPTIONS[name](function)
-        return function
-
-    return decorate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -164,7 +45,7 @@ def cli() -> None:
 @click.option("--num-samples", type=int, default=64, show_default=True, help="Number of calibration blocks.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
 @click.option(
-    "--config", type=click.Path(path_type=Path), is_eager=True, callback=_read_config, expose_value=False,
+    "--config", type=click.Path(path_type=Path), is_eager=True, callback=read_config, expose_value=False,
     help="Recipe: a .toml file of these flags, or the grasp.json of a checkpoint. Flags given here win.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, its size, memory, time and expected perplexity; write nothing.")
@@ -202,22 +83,78 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
     commands.inspect(model, output, options, as_json, quiet)
 
 
-@cli.command("eval", short_help="Measure perplexity.")
+@cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")
 @click.argument("model")
+@click.option("--against", metavar="DENSE", help="The dense model: measured too, with KL divergence, top-1 agreement and shares of it.")
 @click.option(
-    "--ppl",
-    default="pydoc",
-    show_default=True,
-    help="Texts to measure on, separated by commas: named sets (their test split) or files.",
-)
+    "--ppl", metavar="DATA,...",
+    help="Texts, separated by commas: named sets (their test split), files, or NAME=PATH for a local copy of a named set. Default, alone: pydoc.",
+)  # fmt: skip
+@click.option("--tasks", metavar="TASK,...", help="Tasks that lm-eval knows, or commonsense (the paper's seven).")
+@click.option("--task-data", type=click.Path(path_type=Path), help="Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz].")
+@click.option("--limit", type=int, help="Only the first so many examples of a task.")
+@click.option("--num-fewshot", type=int, help="Examples shown before each question; default: the task's own.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Requests of tasks run at once.")
+@click.option("--generate", is_flag=True, help="Greedy continuations of fixed prompts, with how much they repeat themselves.")
+@click.option("--new-tokens", type=int, default=64, show_default=True, help="Tokens of each continuation.")
 @click.option("--seq-len", type=int, help="Tokens in a block; default: 2048, or the longest the model reads.")
 @click.option("--stride", type=int, help="Step between blocks; default: --seq-len, no overlap.")
 @click.option("--num-blocks", type=int, help="Only the first so many blocks; default: all.")
+@click.option("--rolling", is_flag=True, help="Every token of every document counts, as in lm-eval's wikitext.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this .json file, for grasp report.")
 @shared("text_field", "device", "dtype", "trust")
-def evaluate(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Token perplexity of MODEL, with the protocol that makes the number. A block without a finite loss is an error."""
+def evaluate(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure MODEL: perplexity with the protocol that makes the number, tasks through lm-eval, greedy text; with --against DENSE, all of
+    it beside the dense model."""
     commands = _commands()
-    commands.evaluate(model, options, as_json, quiet)
+    given = {name: value for name, value in options.items() if value is not None}
+    commands.evaluate(model, output, given, as_json, quiet)
+
+
+@cli.command(short_help="Measure speed and memory, beside the dense model.")
+@click.argument("model")
+@click.option("--against", metavar="DENSE", help="Another model, usually the dense one: measured in turn with MODEL, round by round.")
+@click.option("--batch-sizes", type=Words(int), default="1", show_default=True, help="Sequences at once, e.g. 1,4,16.")
+@click.option("--prompt-len", type=int, default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens decoded after it.")
+@click.option("--rounds", type=int, default=5, show_default=True, help="Measured rounds, after one of warm-up.")
+@click.option("--compile", is_flag=True, help="Measure the models under torch.compile.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this .json file, for grasp report.")
+@shared("device", "dtype", "trust")
+def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Prefill and decode speed, latencies, memory and the share of the machine's memory bandwidth that decoding reaches. With --against
+    both models take turns, so that what else the machine does hits both alike."""
+    commands = _commands()
+    commands.bench(model, output, options, as_json, quiet)
+
+
+@cli.command(short_help="Compare methods as an EXPERIMENT.toml says.")
+@click.argument("experiment", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Results file; default: results/NAME.json. Finished cells in it are not run again.",
+)
+@click.option("--dry-run", is_flag=True, help="List the cells, and which of them are finished.")
+@click.option("--cell", hidden=True)
+@shared()
+def compare(experiment: Path, output: Path | None, dry_run: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
+    """Many methods, one calibration, one accounting, one evaluation: one table. Interrupted, it goes on where it stopped; a failed cell
+    is a row that says why."""
+    commands = _commands()
+    commands.compare(experiment, output, dry_run, cell, as_json, quiet)
+
+
+@cli.command(short_help="Make one HTML page of results and checkpoints.")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="Page to write.")
+@shared()
+def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) -> None:
+    """One HTML page that opens offline: tables, plots, text side by side. PATH: a checkpoint, a results file, or a folder of them."""
+    from grasp import reporting
+
+    reporting.report(paths, output, as_json)
 
 
 @cli.command(short_help="The whole job on the embedded model, in minutes.")

@@ -10,14 +10,16 @@ from typing import Any
 
 import transformers
 
-from grasp import estimate, inspection, pipeline
+from grasp import compare as comparison
+from grasp import estimate, experiment, inspection, measurement, pipeline
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.families import FAMILIES
 from grasp.core.manifest import MANIFEST
 from grasp.core.models import DTYPES
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
-from grasp.stages.calibration import FILE_TYPES, NAMED
+from grasp.stages.text import FILE_TYPES, NAMED
+from grasp.tables import check_output, finish, show_results
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
 
@@ -146,27 +148,54 @@ def inspect(model: str, output: Path, options: dict[str, Any], as_json: bool, qu
         )
 
 
-def evaluate(model: str, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    """Perplexities with their protocol."""
+def evaluate(model: str, output: Path | None, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Every number with its protocol; beside the dense model where there is one."""
+    check_output(output)
     with progress_bars(quiet) as bars:
-        result = pipeline.evaluate(model, progress=bars, **options)
-    rows = [
-        (
-            s.name,
-            f"{s.value:.3f}",
-            s.protocol["seq_len"],
-            s.protocol["stride"],
-            s.protocol["bos"],
-            s.protocol["num_blocks"],
-            f"{s.protocol['num_tokens']:,}",
-            s.protocol["dtype"],
-        )
-        for s in result.scores
-    ]
-    title = f"{model}: {result.parameters:,} parameters, {megabytes(result.num_bytes)}"
-    table(title, ("text", "perplexity", "block", "stride", "BOS", "blocks", "tokens", "dtype"), rows)
-    if as_json:
-        emit(result.to_json())
+        found = measurement.evaluate(model, progress=bars, **options)
+    results = found.results()
+    show_results(results)
+    finish(results, output, as_json)
+
+
+def bench(model: str, output: Path | None, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Speeds of one model, or of two in turn."""
+    check_output(output)
+    with progress_bars(quiet) as bars:
+        results = measurement.bench(model, progress=bars, **options)
+    show_results(results)
+    finish(results, output, as_json)
+
+
+def compare(path: Path, output: Path | None, dry: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
+    """Run an experiment, list its cells, or (in a child process) run one."""
+    asked = experiment.read_experiment(path)
+    if cell is not None:
+        with progress_bars(quiet) as bars:
+            emit(comparison.run_cell(comparison.cell_of(asked, cell), bars).to_json())
+        return
+    place = output or Path("results") / f"{path.stem}.json"
+    if output is None:
+        place.parent.mkdir(exist_ok=True)
+    check_output(place)
+    done = comparison.finished(place)
+    if dry:
+        rows = [(one.label, one.method or "dense", "finished" if one.key in done else "to run") for one in asked.cells]
+        table(asked.title, ("cell", "method", ""), rows, left=3)
+        return
+
+    def announce(number: int, of: int, label: str, what: str) -> None:
+        say(f"[bold]{number}/{of}[/bold] {plain(label)}: {plain(what)}")
+
+    try:
+        results = comparison.compare(asked, place, announce, quiet)
+    except KeyboardInterrupt:
+        finished = len({one.key for one in asked.cells} & set(comparison.finished(place)))
+        say(f"interrupted: {finished} of {len(asked.cells)} cells are finished in {plain(place)}; the same command goes on from there")
+        raise
+    show_results(results)
+    finish(results, None, as_json)
+    say(f"results: {plain(place)}; a page of them: grasp report {plain(place)}")
 
 
 def methods(as_json: bool) -> None:

@@ -10,15 +10,19 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grasp import pipeline
+from grasp import measurement, pipeline
 from grasp.core.checkpoint import check_destination
 from grasp.core.models import EMBEDDED, embedded_model, load_model
+from grasp.core.provenance import machine, versions
+from grasp.core.results import Result, Results
 from grasp.core.sweep import Progress
 from grasp.errors import GraspError
-from grasp.evaluation.speed import decode_speed, greedy
+from grasp.evaluation.generation import greedy
+from grasp.evaluation.speed import decode_speed
 from grasp.report.plots import overview
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
@@ -52,41 +56,40 @@ def run(output: Path, as_json: bool, quiet: bool) -> None:
         )
     pictures = [overview(made.manifest, output / "grasp.png"), overview(ours.manifest, output / "grasp-fisher.png")]
     del made, ours
-    rows = _measure_in_new_process(output, quiet)
-    columns = ("model", "parameters", "in memory", "perplexity", "tokens/s")
+    results = _measure_in_new_process(output, quiet)
+    results.write(output / "results.json")
+    _show(results, layers)
+    places = ", ".join(plain(output / name) for name in ("grasp", "grasp-fisher"))
+    say(f"\ncheckpoints: {places}\npictures:    {', '.join(plain(path) for path in pictures)}")
+    say(f"a page of all this: grasp report {plain(output)}\ntook {time.perf_counter() - begin:.0f} s")
+    if as_json:
+        emit({**results.to_json(), "layers": layers, "pictures": [str(path) for path in pictures], "seconds": time.perf_counter() - begin})
+
+
+def _show(results: Results, layers: tuple[int, ...]) -> None:
+    rows = []
+    for row in results.rows:
+        text, speed = row.score("perplexity"), row.score("tokens/s")
+        assert text is not None and speed is not None
+        rows.append((row.label, f"{row.parameters:,}", megabytes(row.num_bytes or 0), f"{text.value:.1f}", f"{speed.value:.1f}"))
     table(
         f"Held-out pydoc text, {HELD_OUT['num_blocks']} × {HELD_OUT['seq_len']} tokens; greedy decoding, batch 1; float32; layers {','.join(map(str, layers))}",
-        columns,
-        [
-            (r["model"], f"{r['parameters']:,}", megabytes(r["bytes"]), f"{r['perplexity']:.1f}", f"{r['tokens_per_second']:.1f}")
-            for r in rows
-        ],
+        ("model", "parameters", "in memory", "perplexity", "tokens/s"),
+        rows,
     )
     say("")
-    for row in rows:
-        say(f"[bold]{row['model']}[/bold]: {PROMPT}[dim]{plain(json.dumps(row['text'], ensure_ascii=False)[1:-1])}[/dim]")
-    say(
-        f"\ncheckpoints: {plain(output / 'grasp')}, {plain(output / 'grasp-fisher')}\npictures:    {', '.join(plain(path) for path in pictures)}\ntook {time.perf_counter() - begin:.0f} s"
-    )
-    if as_json:
-        emit(
-            {
-                "rows": rows,
-                "layers": layers,
-                "checkpoints": [str(output / "grasp"), str(output / "grasp-fisher")],
-                "pictures": [str(path) for path in pictures],
-                "seconds": time.perf_counter() - begin,
-            }
-        )
+    for row in results.rows:
+        one = row.generations[0]
+        say(f"[bold]{row.label}[/bold]: {one.prompt}[dim]{plain(json.dumps(one.text, ensure_ascii=False)[1:-1])}[/dim]")
 
 
-def _measure_in_new_process(output: Path, quiet: bool) -> list[dict[str, Any]]:
+def _measure_in_new_process(output: Path, quiet: bool) -> Results:
     command = [sys.executable, "-m", "grasp", "demo", "--measure", str(output), *(["--quiet"] if quiet else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise GraspError(f"measuring {output} in a new process failed with status {done.returncode}; the message above says why")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["rows"]
-    return rows
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    return Results(tuple(Result.from_json(row) for row in rows), "grasp demo", "grasp demo", versions(), machine())
 
 
 def _renamed(progress: Progress, name: str) -> Progress:
@@ -97,7 +100,7 @@ def _renamed(progress: Progress, name: str) -> Progress:
 def measure(output: Path, quiet: bool) -> None:
     """In the new process: load the three models from disk, measure them, print JSON."""
     places = {
-        "dense": embedded_model(),
+        "dense": EMBEDDED,
         "same layers removed": output / "removed",
         "grasp": output / "grasp",
         "grasp-fisher": output / "grasp-fisher",
@@ -108,25 +111,14 @@ def measure(output: Path, quiet: bool) -> None:
             bars("loading in a new process", number, len(places))
             models[name] = load_model(str(place), dtype="float32")
         bars("loading in a new process", len(places), len(places))
-        perplexities = {}
-        for name, model in models.items():
-            result = pipeline.evaluate(model, ppl="pydoc", progress=_renamed(bars, f"perplexity, {name}"), **HELD_OUT)
-            perplexities[name] = result.scores[0].value
-        speeds = decode_speed(models, progress=bars)
-        texts = {}
+        rows, speeds = [], decode_speed(models, progress=bars)
         for number, (name, model) in enumerate(models.items()):
+            read = measurement.evaluate(model, ppl="pydoc", progress=_renamed(bars, f"perplexity, {name}"), **HELD_OUT).result
             bars("greedy text", number, len(models))
-            texts[name] = greedy(model, PROMPT, NEW_TOKENS)
+            said = (greedy(model, PROMPT, NEW_TOKENS),)
+            ratio = 1 - model.num_parameters() / models["dense"].num_parameters()
+            rows.append(
+                replace(read, label=name, method=read.method or "dense", ratio=ratio, scores=(*read.scores, speeds[name]), generations=said)
+            )
         bars("greedy text", len(models), len(models))
-    rows = [
-        {
-            "model": name,
-            "parameters": model.num_parameters(),
-            "bytes": model.num_bytes(),
-            "perplexity": perplexities[name],
-            "tokens_per_second": speeds[name].value,
-            "text": texts[name],
-        }
-        for name, model in models.items()
-    ]
-    emit({"rows": rows})
+    emit({"rows": [row.to_json() for row in rows]})

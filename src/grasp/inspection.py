@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | PreTrainedModel | Decoder,
+    model: str | Path | PreTrainedModel | Decoder,
     *,
     data: str = DEFAULT_DATA,
     num_samples: int = 32,

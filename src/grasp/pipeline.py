@@ -5,16 +5,16 @@
         2. one sweep: how redundant is every layer, and what else the method needs   (3.1)
         3. the method yields edits; each is applied before the next is asked for     (3.2, 3.3)
         4. save: weights, manifest, model card
-    evaluate()   perplexity on held-out text
+    predict()    the loss to expect at several ratios, before anything is changed
 
-Progress, parameter counts, the edit log and timings live here, once for all methods.
+What came of it is measured in `grasp.measurement`. Progress, parameter counts, the edit log and timings live here, once for all methods.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits import apply
 from grasp.core.models import open_model
 from grasp.core.provenance import Clock, describe_model, versions
-from grasp.core.records import Calibration, Score, Statistics
+from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
-from grasp.evaluation.perplexity import perplexity
 from grasp.methods import make
 from grasp.methods.base import Method
 from grasp.report.card import model_card
-from grasp.stages.calibration import bos_of, calibrate, check_lengths, read_text, tokenize
+from grasp.stages.calibration import calibrate, check_lengths
 from grasp.stages.redundancy import describe_redundancy
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Compression:
 
 
 def compress(
-    model: str | PreTrainedModel | Decoder,
+    model: str | Path | PreTrainedModel | Decoder,
     out: str | Path | None = None,
     *,
     method: str | Method = DEFAULT_METHOD,
@@ -178,7 +177,7 @@ class Prediction:
 
 
 def predict(
-    model: str | PreTrainedModel | Decoder,
+    model: str | Path | PreTrainedModel | Decoder,
     ratios: Sequence[float],
     *,
     method: str | Method = DEFAULT_METHOD,
@@ -211,66 +210,3 @@ def predict(
     stats = decoder.sweep(data, chosen.needs(decoder), "statistics")
     assert stats.loss is not None
     return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one model."""
-
-    model: str
-    parameters: int
-    num_bytes: int
-    scores: tuple[Score, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "parameters": self.parameters,
-            "bytes": self.num_bytes,
-            "scores": [score.to_json() for score in self.scores],
-            "versions": versions(),
-        }
-
-
-def evaluate(
-    model: str | PreTrainedModel | Decoder,
-    *,
-    ppl: str | Sequence[str] = DEFAULT_DATA,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    num_blocks: int | None = None,
-    text_field: str | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Token perplexity on one text or several (DATA; of a named set, the test split).
-
-    `seq_len` None: 2048, or the longest the model reads. Raises `GraspError`; a non-finite block is an error, never skipped.
-    """
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
-    limit = getattr(decoder.config, "max_position_embeddings", None) or 2048
-    length = min(2048, limit) if seq_len is None else seq_len
-    check_lengths(decoder, 1, length)
-    scores = []
-    for data in _names(ppl):
-        text = read_text(data, split="test", text_field=text_field, tokenizer=decoder.tokenizer)
-        scores.append(
-            perplexity(
-                decoder,
-                tokenize(decoder, text),
-                name=data,
-                seq_len=length,
-                stride=stride,
-                num_blocks=num_blocks,
-                bos=bos_of(decoder),
-                progress=progress,
-            )
-        )
-    return Evaluation(decoder.source, decoder.num_parameters(), decoder.num_bytes(), tuple(scores))
-
-
-def _names(value: str | Iterable[str]) -> list[str]:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)

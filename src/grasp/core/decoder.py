@@ -20,7 +20,7 @@ from grasp.core.layer import Layer, Linear, is_low_rank
 from grasp.core.linalg import wide
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
-from grasp.errors import NumericsError, RecipeError
+from grasp.errors import DataError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,17 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def block_bos(self) -> int | None:
+        """The token every block of text must begin with, for families that need one; else None."""
+        return self.tokenizer.bos_token_id if self.family.bos_per_block and self.tokenizer is not None else None
+
+    def tokenize(self, text: str) -> Tensor:
+        """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them."""
+        if self.tokenizer is None:
+            raise DataError("text needs a tokenizer, and this model has none; give a `Calibration` of token ids")
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=self.block_bos is None, verbose=False).input_ids[0]
 
     def layer(self, index: int) -> Layer:
         """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grasp.core.modeling_grasp import FORMAT_VERSION
 from grasp.errors import CheckpointError
 
 MANIFEST = "grasp.json"
+FORMAT_VERSION = 2
+"""As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no torch."""
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,6 +57,30 @@ class Calibration:
             "ids_sha256": self.ids_hash,
             "text_sha256": self.text_hash,
         }
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text source: its rows (documents, lines) and what goes between them where they are read as one text."""
+
+    name: str
+    rows: tuple[str, ...]
+    join: str
+
+    @property
+    def whole(self) -> str:
+        """All of it as one text."""
+        return self.join.join(self.rows)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole."""
+        return hashlib.sha256(self.whole.encode("utf-8", "replace")).hexdigest()
+
+    @property
+    def rule(self) -> str:
+        """How the rows were joined, for people."""
+        return "read whole" if len(self.rows) == 1 else f"{len(self.rows):,} rows joined by {self.join!r}"
 
 
 @dataclass(frozen=True)
@@ -142,34 +166,3 @@ class Allocation:
     """The rank of every matrix to replace, by path. None: stays dense, since its two factors would not be smaller."""
 
     ranks: Mapping[str, int | None]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number about a model with the protocol that made it. `unit` says what it counts; `protocol` repeats it.
-
-    `stderr`: standard error, where the tool that made the number gives one. `interval`: (low, high), 95 % by bootstrap.
-    """
-
-    name: str
-    value: float
-    unit: str
-    protocol: Mapping[str, Any] = field(default_factory=dict)
-    stderr: float | None = None
-    interval: tuple[float, float] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The number with its protocol."""
-        known: dict[str, Any] = {"name": self.name, "value": self.value, "unit": self.unit}
-        if self.stderr is not None:
-            known["stderr"] = self.stderr
-        if self.interval is not None:
-            known["interval"] = list(self.interval)
-        return {**known, **self.protocol}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Score:
-        """The inverse of `to_json`."""
-        rest = dict(found)
-        name, value, unit, stderr, interval = (rest.pop(key, None) for key in ("name", "value", "unit", "stderr", "interval"))
-        return cls(str(name), float(value), str(unit), rest, stderr, None if interval is None else (interval[0], interval[1]))

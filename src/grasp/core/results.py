@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp.core.records import Score
+from grasp.core.score import Score
 from grasp.errors import CheckpointError
 
 KIND, FORMAT_VERSION = "grasp-results", 1
@@ -47,7 +47,7 @@ class Result:
     """Everything measured about one model. `method` is "" for a model that grasp did not make; `error` says why nothing was measured.
 
     `ratio`: share of the dense model's parameters that is gone. `seconds` by step; `peak_memory` in bytes; `notes` are warnings that
-    belong to the numbers.
+    belong to the numbers; `key` is a hash of all that made the row, where something did that can do it again.
     """
 
     label: str
@@ -63,6 +63,7 @@ class Result:
     peak_memory: int | None = None
     notes: tuple[str, ...] = ()
     error: str = ""
+    key: str = ""
 
     def score(self, unit: str, name: str | None = None) -> Score | None:
         """The first score of this unit (and name)."""

@@ -1,59 +1,127 @@
-"""Decode speed: greedy tokens a second at batch 1 with a key-value cache, the models taken in turn so that noise hits all alike."""
+"""Prefill and decode, timed: a loop of our own around the model's forward, the models taken in turn so that noise hits all alike.
+
+`generate()` is not used for timing: its logits processors and stopping rules cost time that is not the model's. The loop asks of the model
+what a greedy `generate()` asks, and no more: the whole prompt once, logits of its last position; then one token a row and step, with the
+cache. A step ends when the host knows the token.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from grasp.core.cache import cache_bytes, new_cache
 from grasp.core.decoder import Decoder
-from grasp.core.records import Score
+from grasp.core.score import Score
 from grasp.core.sweep import Progress, silent
 
+TURN = 8
+"""Decode steps of one model before it is the next one's turn: neighbours in time meet the same noise."""
+
+
+@dataclass
+class Timing:
+    """Seconds of one model: each round's prefill, and of each turn the decode steps. Equal places in two models' lists are neighbours in time."""
+
+    prefill: list[float] = field(default_factory=list)
+    turns: list[list[float]] = field(default_factory=list)
+    cache_bytes: float = 0.0
+
+    @property
+    def steps(self) -> list[float]:
+        """Every decode step."""
+        return [seconds for turn in self.turns for seconds in turn]
+
+
+class Runner:
+    """One model with its prompt (batch_size, prompt_len) of random tokens and its cache, to be stepped by hand.
+
+    With `compile`, its forward under `torch.compile` with a cache of fixed size: one graph for the prompt, one for the steps.
+    """
+
+    def __init__(self, model: Decoder, batch_size: int, prompt_len: int, new_tokens: int, compile: bool = False):
+        ids = torch.randint(model.config.vocab_size, (batch_size, prompt_len), generator=torch.Generator().manual_seed(0))
+        self.model, self.ids = model, ids.to(model.device)
+        self.forward: Any = model.model
+        self.cache: Any = None
+        self.fixed = compile
+        if compile:
+            self.cache = new_cache(model, prompt_len + new_tokens)
+            self._step(self.ids[:, :1])  # sets the cache up outside the graphs
+            self.forward = torch.compile(model.model.forward, dynamic=False)
+
+    def prefill(self) -> float:
+        """Read the prompt with an empty cache. Returns the seconds until the first token is known."""
+        if self.fixed:
+            self.cache.reset()
+        else:
+            self.cache = new_cache(self.model)
+        begin = time.perf_counter()
+        self.token = self._step(self.ids)
+        return time.perf_counter() - begin
+
+    def decode(self, steps: int) -> list[float]:
+        """So many steps on. Returns the seconds of each."""
+        seconds = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            self.token = self._step(self.token)
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def _step(self, ids: Tensor) -> Tensor:
+        logits = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        token.tolist()  # waits for the device
+        return token
+
 
 @torch.no_grad()
-def greedy(model: Decoder, prompt: str, new_tokens: int) -> str:
-    """The greedy continuation of `prompt`, without the prompt."""
-    assert model.tokenizer is not None
-    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)
-    output = model.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=model.tokenizer.eos_token_id)
-    return model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def take_turns(
+    models: Mapping[str, Decoder],
+    *,
+    batch_size: int = 1,
+    prompt_len: int,
+    new_tokens: int,
+    rounds: int,
+    compile: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Timing]:
+    """Time the models round by round (A B A B ...), decode steps in turns of `TURN`, after one round of warm-up."""
+    task = f"timing, batch size {batch_size}"
+    progress(task, 0, rounds + 1)
+    runners = {name: Runner(model, batch_size, prompt_len, new_tokens, compile) for name, model in models.items()}
+    timings = {name: Timing() for name in models}
+    for number in range(rounds + 1):
+        for name, runner in runners.items():
+            seconds = runner.prefill()
+            if number:
+                timings[name].prefill.append(seconds)
+            timings[name].cache_bytes = cache_bytes(runner.cache) / 2
+        for start in range(0, new_tokens, TURN):
+            for name, runner in runners.items():
+                turn = runner.decode(min(TURN, new_tokens - start))
+                if number:
+                    timings[name].turns.append(turn)
+        for name, runner in runners.items():
+            timings[name].cache_bytes += cache_bytes(runner.cache) / 2  # the mean of the first and the last step's
+        progress(task, number + 1, rounds + 1)
+    return timings
 
 
-@torch.no_grad()
 def decode_speed(
     models: Mapping[str, Decoder], *, prompt_len: int = 64, new_tokens: int = 32, rounds: int = 3, progress: Progress = silent
 ) -> dict[str, Score]:
-    """Median tokens a second of each model over `rounds` interleaved rounds, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    done, total = 0, (rounds + 1) * len(models)
-    progress("decode speed", done, total)
-    for number in range(rounds + 1):
-        for name, model in models.items():
-            ids = torch.arange(10, 10 + prompt_len, device=model.device)[None] % model.config.vocab_size
-            begin = time.perf_counter()
-            model.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0,
-            )  # fmt: skip
-            if number:
-                times[name].append(time.perf_counter() - begin)
-            done += 1
-            progress("decode speed", done, total)
+    """Median greedy tokens a second of each model at batch 1, decoding alone, the models in turn."""
+    timings = take_turns(models, prompt_len=prompt_len, new_tokens=new_tokens, rounds=rounds, progress=progress)
+    protocol = {"batch_size": 1, "prompt_len": prompt_len, "new_tokens": new_tokens, "rounds": rounds, "threads": torch.get_num_threads()}
     return {
-        name: Score(
-            "decode speed",
-            new_tokens / statistics.median(seconds),
-            "tokens/s",
-            {
-                "batch_size": 1,
-                "prompt_len": prompt_len,
-                "new_tokens": new_tokens,
-                "rounds": rounds,
-                "threads": torch.get_num_threads(),
-            },
-        )
-        for name, seconds in times.items()
+        name: Score("decode", 1 / statistics.median(sum(turn) / len(turn) for turn in timing.turns), "tokens/s", protocol)
+        for name, timing in timings.items()
     }

@@ -1,0 +1,22 @@
+"""The key-value cache of a model, as timing needs it: one that grows, or one of fixed size for compiled graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, StaticCache
+
+from grasp.core.decoder import Decoder
+
+
+def new_cache(model: Decoder, fixed_length: int | None = None) -> Any:
+    """An empty cache: growing with the text as in `generate()`, or with room for `fixed_length` tokens from the start."""
+    if fixed_length is None:
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=fixed_length)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a decode step reads."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

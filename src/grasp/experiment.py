@@ -1,0 +1,180 @@
+"""`EXPERIMENT.toml`: a model, one calibration, one evaluation, and the methods to compare, as a list of cells to run.
+
+    title = "How much of a replaced matrix to keep"
+    model = "smollm2"
+    dtype = "bfloat16"
+
+    [calibration]
+    data = "$DATA/wiki.valid.raw"       # $NAME: a variable of the environment
+    num_samples = 32
+
+    [evaluation]                        # arguments of grasp.evaluate; against = true: fidelity to the dense model
+    ppl = ["wikitext2=$DATA/wiki.test.raw"]
+    seq_len = 512
+
+    [speed]                             # optional: arguments of grasp.bench
+    rounds = 3
+
+    [[methods]]
+    method = "grasp"
+    num_layers = 9
+    [methods.sweep]                     # optional: one cell for every combination; fields of the method or of the calibration
+    retain_ratio = [0.05, 0.1, 0.2]
+
+A cell's key is a hash of everything that makes its numbers, the bytes of local files included: a finished cell is run again exactly where
+one of these changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp.errors import GraspError, RecipeError, did_you_mean
+from grasp.methods import available, make
+
+TOP = {"title": str, "model": str, "dtype": str, "device": str, "trust_remote_code": bool, "dense": bool}
+TABLES = {
+    "calibration": {"data": str, "num_samples": int, "seq_len": int, "seed": int, "text_field": str},
+    "evaluation": {
+        "against": bool, "ppl": list, "tasks": list, "task_data": str, "limit": int, "num_fewshot": int, "batch_size": int,
+        "generate": bool, "new_tokens": int, "seq_len": int, "stride": int, "num_blocks": int, "rolling": bool, "text_field": str,
+    },
+    "speed": {"batch_sizes": list, "prompt_len": int, "new_tokens": int, "rounds": int, "compile": bool},
+}  # fmt: skip
+DEFAULTS = {"data": "pydoc", "num_samples": 64, "seq_len": 512, "seed": 0}
+VERSION = 1
+"""Counts up where the meaning of a cell changes, so that old rows are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be: a method with its fields and its calibration, measured in one way. `method` "": the dense model."""
+
+    label: str
+    model: str
+    method: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    speed: Mapping[str, Any] | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    varied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of all that makes the numbers: the fields, and the bytes of the local files they name."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("label", "varied")}
+        if self.method:  # what is left to its default and what names it are the same
+            values["fields"] = make(self.method, dict(self.fields)).recipe()
+            values["calibration"] = {**DEFAULTS, **self.calibration}
+        else:
+            values["calibration"] = {}
+        texts = [*str(self.calibration.get("data", "")).split(","), *self.evaluation.get("ppl", ())]
+        files = [hashlib.sha256(path.read_bytes()).hexdigest() for text in texts if (path := _file(text)).is_file()]
+        return hashlib.sha256(json.dumps([VERSION, values, files], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the file asks for."""
+
+    path: Path
+    title: str
+    cells: tuple[Cell, ...]
+    about: Mapping[str, Any]
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check the file before anything is run. Raises `RecipeError`: file, key, value, what is allowed."""
+    values = _read_toml(path)
+    _check(path, "", values, {**TOP, **dict.fromkeys(TABLES, dict), "methods": list})
+    for name, known in TABLES.items():
+        _check(path, name, values.get(name, {}), known)
+    if not values.get("model"):
+        raise RecipeError(f'{path}: names no model; write model = "smollm2", a hub id or a directory')
+    methods = values.get("methods", [])
+    if not methods or not all(isinstance(entry, dict) for entry in methods):
+        raise RecipeError(f"{path}: names no method; write one [[methods]] table for each")
+    shared: dict[str, Any] = {
+        "model": values["model"],
+        "evaluation": values.get("evaluation", {}),
+        "speed": values.get("speed"),
+        "loading": {key: values[key] for key in ("dtype", "device", "trust_remote_code") if key in values},
+    }
+    cells = [Cell("dense", **shared)] if values.get("dense", True) else []
+    for number, entry in enumerate(methods, start=1):
+        cells += _cells(path, number, dict(entry), values.get("calibration", {}), shared)
+    keys = [cell.key for cell in cells]
+    for place, key in enumerate(keys):
+        if key in keys[:place]:
+            raise RecipeError(f"{path}: '{cells[keys.index(key)].label}' and '{cells[place].label}' are the same cell; take one out")
+    about = {"calibration": values.get("calibration", {}), "evaluation": shared["evaluation"], "speed": shared["speed"] or {}}
+    return Experiment(path, str(values.get("title", path.stem)), tuple(cells), {**about, **shared["loading"], "model": shared["model"]})
+
+
+def _cells(path: Path, number: int, entry: dict[str, Any], calibration: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Cell]:
+    """The cells of one [[methods]] table: one, or one for every combination of its sweep."""
+    where = f"{path}: methods table {number}"
+    name, label, sweep = entry.pop("method", None), entry.pop("label", None), entry.pop("sweep", {})
+    if name not in available():
+        raise RecipeError(f"{where}: method {name!r} is unknown; allowed: {', '.join(available())}{did_you_mean(str(name), available())}")
+    for key, options in sweep.items():
+        if not isinstance(options, list) or not options:
+            raise RecipeError(f"{where}: sweep of {key}: give a list of values, such as [0.1, 0.2]")
+    for combination in itertools.product(*sweep.values()):
+        varied = dict(zip(sweep, combination, strict=True))
+        asked = {**entry, **varied}
+        drawn = {**calibration, **{key: value for key, value in asked.items() if key in TABLES["calibration"]}}
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items() if key not in drawn}
+        _check(path, f"methods table {number}", drawn, TABLES["calibration"])
+        for text in str(drawn.get("data", "")).split(","):
+            _file(text)
+        try:
+            make(name, fields)
+        except GraspError as problem:
+            raise RecipeError(f"{where}: {problem}") from None
+        said = ", ".join(f"{key} {_name(value)}" for key, value in varied.items())
+        yield Cell(" ".join(filter(None, (label or name, said))), method=name, fields=fields, calibration=drawn, varied=varied, **shared)
+
+
+def _name(value: Any) -> str:
+    return Path(value).name if isinstance(value, str) else str(value)
+
+
+def _file(text: str) -> Path:
+    """The file that DATA would be, $NAMES put in. Raises `RecipeError` for a name that the environment lacks."""
+    place = os.path.expandvars(text.strip().rpartition("=")[2])
+    if "$" in place:
+        raise RecipeError(
+            f"data {text}: the environment has no {place[place.index('$') :].split('/')[0]}; set it, e.g. DATA=path/to/data grasp compare ..."
+        )
+    return Path(place).expanduser()
+
+
+def _check(path: Path, table: str, values: Mapping[str, Any], known: Mapping[str, type]) -> None:
+    where = f"{path}: [{table}]" if table else str(path)
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{where}: '{key}' is unknown; allowed: {', '.join(known)}{did_you_mean(key, known)}")
+        if not isinstance(value, known[key]) or (known[key] is int and isinstance(value, bool)):
+            raise RecipeError(f"{where}: {key} = {value!r}: must be {known[key].__name__}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        raise RecipeError(f"{path}: cannot be read: {failure}; give a .toml file (see docs/experiments.md)") from None

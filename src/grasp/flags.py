@@ -1,0 +1,132 @@
+"""The flags of the command line: those the commands share, those read off the methods, and recipes as defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from grasp.errors import RecipeError, did_you_mean
+
+
+class Words(click.ParamType):  # type: ignore[type-arg]
+    """A comma-separated list, also accepted as a TOML or JSON list."""
+
+    def __init__(self, of: type):
+        self.of, self.name = of, f"{of.__name__},..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        parts = value if isinstance(value, (list, tuple)) else [word.strip() for word in str(value).split(",") if word.strip()]
+        try:
+            return tuple(self.of(part) for part in parts)
+        except ValueError:
+            self.fail(f"'{value}' is not a list of {self.of.__name__}; write it like 21,22,25")
+
+
+class MethodCommand(click.Command):
+    """`grasp compress`: its own flags, then one flag for each field of every method, read off the methods when it runs."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)
+        taken = {param.name for param in own}
+        return [*own, *(option for option in _method_options() if option.name not in taken)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two lists: the flags of the methods, then those of the command."""
+        method_flags = {option.name for option in _method_options()}
+        lists: dict[str, list[tuple[str, str]]] = {"Method flags (each names the methods it belongs to)": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                lists["Options" if param.name not in method_flags else next(iter(lists))].append(record)
+        for title, records in lists.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _method_options() -> list[click.Option]:
+    from grasp.methods import available
+
+    helps: dict[str, dict[str, list[str]]] = {}
+    kinds: dict[str, Any] = {}
+    for name, method in available().items():
+        hints = typing.get_type_hints(method)
+        for field in dataclasses.fields(method):
+            helps.setdefault(field.name, {}).setdefault(field.metadata["help"], []).append(name)
+            kind = kinds.setdefault(field.name, hints[field.name])
+            if kind != hints[field.name] and "tuple" in str(kind):
+                kinds[field.name] = tuple[str, ...]  # the method chosen says what the words may be
+    options = []
+    for name, kind in kinds.items():
+        text = " ".join(f"[{', '.join(owners)}] {text}" for text, owners in helps[name].items())
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            options.append(click.Option([flag], is_flag=True, default=None, help=text))
+        else:
+            options.append(click.Option([flag], type=_click_type(kind), default=None, help=text))
+    return options
+
+
+def _click_type(kind: Any) -> Any:
+    plain = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
+    if typing.get_origin(plain) is tuple:
+        return Words(typing.get_args(plain)[0])
+    return plain
+
+
+def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """`--config`: values of a recipe become defaults; flags given on the command line win."""
+    if path is None:
+        return None
+    try:
+        if path.suffix == ".json":
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values = values.get("recipe", values) if isinstance(values, dict) else values
+        else:
+            if sys.version_info >= (3, 11):
+                import tomllib
+            else:
+                import tomli as tomllib
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        raise RecipeError(f"--config {path}: cannot be read: {failure}; give a .toml recipe or a grasp.json") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"--config {path}: holds no table of flags; give a .toml recipe or a grasp.json")
+    known = {p.opts[0].lstrip("-").replace("-", "_"): p.name or "" for p in ctx.command.get_params(ctx) if p.name not in ("config", "help")}
+    ctx.default_map = {}
+    for key, value in values.items():
+        flag = key.replace("-", "_")
+        if flag not in known:
+            raise RecipeError(f"--config {path}: '{key}' is no flag of grasp {ctx.info_name}{did_you_mean(flag, known)}")
+        ctx.default_map[known[flag]] = value
+    return path
+
+
+_OPTIONS: dict[str, Callable[..., Any]] = {
+    "data": click.option("--data", default="pydoc", show_default=True, help="Calibration text: a named set (see `grasp data`), a file, self or pydoc; several, separated by commas, are mixed."),
+    "text_field": click.option("--text-field", help="Column of the text in .jsonl, .json, .csv or .parquet files."),
+    "seed": click.option("--seed", type=int, default=0, show_default=True, help="Draws the calibration blocks."),
+    "device": click.option("--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one."),
+    "dtype": click.option("--dtype", help="float32, bfloat16 or float16; default: as stored."),
+    "trust": click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model repository brings."),
+    "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
+    "quiet": click.option("--quiet", is_flag=True, help="No progress bars."),
+    "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+}  # fmt: skip
+
+
+def shared(*names: str) -> Callable[[Any], Any]:
+    """Add options that several commands share, by name, in this order."""
+
+    def decorate(function: Any) -> Any:
+        for name in reversed((*names, "json", "quiet", "debug")):
+            function = _OPTIONS[name](function)
+        return function
+
+    return decorate

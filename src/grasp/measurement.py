@@ -1,0 +1,237 @@
+"""What a model is worth: perplexity, fidelity to the dense model, tasks and greedy text, each with the protocol that made the number."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from grasp.core.decoder import Decoder
+from grasp.core.manifest import MANIFEST, read_manifest
+from grasp.core.models import open_model
+from grasp.core.provenance import machine, versions
+from grasp.core.records import Text
+from grasp.core.results import Generation, Result, Results
+from grasp.core.score import Score
+from grasp.core.sweep import Progress, silent
+from grasp.errors import RecipeError
+from grasp.evaluation.bench import bench as time_models
+from grasp.evaluation.blocks import Blocks, blocks_of
+from grasp.evaluation.fidelity import check_same_tokens, fidelity
+from grasp.evaluation.generation import agreement, continuations
+from grasp.evaluation.perplexity import perplexity
+from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
+from grasp.stages.calibration import check_lengths, sources
+from grasp.stages.text import read_text
+
+DEFAULT_SEQ_LEN = 2048
+"""The block length of GPTQ's and SVD-LLM's protocol."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model, and of the dense one it was compared with."""
+
+    result: Result
+    dense: Result | None = None
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """Every number about the model."""
+        return self.result.scores
+
+    def results(self) -> Results:
+        """As a results file: the dense model first."""
+        rows = (self.result,) if self.dense is None else (self.dense, self.result)
+        return Results(rows, f"evaluation of {self.result.model}", " ".join(sys.argv), versions(), machine())
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel | Decoder,
+    *,
+    against: str | Path | PreTrainedModel | Decoder | None = None,
+    ppl: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    generate: bool = False,
+    new_tokens: int = 64,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    num_blocks: int | None = None,
+    rolling: bool = False,
+    text_field: str | None = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure a model, and how close it stays to a dense one.
+
+    Args:
+        against: the dense model. Perplexities and tasks are measured of both, and KL(dense || model), top-1 agreement and the perplexity
+            ratio with bootstrap 95 % intervals; of tasks, the share of dense that is kept.
+        ppl: texts (DATA; of a named set the test split). With neither `ppl` nor `tasks` nor `generate`: "pydoc".
+        tasks: names that lm-eval knows, or "commonsense"; `task_data`: a folder of local data, `FOLDER/<task>/<split>.jsonl`.
+        generate: greedy continuations of fixed prompts, `new_tokens` each.
+        seq_len: None: 2048, or the longest the model reads. `stride`, `num_blocks`, `rolling`: see `grasp.evaluation.blocks`.
+
+    Raises:
+        GraspError: what a user can get wrong, before anything is measured; a non-finite block is an error, never skipped.
+    """
+    names = _names(ppl) or ([] if tasks or generate else ["pydoc"])
+    chosen, folder = _names(tasks), None if task_data is None else Path(os.path.expandvars(task_data))
+    if chosen:
+        check_tasks(chosen, folder, num_fewshot=num_fewshot, limit=limit)
+    elif folder is not None:
+        raise RecipeError(f"--task-data {folder}: name the tasks it holds with --tasks")
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    length = seq_len or min(DEFAULT_SEQ_LEN, getattr(decoder.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN)
+    check_lengths(decoder, 1, length if seq_len is None else seq_len)
+    texts = [read_text(name, split="test", text_field=text_field, tokenizer=decoder.tokenizer) for name in names]
+    cuts = [blocks_of(decoder, text, seq_len=length, stride=stride, num_blocks=num_blocks, rolling_windows=rolling) for text in texts]
+    reference = None if against is None else open_model(against, None, device, dtype, trust_remote_code)
+    if reference is not None:
+        check_same_tokens(decoder, reference)
+
+    pair = _Pair(decoder, reference, progress)
+    for blocks in cuts:
+        pair.read(blocks)
+    if chosen:
+        pair.solve(chosen, task_data=folder, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    if generate:
+        pair.write(new_tokens)
+    return pair.evaluation(texts)
+
+
+def bench(
+    model: str | Path | PreTrainedModel | Decoder,
+    *,
+    against: str | Path | PreTrainedModel | Decoder | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    prompt_len: int = 512,
+    new_tokens: int = 128,
+    rounds: int = 5,
+    compile: bool = False,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Results:
+    """Speed and memory of a model, beside another (the dense one, usually), which is measured in turn with it, round by round.
+
+    See `grasp.evaluation.bench` for what each number is. Raises `RecipeError` for sizes that the models cannot read.
+    """
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    reference = None if against is None else open_model(against, None, device, dtype, trust_remote_code)
+    models = {"dense": reference, "model": decoder} if reference is not None else {"model": decoder}
+    found = time_models(
+        models, batch_sizes=batch_sizes, prompt_len=prompt_len, new_tokens=new_tokens, rounds=rounds, compile=compile, progress=progress
+    )
+    rows = [_result(decoder, reference, found["model"], ())]
+    if reference is not None:
+        rows.insert(0, _result(reference, None, found["dense"], ()))
+    return Results(tuple(rows), f"speed of {decoder.source}", " ".join(sys.argv), versions(), machine())
+
+
+class _Pair:
+    """A model, the dense one it is compared with (or None), and what was measured of each."""
+
+    def __init__(self, model: Decoder, dense: Decoder | None, progress: Progress):
+        self.model, self.dense, self.progress = model, dense, progress
+        self.mine: list[Score] = []
+        self.theirs: list[Score] = []
+        self.said: tuple[Generation, ...] = ()
+        self.dense_said: tuple[Generation, ...] = ()
+
+    def read(self, blocks: Blocks) -> None:
+        """Perplexity, and fidelity to the dense model."""
+        if self.dense is None:
+            self.mine.append(perplexity(self.model, blocks, self.progress))
+            return
+        found = fidelity(self.model, self.dense, blocks, self.progress)
+        self.mine += [found.model, found.divergence, found.agreement, found.ratio]
+        self.theirs.append(found.dense)
+
+    def solve(self, tasks: Sequence[str], **options: Any) -> None:
+        """Tasks, their mean, and the share of the dense model's."""
+        dense = None
+        if self.dense is not None:
+            dense = run_tasks(self.dense, tasks, progress=self._renamed(), **options)
+            self.theirs += summarize(dense)
+        self.mine += summarize(run_tasks(self.model, tasks, progress=self.progress, **options), dense)
+
+    def write(self, new_tokens: int) -> None:
+        """Greedy text."""
+        self.said, scores = continuations(self.model, new_tokens=new_tokens, progress=self.progress)
+        self.mine += scores
+        if self.dense is not None:
+            self.dense_said, scores = continuations(self.dense, new_tokens=new_tokens, progress=self._renamed())
+            self.theirs += scores
+            self.mine.append(agreement(self.said, self.dense_said))
+
+    def evaluation(self, texts: Sequence[Text]) -> Evaluation:
+        """Both rows."""
+        notes = _leakage(self.model.source, texts)
+        mine = _result(self.model, self.dense, self.mine, self.said, notes)
+        return Evaluation(mine, None if self.dense is None else _result(self.dense, None, self.theirs, self.dense_said))
+
+    def _renamed(self) -> Progress:
+        return lambda task, done, total: self.progress(f"{task}, dense", done, total)
+
+
+def _result(
+    model: Decoder, dense: Decoder | None, scores: Sequence[Score], said: tuple[Generation, ...], notes: tuple[str, ...] = ()
+) -> Result:
+    """A row for one model; what its manifest says goes with it."""
+    manifest = _manifest(model.source)
+    method = dict(manifest.get("method", {}))
+    size = model.num_parameters()
+    ratio = manifest.get("parameters", {}).get("ratio") if dense is None else 1 - size / dense.num_parameters()
+    label = Path(model.source).name or type(model.model).__name__
+    fields = {key: value for key, value in method.items() if key not in ("name", "paper")}
+    return Result(
+        label, model.source, str(method.get("name", "")), fields, size, model.num_bytes(), ratio, tuple(scores), said,
+        dict(manifest.get("seconds", {})), notes=notes,
+    )  # fmt: skip
+
+
+def _manifest(source: str) -> dict[str, Any]:
+    return read_manifest(Path(source)) if source and (Path(source) / MANIFEST).is_file() else {}
+
+
+def _leakage(source: str, texts: Sequence[Text]) -> tuple[str, ...]:
+    """What the numbers may owe to the calibration: the very text that is measured on, or another part of the same set."""
+    calibration = _manifest(source).get("calibration", {})
+    used = sources(str(calibration.get("source", "")))
+    notes = []
+    for text in texts:
+        if text.sha256 == calibration.get("text_sha256"):
+            notes.append(f"{text.name}: LEAKAGE, the model was calibrated on this very text; the number is not a held-out one")
+        elif text.name in used and not _path(text.name).exists():
+            notes.append(f"{text.name}: same source, the model was calibrated on another split of this set")
+        elif any(_path(text.name) == _path(one) for one in used):
+            notes.append(f"{text.name}: LEAKAGE, the model was calibrated on this file, among others; the number is not a held-out one")
+    return tuple(notes)
+
+
+def _path(name: str) -> Path:
+    """The file that a text's name (PATH or NAME=PATH) stands for."""
+    return Path(name.rpartition("=")[2]).expanduser().absolute()
+
+
+def _names(value: str | Iterable[str]) -> list[str]:
+    """The names in a comma-separated list, or in any other."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
+    if "" in names and names != [""]:
+        raise RecipeError(f"'{value}': an empty name in the list; write it like wikitext2,my.txt")
+    return [name for name in names if name]
