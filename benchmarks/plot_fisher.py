@@ -54,21 +54,31 @@ def sizes(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None
     figure.savefig(path, dpi=140)
 
 
-def prediction(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
-    """Predicted against real rise of the loss."""
-    figure, axes = pyplot.subplots(figsize=(5.6, 5), layout="constrained")
-    chosen = [r for r in rows if r.get("predicted_rise")]
+def prediction(rows: list[dict[str, Any]], single: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
+    """Predicted against real rise of the loss: whole models at several ratios, and groups dropped from one matrix at a time."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    ratios = [row for row in rows if row.get("predicted_rise")]
     for text, color, label in (("wikitext2", "#c1440e", "WikiText-2 test"), ("ptb", "#4a6fa5", "PTB valid (another domain)")):
-        points = [(r["predicted_rise"], math.log(r[text] / dense[text])) for r in chosen]
-        axes.scatter(*zip(*points, strict=True), color=color, label=label, s=24)
-    low, high = min(r["predicted_rise"] for r in chosen) / 1.5, max(r["predicted_rise"] for r in chosen) * 1.5
-    axes.plot([low, high], [low, high], color="black", linewidth=0.9)
-    axes.fill_between([low, high], [0.7 * low, 0.7 * high], [1.3 * low, 1.3 * high], color="#9aa5b1", alpha=0.3, label="within 30 %")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted loss rise, nats a token")
-    axes.set_ylabel("real loss rise, nats a token")
-    axes.legend(frameon=False, fontsize=8)
+        points = [(r["predicted_rise"], math.log(r[text] / dense[text])) for r in ratios]
+        left.scatter(*zip(*points, strict=True), color=color, label=label, s=24)
+    left.set_title("whole models, ratio 0.05 to 0.5", fontsize=10)
+    for number, matrix in enumerate(dict.fromkeys(r["path"] for r in single)):
+        points = [(r["predicted_rise"], math.log(r["wikitext2"] / dense["wikitext2"])) for r in single if r["path"] == matrix]
+        points = [(x, y) for x, y in points if y > 0]
+        short = matrix.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
+        right.plot(
+            *zip(*points, strict=True), "o-", color=pyplot.cm.viridis(number / 8), label=f"layer {short}", markersize=4.5, linewidth=1
+        )
+    right.set_title("groups of one matrix dropped, WikiText-2 test", fontsize=10)
+    for axes, chosen in ((left, ratios), (right, single)):
+        low, high = min(r["predicted_rise"] for r in chosen) / 1.5, max(r["predicted_rise"] for r in chosen) * 1.5
+        axes.plot([low, high], [low, high], color="black", linewidth=0.9)
+        axes.fill_between([low, high], [0.7 * low, 0.7 * high], [1.3 * low, 1.3 * high], color="#9aa5b1", alpha=0.3, label="within 30 %")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("predicted loss rise, nats a token")
+        axes.legend(frameon=False, fontsize=8)
+    left.set_ylabel("real loss rise, nats a token")
     figure.savefig(path, dpi=140)
 
 
@@ -105,7 +115,7 @@ def main() -> int:
     swept = [row for row in rows if row["section"] == "sizes"]
     ours = [row for row in swept if line_of(row) == "grasp-fisher"]
     sizes(swept, dense, arguments.output / "fisher-sizes.png")
-    prediction(ours, dense, arguments.output / "fisher-prediction.png")
+    prediction(ours, [row for row in rows if row["section"] == "matrices"], dense, arguments.output / "fisher-prediction.png")
     ladder = sorted({row["ratio"] for row in swept})
     cells = {(line_of(row), row["ratio"]): row for row in swept}
     table(
@@ -144,6 +154,11 @@ def main() -> int:
     table(
         ("blocks of 512", "seed", *(f"ratio {ratio:.4f}" for ratio in three)),
         [(*key, *(by_set[key].get(r, "") for r in three)) for key in sorted(by_set)],
+    )
+    single = [row for row in rows if row["section"] == "matrices"]
+    table(
+        ("matrix", "rank kept", "predicted rise", "real rise"),
+        [(r["path"], r["rank"], f"{r['predicted_rise']:.4f}", f"{math.log(r['wikitext2'] / dense['wikitext2']):.4f}") for r in single],
     )
     other = [(row["source"], _pair(row)) for row in rows if row["section"] == "domains"]
     table(("calibrated on", "WikiText-2 / PTB"), other)
