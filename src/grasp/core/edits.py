@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
-from grasp.core.modeling_grasp import GraspConfig, carry_code, low_rank_like
+from grasp.core.modeling_grasp import GraspConfig, carry_code, fuse, low_rank_like
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
 
@@ -100,6 +100,7 @@ def _factorize(decoder: Decoder, edit: Factorize) -> None:
     if old.bias is not None:
         new.bias.copy_(old.bias)  # type: ignore[arg-type]
     layer.set_submodule(name, new)
+    fuse(layer)  # as loading does, so that the model computes the same, bit for bit, before it is saved and after
     _sync_quantization_config(decoder)
 
 

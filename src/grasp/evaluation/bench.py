@@ -155,7 +155,7 @@ def memory(model: Decoder, batch_size: int, prompt_len: int, new_tokens: int) ->
     found = peak_memory(model, batch_size, prompt_len, new_tokens)
     if found is None:
         return scores
-    if Path(model.source).is_dir():
+    if model.source and Path(model.source).is_dir():
         scores.append(Score("bytes on disk", float(bytes_on_disk(Path(model.source))), "bytes", {"path": model.source}))
     what = "allocator of the GPU" if model.device.type == "cuda" else "resident set of a fresh process"
     setting = {"batch_size": batch_size, "prompt_len": prompt_len, "new_tokens": new_tokens, "of": what}
