@@ -59,6 +59,8 @@ def draw(name: str, rows: list[Result], path: Path) -> None:
     kind: Callable[[str, list[Result], Axes], None] = line if name in NUMERIC else bars
     kind(name, rows, axes)
     axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axes.set_ylabel("perplexity")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=140)
@@ -71,6 +73,8 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     for name in ("retain", "samples", "calibration", "scores", "iterative"):
+        if not (arguments.results / f"{name}.json").is_file():
+            continue
         found = Results.read(arguments.results / f"{name}.json")
         draw(name, [row for row in found.rows if not row.error], arguments.output / f"experiments-{name}.png")
     return 0

@@ -19,6 +19,8 @@ from grasp.stages.text import FILE_TYPES, NAMED
 
 OUTPUT, EXPERIMENTS = (Path(__file__).with_name(name) for name in ("reference.md", "experiments.md"))
 RESULTS = Path(__file__).parents[1] / "results"
+TIMED = {"iterative"}
+"""Experiments that are about time; the others ran beside other work."""
 PLACE = re.compile(r"<!-- results: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
@@ -70,25 +72,25 @@ def _place(name: str) -> str:
         return f"<!-- results: {name} -->\nNot measured yet.\n<!-- end -->"
     rows = [row for row in Results.read(RESULTS / f"{name}.json").rows]
     texts = list(dict.fromkeys(score.name for row in rows for score in row.scores if score.unit == "perplexity"))
-    heads = ["", "parameters", *(f"perplexity, {Path(text).name}" for text in texts), "compression, s", "peak memory, GB"]
+    heads = [
+        "",
+        "parameters",
+        *(f"perplexity, {Path(text).name}" for text in texts),
+        *(["compression, s"] if name in TIMED else []),
+        "peak memory, GB",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_cells(row, texts)) + " |" for row in rows]
+    lines += ["| " + " | ".join(_cells(row, texts, name in TIMED)) + " |" for row in rows]
     return "\n".join([f"<!-- results: {name} -->", *lines, "<!-- end -->"])
 
 
-def _cells(row: Result, texts: list[str]) -> list[str]:
+def _cells(row: Result, texts: list[str], timed: bool) -> list[str]:
     if row.error:
-        return [row.label, f"failed: {row.error}", *[""] * (len(texts) + 2)]
+        return [row.label, f"failed: {row.error}", *[""] * (len(texts) + timed)]
     found = [row.score("perplexity", text) for text in texts]
     shown = ["" if score is None else f"{score.value:.1f}" if score.value < 1e4 else f"{score.value:.1e}" for score in found]
-    seconds = math.fsum(row.seconds.values())
-    return [
-        row.label,
-        f"{row.parameters:,}",
-        *shown,
-        f"{seconds:.0f}" if seconds else "",
-        f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else "",
-    ]
+    seconds = [f"{math.fsum(row.seconds.values()):.0f}" if row.seconds else ""] if timed else []
+    return [row.label, f"{row.parameters:,}", *shown, *seconds, f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else ""]
 
 
 def main() -> int:
