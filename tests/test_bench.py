@@ -62,7 +62,7 @@ def test_it_runs_compiled():
     """Two graphs, made in the round of warm-up and never again."""
     model = low_rank("llama")
     fuse(model.model)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         found = take_turns({"a": model}, prompt_len=6, new_tokens=9, rounds=2, compile=True)["a"]
     assert len(found.prefill) == 2 and len(found.steps) == 18
     assert statistics.median(found.steps) < 1
