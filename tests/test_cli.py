@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 import grasp
 from grasp import cli
 from grasp.core.families import FAMILIES
+from grasp.core.results import Results
+from grasp.evaluation import bench as benching
+from grasp.evaluation import hardware
 from grasp.methods import available
 
 SMALL = ("--num-samples", "3", "--seq-len", "32")
@@ -155,6 +158,43 @@ def test_eval_checks_its_output_first(output, model_directory, text_file, tmp_pa
     monkeypatch.chdir(tmp_path)
     outcome = command("eval", model_directory, "--ppl", text_file, "-o", output)
     assert outcome.status == 2 and f"--output {output}" in outcome.error
+
+
+def test_bench_beside_the_dense_model(made, model_directory, tmp_path, monkeypatch):
+    """Both models' speeds in one JSON line and one file, which a report shows. (The bandwidth from a small buffer, memory without new processes.)"""
+    monkeypatch.setattr(hardware, "BUFFER", {"cpu": 1 << 16})
+    monkeypatch.setattr(benching, "peak_memory", lambda *_: {"peak": 7_000, "before_loading": 5_000})
+    out, _ = made
+    flags = ("--batch-sizes", "1", "--prompt-len", "8", "--new-tokens", "4", "--rounds", "1")
+    said = command("bench", out, "--against", model_directory, *flags, "--json", "-o", tmp_path / "results.json")
+    dense, small = said.json["rows"]
+    assert (dense["label"], small["label"]) == ("tiny-llama", "small") and small["parameters"] < dense["parameters"]
+    for row in (dense, small):
+        speeds = {score["name"]: score for score in row["scores"]}
+        for name in ("prefill", "decode"):
+            setting = {"unit": "tokens/s", "batch_size": 1, "prompt_len": 8, "new_tokens": 4, "rounds": 1}
+            assert speeds[name]["value"] > 0 and setting.items() <= speeds[name].items()
+    ratio = next(score for score in small["scores"] if score["name"] == "decode vs dense")
+    shown = ("batch size 1", "decode, tokens/s", "share of memory", "8 tokens read, 4 written", f"{ratio['value']:.2f} [")
+    assert all(words in said.err for words in shown), said.err
+    assert Results.read(tmp_path / "results.json").to_json() == said.json
+    assert command("report", tmp_path / "results.json", "-o", tmp_path / "page.html").status == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "tiny-llama" in page and "prefill" in page.lower() and "decode" in page.lower()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--prompt-len", "100000"), ("--prompt-len 100000", "128 positions", "at most 124")),
+        (("--batch-sizes", "x"), ("--batch-sizes", "'x'", "int")),
+        (("--batch-sizes", "1,0"), ("--batch-sizes 0", "at least 1")),
+        (("-o", "r.txt"), ("--output r.txt", ".json")),
+    ],
+)
+def test_a_bad_value_of_bench_is_one_line(flags, said, model_directory):
+    error = command("bench", model_directory, "--new-tokens", "4", *flags).error
+    assert all(part in error for part in said), error
 
 
 @pytest.mark.parametrize("flags", [(), ("--angular",)])

@@ -222,3 +222,9 @@ def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):
     results = comparison.compare(read_experiment(write(TWO)), tmp_path / "out.json")
     assert [row.error for row in results.rows] == ["the process ended with status -9 (out of memory?)"] * 3
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["label"] == "dense"
+
+
+def test_a_cell_measured_on_its_calibration_text_says_so(write, tmp_path, monkeypatch):
+    results, _ = here(write(TWO), tmp_path / "results.json", monkeypatch)
+    assert [len(row.notes) for row in results.rows] == [0, 1, 1] or [len(row.notes) for row in results.rows] == [1, 1]
+    assert "LEAKAGE" in results.rows[-1].notes[0]

@@ -27,7 +27,9 @@ def register_when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("grasp.core.modeling_grasp").register()
+    register = getattr(importlib.import_module("grasp.core.modeling_grasp"), "register", None)
+    if register is not None:  # None while that module is itself being imported: it registers at its end
+        register()
 
 
 class _Waiting(importlib.abc.MetaPathFinder):

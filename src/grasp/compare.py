@@ -74,13 +74,14 @@ def _run(cell: Cell, progress: Progress) -> Result:
     decoder = load_model(cell.model, **cell.loading)
     clock.lap("load")
     dense = load_model(cell.model, **cell.loading) if cell.evaluation.get("against") or cell.speed is not None else None
-    total, seconds = decoder.num_parameters(), {}
+    total, seconds, calibration = decoder.num_parameters(), {}, None
     if cell.method:
         before = _peak_memory()
         made = pipeline.compress(decoder, method=cell.method, progress=progress, **cell.calibration, **cell.fields)
+        calibration = made.manifest["calibration"]
         peak, seconds = max(_peak_memory(), before), {**clock.laps, **made.manifest["seconds"]}
     arguments = {**cell.evaluation, "against": dense if cell.evaluation.get("against") else None}
-    found = measurement.evaluate(decoder, progress=progress, **arguments).result
+    found = measurement.evaluate(decoder, calibration=calibration, progress=progress, **arguments).result
     scores = found.scores
     if cell.speed is not None and dense is not None:
         timed = bench({"dense": dense, "model": decoder} if cell.method else {"model": decoder}, progress=progress, **cell.speed)

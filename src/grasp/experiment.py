@@ -177,4 +177,4 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as failure:
-        raise RecipeError(f"{path}: cannot be read: {failure}; give a .toml file (see docs/experiments.md)") from None
+        raise RecipeError(f"{path}: cannot be read: {failure}; give a .toml file (see docs/evaluation.md)") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    calibration: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a model, and how close it stays to a dense one.
@@ -82,6 +83,7 @@ def evaluate(
         ppl: texts (DATA; of a named set the test split). With neither `ppl` nor `tasks` nor `generate`: "pydoc".
         tasks: names that lm-eval knows, or "commonsense"; `task_data`: a folder of local data, `FOLDER/<task>/<split>.jsonl`.
         generate: greedy continuations of fixed prompts, `new_tokens` each.
+        calibration: what a model without a manifest was calibrated on (its manifest's entry, were it saved), for the leakage notes.
         seq_len: None: 2048, or the longest the model reads. `stride`, `num_blocks`, `rolling`: see `grasp.evaluation.blocks`.
 
     Raises:
@@ -102,7 +104,7 @@ def evaluate(
     if reference is not None:
         check_same_tokens(decoder, reference)
 
-    pair = _Pair(decoder, reference, progress)
+    pair = _Pair(decoder, reference, progress, calibration or {})
     for blocks in cuts:
         pair.read(blocks)
     if chosen:
@@ -146,8 +148,8 @@ def bench(
 class _Pair:
     """A model, the dense one it is compared with (or None), and what was measured of each."""
 
-    def __init__(self, model: Decoder, dense: Decoder | None, progress: Progress):
-        self.model, self.dense, self.progress = model, dense, progress
+    def __init__(self, model: Decoder, dense: Decoder | None, progress: Progress, calibration: Mapping[str, Any]):
+        self.model, self.dense, self.progress, self.calibration = model, dense, progress, calibration
         self.mine: list[Score] = []
         self.theirs: list[Score] = []
         self.said: tuple[Generation, ...] = ()
@@ -181,7 +183,8 @@ class _Pair:
 
     def evaluation(self, texts: Sequence[Text]) -> Evaluation:
         """Both rows."""
-        notes = _leakage(self.model.source, texts)
+        manifest = _manifest(self.model.source)
+        notes = _leakage(self.calibration or manifest.get("calibration", {}), _trained_on(manifest), texts)
         mine = _result(self.model, self.dense, self.mine, self.said, notes)
         return Evaluation(mine, None if self.dense is None else _result(self.dense, None, self.theirs, self.dense_said))
 
@@ -199,23 +202,37 @@ def _result(
     ratio = manifest.get("parameters", {}).get("ratio") if dense is None else 1 - size / dense.num_parameters()
     label = Path(model.source).name or type(model.model).__name__
     fields = {key: value for key, value in method.items() if key not in ("name", "paper")}
-    return Result(
-        label, model.source, str(method.get("name", "")), fields, size, model.num_bytes(), ratio, tuple(scores), said,
-        dict(manifest.get("seconds", {})), notes=notes,
-    )  # fmt: skip
+    name, seconds, told = str(method.get("name", "")), dict(manifest.get("seconds", {})), manifest.get("recovery")
+    if told:  # the paper's star: trained after compression
+        name += "*"
+        fields |= {"recovery": {key: told["recipe"][key] for key in ("train", "objective")} | {"steps": told["steps"]}}
+        seconds["recovery"] = sum(told["seconds"].values())
+    return Result(label, model.source, name, fields, size, model.num_bytes(), ratio, tuple(scores), said, seconds, notes=notes)
 
 
 def _manifest(source: str) -> dict[str, Any]:
     return read_manifest(Path(source)) if source and (Path(source) / MANIFEST).is_file() else {}
 
 
-def _leakage(source: str, texts: Sequence[Text]) -> tuple[str, ...]:
-    """What the numbers may owe to the calibration: the very text that is measured on, or another part of the same set."""
-    calibration = _manifest(source).get("calibration", {})
+def _trained_on(manifest: Mapping[str, Any]) -> list[str]:
+    """The texts that recoveries of the model were trained on."""
+    names, told = list[str](), manifest.get("recovery")
+    while told:
+        names += told["data"]["sources"]
+        told = told.get("before")
+    return names
+
+
+def _leakage(calibration: Mapping[str, Any], trained_on: Sequence[str], texts: Sequence[Text]) -> tuple[str, ...]:
+    """What the numbers may owe to calibration or training: the very text that is measured on, or another part of the same set."""
     used = sources(str(calibration.get("source", "")))
     notes = []
     for text in texts:
-        if text.sha256 == calibration.get("text_sha256"):
+        if any(_path(text.name) == _path(one) and _path(one).exists() for one in trained_on):
+            notes.append(f"{text.name}: LEAKAGE, the model was trained on this file; the number is not a held-out one")
+        elif text.name in trained_on:
+            notes.append(f"{text.name}: same source, the model was trained on another split of this set")
+        elif text.sha256 == calibration.get("text_sha256"):
             notes.append(f"{text.name}: LEAKAGE, the model was calibrated on this very text; the number is not a held-out one")
         elif text.name in used and not _path(text.name).exists():
             notes.append(f"{text.name}: same source, the model was calibrated on another split of this set")

@@ -152,8 +152,8 @@ def _speeds(rows: tuple[Result, ...]) -> None:
         return
     p = next(score.protocol for score in timed[-1].scores if score.name == "decode")
     say(
-        f"[dim]{p['device']}, {p['dtype']}, {p['threads']} threads, attention {p['attention']}, low-rank factors: {p['low_rank']}"
-        f"{', torch.compile' if p['compile'] else ''}; {p['prompt_len']} tokens read, {p['new_tokens']} written, {p['rounds']} rounds in turn[/dim]"
+        f"[dim]{p['device']}, {p['dtype']}, {p['threads']} thread{'s' * (p['threads'] != 1)}, attention {p['attention']}, low-rank factors: {p['low_rank']}"
+        f"{', torch.compile' if p['compile'] else ''}; {p['prompt_len']} tokens read, {p['new_tokens']} written, {p['rounds']} round{'s' * (p['rounds'] != 1)} in turn[/dim]"
     )
     kinds = ("parameter bytes", "bytes on disk", "peak memory")
     say("")
