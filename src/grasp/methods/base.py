@@ -10,16 +10,12 @@ from typing import Any, ClassVar
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit
+from grasp.core.fields import flag
 from grasp.core.records import Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
-
-
-def flag(default: Any, help: str, recipe: bool = True) -> Any:
-    """A dataclass field with the text that `--help` and the docs show for it. `recipe` False: about this machine, not about the result."""
-    return dataclasses.field(default=default, metadata={"help": help, "recipe": recipe})
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ import torch
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
+from grasp.core.fields import flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, break_even_rank, factors, svd
 from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError, did_you_mean
-from grasp.methods.base import LayerMethod, Plan, flag, ratio_unreachable
+from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
 from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
 from grasp.stages.attribution import NEEDS_GROUP_GRAD, NEEDS_WEIGHT_GRAD, SCORES, attribute
 from grasp.stages.statistics import GroupGrad, WeightGrad

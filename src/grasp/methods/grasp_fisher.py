@@ -28,13 +28,14 @@ from torch import Tensor
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
+from grasp.core.fields import flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
 from grasp.core.records import Allocation, Attribution, Calibration, Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError, did_you_mean
-from grasp.methods.base import Method, Plan, flag, ratio_unreachable
+from grasp.methods.base import Method, Plan, ratio_unreachable
 from grasp.stages import budget as budgets
 from grasp.stages.basis import BASES, Groups, groups, over_cores
 from grasp.stages.curvature import Curvatures

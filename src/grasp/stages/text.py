@@ -54,40 +54,62 @@ NAMED: dict[str, NamedSet] = {
 FILE_TYPES = (".txt", ".raw", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
+@dataclass(frozen=True)
+class Source:
+    """The rows of a text source as they stand in it: texts or objects. `join` goes between them where they are read as one text;
+    `where` names flag and source in messages."""
+
+    name: str
+    where: str
+    rows: tuple[Any, ...]
+    join: str
+
+
 def read_text(data: str, *, split: str, text_field: str | None = None, tokenizer: Any = None) -> Text:
-    """All text of DATA. `split` "train" or "test" picks the part of a named set; a file is read whole. Raises `DataError`.
+    """All text of DATA, as `read_source` finds it. Raises `DataError`, also where it holds no text."""
+    source = read_source(data, split=split, text_field=text_field)
+    known = NAMED.get(data)
+    rows = []
+    for row in source.rows:
+        named = known.field if known and text_field is None and isinstance(row, dict) and known.field in row else text_field
+        rows.append(row_text(row, source.where, named, tokenizer))
+    found = Text(data, tuple(rows), source.join)
+    if not found.whole.strip():
+        raise DataError(f"{source.where}: holds no text")
+    return found
+
+
+def read_source(data: str, *, split: str, text_field: str | None = None) -> Source:
+    """The rows of DATA. `split` "train" or "test" picks the part of a named set; a file is read whole. Raises `DataError`.
 
     `NAME=PATH` reads a local copy of a named set by that set's own rules: a line of `wikitext2=wiki.test.raw` is a row, for example.
     """
     flag = "--ppl" if split == "test" else "--data"
+    where = f"{flag} {data}"
     if data == "pydoc":
-        return Text(data, _pydoc(split), "\n\n")
+        return Source(data, where, _pydoc(split), "\n\n")
     if data in NAMED and data != "self":
-        return Text(data, _from_hub(data, split), NAMED[data].join)
+        return Source(data, where, _from_hub(data, split), NAMED[data].join)
     name, _, place = data.partition("=")
     known = NAMED[name] if place and name in NAMED and NAMED[name].hub else None
     path = Path(os.path.expandvars(place if known else data)).expanduser()
     if not path.is_file():
         names = [name for name in NAMED if name != "self" or split == "train"]
         raise DataError(
-            f"{flag} {data}: neither a file nor a known set; allowed: {', '.join(names)}, NAME=PATH, or a path{did_you_mean(data, names)}"
+            f"{where}: neither a file nor a known set; allowed: {', '.join(names)}, NAME=PATH, or a path{did_you_mean(data, names)}"
         )
     kind = next((suffix for suffix in sorted(FILE_TYPES, key=len, reverse=True) if path.name.endswith(suffix)), None)
     if kind is None:
-        raise DataError(f"{flag} {data}: unknown file type; allowed: {', '.join(FILE_TYPES)}")
+        raise DataError(f"{where}: unknown file type; allowed: {', '.join(FILE_TYPES)}")
     try:
         if kind not in (".txt", ".raw", ".md"):
-            found = Text(data, tuple(_row_text(row, f"{flag} {data}", text_field, tokenizer) for row in _rows(path, kind)), "\n\n")
-        elif known:
+            return Source(data, where, tuple(_rows(path, kind)), "\n\n")
+        if known:
             lines = path.read_text(encoding="utf-8").splitlines()
-            found = Text(data, tuple(known.row(line) for line in lines), known.join)
-        else:
-            found = Text(data, (path.read_text(encoding="utf-8"),), "")
+            return Source(data, where, tuple(known.row(line) for line in lines), known.join)
+        return Source(data, where, (path.read_text(encoding="utf-8"),), "")
     except (OSError, ValueError, EOFError, zlib.error, csv.Error) as failure:
-        raise DataError(f"{flag} {data}: cannot be read: {' '.join(str(failure).split())[:200]}") from failure
-    if not found.whole.strip():
-        raise DataError(f"{flag} {data}: holds no text")
-    return found
+        raise DataError(f"{where}: cannot be read: {' '.join(str(failure).split())[:200]}") from failure
 
 
 def _rows(path: Path, kind: str) -> Iterator[Any]:
@@ -118,7 +140,7 @@ TEXT_FIELDS = ("text", "content", "page", "document", "sentence")
 """Columns tried in this order where --text-field is not given."""
 
 
-def _row_text(row: Any, where: str, field: str | None, tokenizer: Any) -> str:
+def row_text(row: Any, where: str, field: str | None, tokenizer: Any) -> str:
     """The text of one row (`where`: flag and source, for messages): the named field; else chat messages through the template, an Alpaca triple, or a usual column."""
     if isinstance(row, str):
         return row
@@ -154,8 +176,8 @@ def _pydoc(split: str) -> tuple[str, ...]:
     return tuple(part for part in train if " ".join(part.split()) not in parts)
 
 
-def _from_hub(name: str, split: str) -> tuple[str, ...]:
-    """A named set through `datasets`, with the local way out where the hub cannot be reached."""
+def _from_hub(name: str, split: str) -> tuple[Any, ...]:
+    """The rows of a named set through `datasets`, with the local way out where the hub cannot be reached."""
     known, flag = NAMED[name], "--ppl" if split == "test" else "--data"
     way_out = f"give a local copy instead (for example {flag} {name}=path/to/{known.like}), or use {flag} pydoc"
     try:
@@ -167,11 +189,7 @@ def _from_hub(name: str, split: str) -> tuple[str, ...]:
     chosen = known.splits[split == "test"]
     try:
         rows = datasets.load_dataset(*known.hub, split=chosen, streaming=known.most_rows is not None, revision=known.revision)
-        return tuple(
-            _row_text(row, f"{flag} {name}", known.field if known.field in row else None, None) for row in _head(rows, known.most_rows)
-        )
-    except DataError:
-        raise
+        return tuple(_head(rows, known.most_rows))
     except Exception as failure:  # the hub client raises many kinds; all mean the same to the user
         raise DataError(
             f"{flag} {name}: the Hugging Face hub did not give it ({' '.join(str(failure).split())[:120]}); {way_out}"
