@@ -43,7 +43,7 @@ docs: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data]'
+	$(PIP) --editable '.[dev,data,recover]'
 	touch $@
 
 .venv/tasks: .venv/test

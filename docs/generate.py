@@ -17,7 +17,7 @@ from grasp.core.results import Result, Results
 from grasp.methods import available
 from grasp.stages.text import FILE_TYPES, NAMED
 
-OUTPUT, EXPERIMENTS = (Path(__file__).with_name(name) for name in ("reference.md", "experiments.md"))
+OUTPUT, EXPERIMENTS, RECOVERY = (Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md"))
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
 """Experiments that are about time; the others ran beside other work."""
@@ -93,8 +93,54 @@ def _cells(row: Result, texts: list[str], timed: bool) -> list[str]:
     return [row.label, f"{row.parameters:,}", *shown, *seconds, f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else ""]
 
 
+def recovery() -> str:
+    """docs/recovery.md with the table of results/recovery.json."""
+    return PLACE.sub(lambda _: _trainings(), RECOVERY.read_text(encoding="utf-8"))
+
+
+def _trainings() -> str:
+    """One line a model: what was trained, the held-out cross-entropy before and after, perplexities, tasks, and the seconds of the training."""
+    path = RESULTS / "recovery.json"
+    if not path.is_file():
+        return "<!-- results: recovery -->\nNot measured yet.\n<!-- end -->"
+    rows = Results.read(path).rows
+    texts = list(dict.fromkeys(score.name for row in rows for score in row.scores if score.unit == "perplexity"))
+    dense = [rows[0].score("perplexity", text) for text in texts]
+    heads = [
+        "",
+        "parameters",
+        "trained",
+        "objective",
+        "held-out cross-entropy",
+        *(f"perplexity, {text} (× dense)" for text in texts),
+        "tasks, mean",
+        "training, s",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---|--:|---|---|" + "--:|" * (len(heads) - 4)]
+    for row in rows:
+        told = row.fields.get("recovery", {})
+        trained = f"{told['train']}, {told['trained_parameters'] / 1e6:.1f} M" if told else ""
+        losses = " → ".join(f"{value:.3f}" for value in told.get("held_out_lm_loss", ()))
+        scores = [row.score("perplexity", text) for text in texts]
+        shown = ["" if s is None or d is None else f"{s.value:.1f} ({s.value / d.value:.2f})" for s, d in zip(scores, dense, strict=True)]
+        mean = next((score for score in row.scores if score.name == "mean" and score.unit.startswith("acc")), None)
+        seconds = f"{row.seconds['recovery']:.0f}" if "recovery" in row.seconds else ""
+        cells = [
+            row.label,
+            f"{row.parameters:,}",
+            trained,
+            told.get("objective", ""),
+            losses,
+            *shown,
+            "" if mean is None else f"{mean.value:.3f}",
+            seconds,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(["<!-- results: recovery -->", *lines, "<!-- end -->"])
+
+
 def main() -> int:
-    pages = {OUTPUT: reference(), EXPERIMENTS: experiments()}
+    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery()}
     if "--check" in sys.argv:
         stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
         print(f"stale: {', '.join(stale)}; run `make docs`" if stale else "docs are up to date")

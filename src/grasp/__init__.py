@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from grasp.methods.base import Method as Method
     from grasp.pipeline import Compression as Compression
     from grasp.pipeline import compress as compress
+    from grasp.recovery import Recovery as Recovery
+    from grasp.recovery import recover as recover
 
 __version__ = "0.1.0"
 
@@ -39,11 +41,13 @@ _HOME = {
     "Evaluation": "measurement",
     "GraspError": "errors",
     "Method": "methods.base",
+    "Recovery": "recovery",
     "Score": "core.score",
     "compress": "pipeline",
     "evaluate": "measurement",
     "inspect": "inspection",
     "load": "core.checkpoint",
+    "recover": "recovery",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

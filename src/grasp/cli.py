@@ -14,7 +14,7 @@ import click
 
 from grasp import __version__
 from grasp.errors import GraspError
-from grasp.flags import MethodCommand, Words, read_config, shared
+from grasp.flags import MethodCommand, RecipeCommand, Words, read_config, shared
 
 
 def _commands() -> Any:
@@ -81,6 +81,30 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
     """Layer redundancy and singular spectra of MODEL, as a table and a picture. Nothing is changed."""
     commands = _commands()
     commands.inspect(model, output, options, as_json, quiet)
+
+
+@cli.command(cls=RecipeCommand, short_help="Train a compressed checkpoint DIR briefly; save it in OUT.")
+@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True,
+    help="Training text: Alpaca columns or chat messages (.json, .jsonl), plain text, a named set (see `grasp data`); several, separated by commas, are mixed.",
+)  # fmt: skip
+@click.option(
+    "--preset", help="paper (the default: the paper's hyperparameters) or quick (distillation in small steps); other flags change it."
+)
+@click.option("--resume", is_flag=True, help="Go on from the last state of an interrupted run with the same flags.")
+@click.option("--fsdp", is_flag=True, help="Under torchrun: share the weights among the processes (FSDP2) instead of copying them (DDP).")
+@click.option("--report-to", type=Words(str), default="", help="Trackers of the Hugging Face trainer: tensorboard, wandb, ...")
+@shared("text_field", "device", "trust")
+def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train the compressed checkpoint DIR briefly on --data and save the result in OUT (GRASP* in the paper).
+
+    What is trained, towards what, and how long: the flags below. With several processes: torchrun --nproc-per-node N -m grasp recover ...
+    """
+    commands = _commands()
+    given = {name: value for name, value in options.items() if value is not None}
+    commands.recover(checkpoint, out, given, as_json, quiet)
 
 
 @cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")

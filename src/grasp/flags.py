@@ -73,6 +73,29 @@ def _method_options() -> list[click.Option]:
     return options
 
 
+class RecipeCommand(click.Command):
+    """`grasp recover`: its own flags, then one flag for each field of the recipe, read off it when it runs."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from grasp.compensation.recipe import Recipe
+
+        own = super().get_params(ctx)
+        taken = {param.name for param in own}
+        hints, options = typing.get_type_hints(Recipe), []
+        for field in dataclasses.fields(Recipe):
+            text, flag = field.metadata["help"], f"--{field.name.replace('_', '-')}"
+            if field.name in taken:
+                continue
+            if hints[field.name] is bool:
+                options.append(click.Option([flag], is_flag=True, default=None, help=text))
+                continue
+            said = "" if field.default is None else f"  [default: {field.default}]"
+            words = field.metadata["words"]
+            kind = _click_type(hints[field.name])
+            options.append(click.Option([flag], type=kind, default=None, help=text + said, metavar="|".join(words) or None))
+        return [*own, *options]
+
+
 def _click_type(kind: Any) -> Any:
     plain = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
     if typing.get_origin(plain) is tuple:

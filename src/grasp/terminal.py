@@ -22,16 +22,16 @@ class Bars:
     def __init__(self, bars: Progress):
         self.bars = bars
         self.ids: dict[str, Any] = {}
-        self.shown: dict[str, str] = {}
+        self.done: dict[str, int] = {}
 
     def __call__(self, task: str, done: int, total: int) -> None:
         key = task.split(",", maxsplit=1)[0]
         if key not in self.ids:
             self.ids[key] = self.bars.add_task(task, total=total or None)
-        elif self.shown[key] != task or done == 0:
+        elif done == 0 or done < self.done[key]:
             self.bars.reset(self.ids[key], description=task, total=total)
-        self.shown[key] = task
-        self.bars.update(self.ids[key], completed=done, total=max(total, done))
+        self.done[key] = done
+        self.bars.update(self.ids[key], description=task, completed=done, total=max(total, done))
         if done == total == 0:
             self.bars.update(self.ids[key], visible=False)
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +97,11 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str) -> None:
-    """Write the model as it is now to `out`, with its manifest and model card. Raises `CheckpointError`; `out` is then untouched."""
+def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, beside: Callable[[Path], None] | None = None) -> None:
+    """Write the model as it is now to `out`, with its manifest and model card; `beside` adds to the directory once the model is in it.
+
+    Raises `CheckpointError`; `out` is then untouched.
+    """
     check_destination(out, decoder.num_bytes())
     with whole(out) as scratch:
         decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
@@ -107,6 +110,8 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str) -> No
         version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
         (scratch / MANIFEST).write_text(json.dumps({"format_version": version, **manifest}) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        if beside is not None:
+            beside(scratch)
 
 
 def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:

@@ -19,6 +19,25 @@ def command_line(recipe: dict[str, Any], out: str) -> str:
     return shlex.join(words)
 
 
+def _recovered(told: dict[str, Any]) -> list[str]:
+    """Table rows about the training that followed."""
+    recipe, first, best = told["recipe"], told["curve"][0], told["best"]
+    return [
+        f"| then trained | {told['trained_parameters']:,} numbers ({recipe['train']}), objective {recipe['objective']}, {told['steps']:,} steps of {recipe['batch_size']} rows |",
+        f"| training text | {', '.join(told['data']['sources'])}: {told['data']['tokens']:,} tokens |",
+        f"| held-out loss | {first['held_out_loss']:.4f} → {best['held_out_loss']:.4f} |",
+    ]
+
+
+def _steps(manifest: dict[str, Any]) -> list[str]:
+    """The `grasp recover` commands that followed, first to last."""
+    told, commands = manifest.get("recovery"), list[str]()
+    while told:
+        commands.insert(0, told["command"])
+        told = told.get("before")
+    return commands
+
+
 def _listed(numbers: list[int]) -> str:
     """The sorted numbers, or only their range where they are many."""
     return ", ".join(map(str, numbers)) if len(numbers) <= 12 else f"{numbers[0]} to {numbers[-1]}"
@@ -60,6 +79,8 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         )
     if dropped:
         body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
+    if "recovery" in manifest:
+        body += _recovered(manifest["recovery"])
     body += ["", "## Load", "", "```python"]
     if low_rank:
         body += [
@@ -75,7 +96,8 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{out}")',
         ]
     body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "## Repeat", "", "```"]
-    body += [command_line(manifest["recipe"], out), "```", ""]
+    steps = _steps(manifest)
+    body += [command_line(manifest["recipe"], out if not steps else "compressed"), *steps, "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",
         "",

@@ -1,0 +1,159 @@
+"""A text source as training examples: token ids, and which of them the model is asked for.
+
+A row of the source is an instruction with its answer (Alpaca's columns, in Alpaca's own words), a chat (`messages`, through the
+tokenizer's template), or plain text. Prompts are read, not learnt; of plain text every token counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grasp.core.decoder import Decoder
+from grasp.errors import DataError
+from grasp.stages.text import Source, row_text
+
+logger = logging.getLogger(__name__)
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""Stanford Alpaca's prompts."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and for each whether the model is asked to predict it. The first never is: nothing comes before it."""
+
+    ids: list[int]
+    asked: list[bool]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one source, and what had to be left out of them."""
+
+    name: str
+    examples: list[Example]
+    without_answer: int = 0
+    cut: int = 0
+    cut_away: int = 0
+
+
+def read_examples(model: Decoder, source: Source, *, max_length: int, text_field: str | None = None) -> Examples:
+    """Every row of `source` as at most `max_length` tokens. Raises `DataError` where nothing is left to learn from."""
+    if model.tokenizer is None:
+        raise DataError(f"{source.where}: text needs a tokenizer, and this checkpoint has none")
+    turns = [_turns(row, source.where) if text_field is None else None for row in source.rows]
+    if not any(turn is not None for turn in turns):
+        text = source.join.join(row_text(row, source.where, text_field, model.tokenizer) for row in source.rows)
+        found = Examples(source.name, _blocks(model, text, max_length))
+    else:
+        found = _answers(model, source, turns, max_length)
+    if not found.examples:
+        reasons = []
+        if found.without_answer:
+            reasons.append(f"{found.without_answer:,} rows have no answer")
+        if found.cut_away:
+            reasons.append(f"{found.cut_away:,} lose all of it at --max-length {max_length}: every token would be masked")
+        raise DataError(
+            f"{source.where}: nothing to learn from: {' and '.join(reasons) or 'it holds no text'}; give rows with answers that fit"
+        )
+    for count, what in ((found.without_answer, "have no answer and were left out"), (found.cut, f"were cut at --max-length {max_length}"),
+                        (found.cut_away, f"lose their whole answer at --max-length {max_length} and were left out")):  # fmt: skip
+        if count:
+            logger.warning("%s: %s of %s rows %s", source.where, f"{count:,}", f"{len(source.rows):,}", what)
+    return found
+
+
+def _turns(row: Any, where: str) -> Mapping[str, Any] | None:
+    """The row where it asks and answers (Alpaca's columns or chat messages), None where it is plain text."""
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return row
+    if isinstance(row, dict) and "instruction" in row and "output" in row:
+        if not all(isinstance(row.get(name) or "", str) for name in ("instruction", "input", "output")):
+            raise DataError(f"{where}: a row's instruction, input or output is not text")
+        return row
+    return None
+
+
+def _answers(model: Decoder, source: Source, turns: Sequence[Mapping[str, Any] | None], max_length: int) -> Examples:
+    """Examples of rows that ask and answer; all rows must be of that kind."""
+    examples, without, cut, cut_away = [], 0, 0, 0
+    for row in turns:
+        if row is None:
+            raise DataError(f"{source.where}: some rows have instruction and output, or messages, and some have not; give one kind a file")
+        example = _chat(model, row["messages"], source.where) if "messages" in row else _alpaca(model, row)
+        if not any(example.asked):
+            without += 1
+            continue
+        kept = Example(example.ids[:max_length], example.asked[:max_length])
+        if not any(kept.asked):
+            cut_away += 1
+            continue
+        cut += len(kept.ids) < len(example.ids)
+        examples.append(kept)
+    return Examples(source.name, examples, without, cut, cut_away)
+
+
+def _alpaca(model: Decoder, row: Mapping[str, Any]) -> Example:
+    """Alpaca's prompt, then the answer and an end-of-sequence token. They are tokenised apart, so that no token holds both."""
+    answer = (row["output"] or "").strip()
+    if not answer:
+        return Example([], [])
+    prompt = (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(instruction=row["instruction"], input=row.get("input"))
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    asked_for = tokenizer(prompt, verbose=False).input_ids
+    given = tokenizer(answer, add_special_tokens=False, verbose=False).input_ids
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if asked_for[-1:] == end:  # some tokenizers end every text by themselves
+        asked_for = asked_for[:-1]
+    return Example(asked_for + given + end, [False] * len(asked_for) + [True] * len(given + end))
+
+
+def _chat(model: Decoder, messages: Sequence[Mapping[str, Any]], where: str) -> Example:
+    """A chat through the template; what the assistant says is asked for. A turn's place is where the template of the chat up to it ends."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: has chat messages, but the model's tokenizer has no chat template; name a plain --text-field")
+    try:
+        ids = _template(tokenizer, messages)
+        asked = [False] * len(ids)
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and str(message["content"]).strip():
+                start, end = _template(tokenizer, messages[:place], add_generation_prompt=True), _template(tokenizer, messages[: place + 1])
+                if ids[: len(start)] != start or ids[: len(end)] != end:
+                    raise DataError(
+                        f"{where}: the chat template rewrites earlier turns, so answers cannot be told from prompts; give Alpaca columns or plain text"
+                    )
+                asked[len(start) : len(end)] = [True] * (len(end) - len(start))
+    except DataError:
+        raise
+    except Exception as failure:  # a template is a program of the model's; it may fail in any way
+        raise DataError(f"{where}: the chat template fails on a row: {' '.join(str(failure).split())[:200]}") from failure
+    return Example(ids, [False, *asked[1:]])
+
+
+def _template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"]) if messages else []
+
+
+def _blocks(model: Decoder, text: str, max_length: int) -> list[Example]:
+    """Plain text in blocks of `max_length` tokens, the last one shorter."""
+    if not text.strip():
+        return []
+    stream, bos = model.tokenize(text).tolist(), model.block_bos
+    body = max_length - (bos is not None)
+    begin = [] if bos is None else [bos]
+    blocks: Iterable[list[int]] = (begin + stream[first : first + body] for first in range(0, len(stream), body))
+    return [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in blocks if len(ids) > 1]

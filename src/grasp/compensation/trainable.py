@@ -1,0 +1,146 @@
+"""Which parameters are trained, and how they come back into a checkpoint.
+
+    factors   the two factors of every low-rank pair
+    layers    every parameter of the layers that hold a pair; of a model with layers removed and no pair, of all that are left
+    lora      a peft adapter on every dense matrix of the decoder layers; pairs, which are thin already, are trained as they are, so that
+              everything merges exactly and no rank changes. With `keep_adapter` pairs get an adapter too, and nothing is merged
+
+What is trained is kept in float32, whatever the rest is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp.compensation.recipe import Recipe
+from grasp.core.decoder import Decoder
+from grasp.core.layer import is_low_rank
+from grasp.core.modeling_grasp import fuse
+from grasp.errors import NumericsError, RecipeError
+
+
+def choose(decoder: Decoder, recipe: Recipe, dropped: int) -> nn.Module:
+    """Mark what is trained (`requires_grad`) and return the model to train: the same one, or peft's wrapper around it.
+
+    `dropped`: how many layers were removed when it was made.
+    """
+    model = decoder.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    check_trainable(decoder, recipe, dropped)
+    pairs = _pairs(decoder)
+    fuse(model, together=False)  # each factor gets memory of its own below; products are shared only where no gradient is
+    trained = wrap(decoder, recipe) if recipe.train == "lora" else model
+    if recipe.train == "layers":
+        holders = [layer.module for layer in decoder.layers() if any(is_low_rank(m) for m in layer.module.modules())]
+        for module in holders or [layer.module for layer in decoder.layers()]:
+            module.requires_grad_(True)
+    elif not recipe.keep_adapter:
+        for pair in pairs:
+            pair.weight.requires_grad_(True)
+            pair.weight_in.requires_grad_(True)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.detach().float().clone()
+    return trained
+
+
+def _pairs(decoder: Decoder) -> list[Any]:
+    return [module for module in decoder.model.modules() if is_low_rank(module) and module.weight_in.numel()]
+
+
+def check_trainable(decoder: Decoder, recipe: Recipe, dropped: int) -> None:
+    """Raise `RecipeError` where there is nothing that `recipe` could train."""
+    if _pairs(decoder):
+        return
+    if not dropped:
+        raise RecipeError(
+            f"DIR {decoder.source}: has neither low-rank matrices nor removed layers, so there is nothing to recover; give a compressed checkpoint"
+        )
+    if recipe.train == "factors":
+        raise RecipeError(
+            f"--train factors: {decoder.source} has layers removed and no low-rank matrix; use --train lora, or layers for all that are left"
+        )
+
+
+def settled(decoder: Decoder, recipe: Recipe) -> Recipe:
+    """The recipe with a learning rate, where it leaves that to the model.
+
+    smollm2, `distill`: factors of 9 layers (3 % of all numbers) learn well at 1e-3, factors of every matrix (76 %) are undone by it and learn
+    well at 1e-4 (docs/log.md).
+    """
+    if recipe.learning_rate is not None:
+        return recipe
+    trained = decoder.num_parameters() if recipe.train == "layers" else sum(p.weight.numel() + p.weight_in.numel() for p in _pairs(decoder))
+    few = recipe.train == "lora" or trained < decoder.num_parameters() / 10
+    return replace(recipe, learning_rate=1e-3 if few else 1e-4)
+
+
+def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
+    """`decoder.model` with fresh LoRA adapters. Raises `RecipeError` where peft is missing."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise RecipeError("--train lora: needs the package peft: pip install 'grasp-llm[recover]'") from None
+    names = {name for _, name in decoder.family.matrices}
+    targets = [
+        f"{decoder.family.layers}.{index}.{name}"
+        for index, layer in enumerate(decoder.stack)
+        for name, module in layer.named_modules()
+        if name in names and (recipe.keep_adapter or not is_low_rank(module))
+    ]
+    transposed = bool(targets) and not isinstance(decoder.model.get_submodule(targets[0]), nn.Linear)
+    config = LoraConfig(
+        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets,
+        fan_in_fan_out=transposed, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    state = torch.random.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    wrapped = get_peft_model(decoder.model, config)
+    torch.random.set_rng_state(state)
+    return wrapped
+
+
+def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
+    """Put the trained `state` into the checkpoint it was trained from, as that was stored; adapters are merged.
+
+    Raises `NumericsError` where a weight is not finite in the checkpoint's own precision.
+    """
+    fuse(decoder.model, together=False)
+    if recipe.train == "lora":
+        wrapped: Any = wrap(decoder, recipe)
+        _fill(wrapped, state)
+        decoder.model = wrapped.merge_and_unload(safe_merge=True)
+    else:
+        _fill(decoder.model, state)
+    for parameter in decoder.model.parameters():
+        parameter.requires_grad_(False)
+    fuse(decoder.model)
+
+
+def write_adapter(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor], folder: Path, base: str) -> None:
+    """The trained `state` as a peft adapter for the checkpoint `base`. The decoder is wrapped in it afterwards."""
+    wrapped: Any = wrap(decoder, recipe)
+    _fill(wrapped, state)
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    known = dict(model.named_parameters())
+    for name, value in state.items():
+        known[name].copy_(value)
+        if not bool(torch.isfinite(known[name]).all()):
+            raise NumericsError(f"'{name}': the trained weight is not finite in {known[name].dtype}")
+
+
+def numbers(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
