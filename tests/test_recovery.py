@@ -194,7 +194,7 @@ def test_the_manifest_says_how_it_was_done_and_the_report_shows_the_curve(checkp
     assert manifest["edits"] == json.loads((Path(checkpoints["grasp"]) / "grasp.json").read_text())["edits"]
     assert {point["kind"] for point in curve_of(Checkpoint.read(tmp_path / "out"))} == {"training", "held out"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "grasp recover" in card and "distill" in card
+    assert "grasp compress" in card and "grasp recover grasp out" in card and "--objective distill" in card
 
 
 def test_the_best_state_is_saved_not_the_last(checkpoints, alpaca, tmp_path, monkeypatch):
@@ -384,6 +384,7 @@ def test_a_full_disk_at_the_very_end(checkpoints, alpaca, tmp_path, monkeypatch)
 def test_a_tracker_that_is_not_there(checkpoints, alpaca, tmp_path):
     with pytest.raises(RecipeError, match="the training cannot be set up: nonsense is not supported"):
         grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, report_to=("nonsense",), **SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_with_a_broken_weight(checkpoints, alpaca, tmp_path):

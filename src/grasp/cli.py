@@ -228,10 +228,18 @@ def list_data(as_json: bool, quiet: bool) -> None:
     commands.data(as_json)
 
 
+class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to `sys.stderr` as it is now: progress bars replace it while they are drawn, so that lines appear above them."""
+
+    stream = property(lambda _: sys.stderr, lambda _, __: None)
+
+
 def main() -> None:
     """Entry point: runs a command; what a user can get wrong ends in one line and status 2, `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_ToStderr()], force=True
+    )  # fmt: skip
     try:
         cli.main(standalone_mode=False)
     except GraspError as error:

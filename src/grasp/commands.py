@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from grasp import compare as comparison
-from grasp import estimate, experiment, inspection, measurement, pipeline, recovery
+from grasp import estimate, experiment, inspection, measurement, pipeline
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.families import FAMILIES
 from grasp.core.manifest import MANIFEST
@@ -60,6 +60,8 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
 
 def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Run `recovery.recover` and sum up what it did. Of several processes the first speaks."""
+    from grasp import recovery  # the trainer takes a second to import, and needs accelerate
+
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         logging.getLogger("grasp").setLevel(logging.ERROR)
@@ -70,7 +72,7 @@ def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool,
     told, best = done.manifest["recovery"], done.best
     before = done.curve[0]
     rows = [
-        ("trained", f"{told['trained_parameters']:,} numbers ({told['recipe']['train']}), towards {told['recipe']['objective']}"),
+        ("trained", f"{told['trained_parameters']:,} numbers ({told['recipe']['train']}), objective {told['recipe']['objective']}"),
         ("text", f"{told['data']['rows']:,} rows, {told['data']['tokens']:,} tokens; {told['data']['held_out_rows']} rows held out"),
         ("steps", f"{told['steps']:,}, {told['tokens_seen']:,} tokens seen"),
         ("held-out loss", f"{before['held_out_loss']:.4f} → {best['held_out_loss']:.4f} at step {best['step']}"),

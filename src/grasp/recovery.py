@@ -27,7 +27,7 @@ from grasp.compensation.recipe import Recipe, make_recipe
 from grasp.compensation.rows import Collate, Rows, TrainingData, pack_or_pad, prepare
 from grasp.compensation.teacher import CachedTeacher, Teacher, check_teacher, offload, remember
 from grasp.compensation.trainable import bring_back, check_trainable, choose, numbers, settled, write_adapter
-from grasp.compensation.training import Look, Trained, arguments, begin_run, number_of_steps, train
+from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, train
 from grasp.core.checkpoint import check_destination, save
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
@@ -92,19 +92,16 @@ def recover(
     recipe, place, out = make_recipe(preset, fields), Path(checkpoint), Path(out)
     job = _Job.begin(recipe, place, out, data, text_field, device, fsdp, trust_remote_code, progress)
     recipe, run, clock = job.recipe, out.with_name(out.name + ".recovery"), job.clock
-    resume_from = begin_run(run, job.record(data), resume)
-    start = job.start() if resume_from is None else None
-    clock.lap("start")
-
     layer_class = type(job.decoder.stack[0]).__name__ if fsdp else None
-    args = arguments(
-        recipe, run, number_of_steps(recipe, len(job.told.train)), device=job.device, fsdp=layer_class, report_to=report_to
-    )  # fmt: skip
-    objective = job.objective(args)
-    model = choose(job.decoder, recipe, len(job.dropped))
-    count = numbers(model)
-    done = train(model, args, job.told, objective, job.collate, dtype=job.dtype, progress=progress, resume_from=resume_from)
-    clock.lap("training")
+    args = arguments(recipe, run, number_of_steps(recipe, len(job.told.train)), device=job.device, fsdp=layer_class, report_to=report_to)
+    with run_folder(run, job.record(data), resume) as resume_from:
+        start = job.start() if resume_from is None else None
+        clock.lap("start")
+        objective = job.objective(args)
+        model = choose(job.decoder, recipe, len(job.dropped))
+        count = numbers(model)
+        done = train(model, args, job.told, objective, job.collate, dtype=job.dtype, progress=progress, resume_from=resume_from)
+        clock.lap("training")
 
     facts = {**job.facts(place.name, out.name, data), "trained_parameters": count, "start": start, "processes": args.world_size, "steps": done.steps,
              "tokens_seen": done.tokens, "curve": done.curve, "best": done.best, "versions": versions(), "seconds": clock.laps}  # fmt: skip
@@ -238,6 +235,7 @@ class _Job:
         told, recipe = self.told, self.recipe
         merged = "no: kept as adapter/" if recipe.keep_adapter else "yes, exactly; low-rank pairs were trained as they are"
         return {
+            "checkpoint": place,
             "recipe": {"data": data, **recipe.to_json()},
             "command": shlex.join(["grasp", "recover", place, out, "--data", data, *recipe.flags()]),
             "data": {"sources": told.sources, "rows": len(told.train), "held_out_rows": len(told.held_out), "tokens": told.train.num_tokens,

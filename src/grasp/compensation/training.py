@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,16 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
         folder.mkdir(parents=True)
         note.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return None
+
+
+@contextmanager
+def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[Path | None]:
+    """The folder of a run, within the block; gives the state to go on from. It stays only where there is a state in it to lose."""
+    try:
+        yield begin_run(folder, record, resume)
+    finally:
+        if last_state(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -29,13 +30,13 @@ def _recovered(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _steps(manifest: dict[str, Any]) -> list[str]:
-    """The `grasp recover` commands that followed, first to last."""
-    told, commands = manifest.get("recovery"), list[str]()
+def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
+    """The command that compressed, and those that trained afterwards."""
+    told, commands, name = manifest.get("recovery"), list[str](), out
     while told:
-        commands.insert(0, told["command"])
-        told = told.get("before")
-    return commands
+        commands.insert(0, str(told.get("command", "")))
+        name, told = told.get("checkpoint", name), told.get("before")
+    return [command_line(manifest["recipe"], name), *filter(None, commands)]
 
 
 def _listed(numbers: list[int]) -> str:
@@ -96,8 +97,7 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{out}")',
         ]
     body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "## Repeat", "", "```"]
-    steps = _steps(manifest)
-    body += [command_line(manifest["recipe"], out if not steps else "compressed"), *steps, "```", ""]
+    body += [*repeat(manifest, out), "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",
         "",

@@ -266,7 +266,7 @@ def recovery(records: Sequence[Record]) -> alt.LayerChart:
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=25))
         .encode(
             alt.X("step:Q", title="step"),
-            alt.Y("loss:Q", title="loss, nats a token", scale=alt.Scale(zero=False)),
+            alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
             alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[light("left"), light("s1")]), legend=alt.Legend(title=None)),
             tooltip=_tips(("step", ",.0f"), ("kind", ""), ("loss", ".4~f")),
         )

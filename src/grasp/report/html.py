@@ -23,7 +23,7 @@ from markupsafe import Markup
 from grasp.core.results import Generation
 from grasp.errors import RecipeError
 from grasp.report import anatomy, look, wording
-from grasp.report.card import command_line
+from grasp.report.card import repeat
 from grasp.report.charts import unchecked
 from grasp.report.figures import Colours, Figure, checkpoint_figures, over_size, speeds, summary, sweep_figures
 from grasp.report.highlights import highlights
@@ -145,7 +145,7 @@ def _checkpoint(checkpoint: Checkpoint, number: int, material: Material, colours
         "summary": summary(checkpoint),
         "figures": {what: drawn.all(some) for what, some in figures.items()},
         "by_rank": by_rank,
-        "command": command_line(recipe, checkpoint.name) if recipe.get("model") else "",
+        "command": "\n".join(repeat(raw, checkpoint.name)) if recipe.get("model") else "",
         "calibration": raw.get("calibration") or {},
         "versions": raw.get("versions") or {},
         "manifest": json.dumps(anatomy.shortened(raw), indent=1, ensure_ascii=False),
