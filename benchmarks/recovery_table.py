@@ -15,6 +15,7 @@ from pathlib import Path
 from grasp.core.manifest import read_manifest
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
+from grasp.core.score import Score
 
 NAMES = ("removed", "grasp", "grasp-fisher", "removed-lora-lm", "grasp-lm", "grasp-distill", "grasp-fisher-distill")
 OUTPUT = Path(__file__).parents[1] / "results" / "recovery.json"
@@ -34,25 +35,27 @@ def row_of(folder: Path, name: str, found: Result) -> Result:
             "held_out_loss": [looks[0]["held_out_loss"], told["best"]["held_out_loss"]],
             "curve": told["curve"],
         }  # fmt: skip
-    return replace(
-        found, label=name, model=name, fields=fields, scores=tuple(replace(score, name=Path(score.name).name) for score in found.scores)
-    )
+        found = replace(found, seconds={**found.seconds, "recovery": sum(told["seconds"].values())})
+    return replace(found, label=name, model=name, fields=fields, scores=named(found))
+
+
+def named(found: Result) -> tuple[Score, ...]:
+    """The scores; texts by the names of their files, not by where those were."""
+    return tuple(replace(score, name=Path(score.name).name) for score in found.scores)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rows, dense = [], None
+    missing = [name for name in ("dense", *NAMES) if not (folder / f"{name}.json").is_file()]
+    if missing:
+        sys.exit(f"{folder} has no {', '.join(missing)}: run experiments/recovery.sh first")
+    [dense] = Results.read(folder / "dense.json").rows
+    rows = [replace(dense, label="dense", model="smollm2", scores=named(dense))]
     for name in NAMES:
-        path = folder / f"{name}.json"
-        if path.is_file():
-            first, last = Results.read(path).rows
-            dense = replace(
-                first, label="dense", model="smollm2", scores=tuple(replace(score, name=Path(score.name).name) for score in first.scores)
-            )
-            rows.append(row_of(folder, name, last))
-    assert dense is not None, f"{folder} holds no results; run experiments/recovery.sh first"
-    Results((dense, *rows), "Recovery of smollm2 at 105.8 M parameters", "experiments/recovery.sh", versions(), machine()).write(OUTPUT)
-    print(json.dumps({row.label: [round(score.value, 2) for score in row.scores if score.unit == "perplexity"] for row in (dense, *rows)}))
+        [found] = Results.read(folder / f"{name}.json").rows
+        rows.append(row_of(folder, name, found))
+    Results(tuple(rows), "Recovery of smollm2 at 105.8 M parameters", "experiments/recovery.sh", versions(), machine()).write(OUTPUT)
+    print(json.dumps({row.label: [round(score.value, 2) for score in row.scores if score.unit == "perplexity"] for row in rows}))
 
 
 if __name__ == "__main__":

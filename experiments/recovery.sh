@@ -25,7 +25,7 @@ recover grasp-fisher grasp-fisher-distill "--max-steps 80 --eval-every 20"
 
 for name in removed grasp grasp-fisher removed-lora-lm grasp-lm grasp-distill grasp-fisher-distill; do
   [ -f "$OUT/$name.json" ] || grasp eval "$OUT/$name" --dtype bfloat16 --ppl "$DATA/wikitext2_raw/wiki.test.raw,$DATA/ptb/ptb.valid.txt" \
-    --seq-len 512 --num-blocks 24 --tasks arc_easy,piqa --task-data "$DATA" --limit 200 --quiet -o "$OUT/$name.json"
+    --seq-len 512 --num-blocks 24 --tasks arc_easy,piqa --task-data "$DATA" --limit 150 --quiet -o "$OUT/$name.json"
 done
 [ -f "$OUT/dense.json" ] || grasp eval smollm2 --dtype bfloat16 --ppl "$DATA/wikitext2_raw/wiki.test.raw,$DATA/ptb/ptb.valid.txt" \
-  --seq-len 512 --num-blocks 24 --tasks arc_easy,piqa --task-data "$DATA" --limit 200 --quiet -o "$OUT/dense.json"
+  --seq-len 512 --num-blocks 24 --tasks arc_easy,piqa --task-data "$DATA" --limit 150 --quiet -o "$OUT/dense.json"
