@@ -123,7 +123,7 @@ def _trainings() -> str:
         losses = " → ".join(f"{value:.3f}" for value in told.get("held_out_lm_loss", ()))
         scores = [row.score("perplexity", text) for text in texts]
         shown = ["" if s is None or d is None else f"{s.value:.1f} ({s.value / d.value:.2f})" for s, d in zip(scores, dense, strict=True)]
-        mean = next((score for score in row.scores if score.name == "mean" and score.unit.startswith("acc")), None)
+        mean = next((score for score in row.scores if score.name == "mean"), None)
         seconds = f"{row.seconds['recovery']:.0f}" if "recovery" in row.seconds else ""
         cells = [
             row.label,
