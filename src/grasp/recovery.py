@@ -138,7 +138,7 @@ class _Job:
         dtype = _dtype(recipe, device)
         options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": trust_remote_code}
         decoder = load_model(str(place), device="cpu" if fsdp else device, **options)
-        check_lengths(decoder, 1, recipe.max_length)
+        check_lengths(decoder, 1, recipe.max_length, "--max-length")
         decoder.check_finite()
         check_trainable(decoder, recipe, len(_dropped(manifest)))
         recipe = settled(decoder, recipe)

@@ -70,13 +70,13 @@ def sources(data: str) -> list[str]:
     return [data] if Path(data).expanduser().is_file() else [name.strip() for name in data.split(",")]
 
 
-def check_lengths(model: Decoder, num_samples: int, seq_len: int) -> None:
-    """Raise `DataError` for block counts and lengths that cannot be."""
+def check_lengths(model: Decoder, num_samples: int, seq_len: int, flag: str = "--seq-len") -> None:
+    """Raise `DataError` for block counts and lengths that cannot be; `flag` is what gave the length."""
     if num_samples < 1:
         raise DataError(f"--num-samples {num_samples}: must be 1 or more")
     limit = getattr(model.config, "max_position_embeddings", None)
     if seq_len < 2 or (limit is not None and seq_len > limit):
-        raise DataError(f"--seq-len {seq_len}: must be from 2 to {limit or 'the length'}, the longest the model reads")
+        raise DataError(f"{flag} {seq_len}: must be from 2 to {limit or 'the length'}, the longest the model reads")
 
 
 @torch.no_grad()
