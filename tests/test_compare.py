@@ -226,5 +226,5 @@ def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):
 
 def test_a_cell_measured_on_its_calibration_text_says_so(write, tmp_path, monkeypatch):
     results, _ = here(write(TWO), tmp_path / "results.json", monkeypatch)
-    assert [len(row.notes) for row in results.rows] == [0, 1, 1] or [len(row.notes) for row in results.rows] == [1, 1]
-    assert "LEAKAGE" in results.rows[-1].notes[0]
+    assert len(results.rows) >= 2
+    assert all("LEAKAGE" in row.notes[0] for row in results.rows if row.method != "dense")

@@ -438,7 +438,7 @@ def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, t
     assert not list(tmp_path.glob("*.recovery"))
 
 
-def test_a_killed_command_goes_on(checkpoints, alpaca, tmp_path):
+def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(checkpoints, alpaca, tmp_path):
     flags = ["--data", alpaca, "--max-steps", "400", "--eval-every", "5", "--batch-size", "4", "--held-out", "8", "--precision", "float32"]
     words = [checkpoints["grasp"], str(tmp_path / "out"), *flags]
     child = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
