@@ -416,8 +416,15 @@ def command(*words: str, processes: int = 0) -> list[str]:
     return [sys.executable, *start, "recover", *words, "--quiet", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("train", ["factors", "lora"])
+@pytest.mark.parametrize(
+    ("way", "train"),
+    [
+        ("ddp", "lora"),
+        ("fsdp", "factors"),
+        pytest.param("ddp", "factors", marks=pytest.mark.slow),
+        pytest.param("fsdp", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, train):
     options = {**SMALL, "train": train}
     flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
