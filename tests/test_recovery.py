@@ -253,6 +253,8 @@ def test_resume_is_bit_identical(checkpoints, alpaca, tmp_path):
     assert not (tmp_path / "cut").exists()
     run = tmp_path / "cut.recovery"
     assert {path.suffix for path in run.rglob("*") if path.is_file()} == {".json", ".safetensors"}  # nothing is pickled
+    with pytest.raises(CheckpointError, match=r"holds a run, at step 4; go on from it with --resume, or remove it"):
+        grasp.recover(checkpoints["grasp"], tmp_path / "cut", **options)
     with pytest.raises(CheckpointError, match=r"begun with lora_rank 4, not 2"):
         grasp.recover(checkpoints["grasp"], tmp_path / "cut", resume=True, **{**options, "lora_rank": 2})
     done = grasp.recover(checkpoints["grasp"], tmp_path / "cut", resume=True, **options)

@@ -108,9 +108,14 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
         for name, value in record.items():
             if name != "learning_rate" and before.get(name) != value:
                 raise CheckpointError(
-                    f"--resume: {folder} was begun with {name} {before.get(name)}, not {value}; give the same, or leave --resume out to begin anew"
+                    f"--resume: {folder} was begun with {name} {before.get(name)}, not {value}; give the same, or remove it to begin anew"
                 )
         return last_state(folder)
+    state = last_state(folder)
+    if state is not None:
+        raise CheckpointError(
+            f"{folder}: holds a run, at step {state.name.rpartition('-')[2]}; go on from it with --resume, or remove it to begin anew"
+        )
     if resume:
         logger.info("--resume: %s holds no run; beginning anew", folder)
     if int(os.environ.get("RANK", "0")) == 0:
