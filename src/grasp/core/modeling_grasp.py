@@ -3,7 +3,7 @@
 It imports torch and transformers only, because it must work where grasp is not installed (`AutoModelForCausalLM.from_pretrained(dir,
 trust_remote_code=True)`). With `import grasp` the same file is registered from the package, and no flag is needed.
 
-How a checkpoint loads. `config.json` holds `"quantization_config": {"quant_method": "grasp", "ranks": {path: rank}}`. transformers hands the
+How a checkpoint loads. `config.json` holds `"quantization_config": {"quant_method": "grasp-llm", "ranks": {path: rank}}`. transformers hands the
 model, still without memory (meta device), to `GraspQuantizer`, which puts a `LowRankLinear` in the place of every linear named in `ranks`;
 then the weights are read. The dense matrices never exist.
 
@@ -26,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 2
 """Highest version of the checkpoint layout that this reads; a higher one is refused. 1: pairs. 2: pivoted pairs too."""
+NAMES = ("grasp-llm", "grasp")
+"""`quant_method` of our checkpoints, and of earlier ones. What cannot read it shows it in its error, so it is the package to install."""
 
 
 class LowRankLinear(nn.Linear):
@@ -201,7 +203,7 @@ class GraspConfig(QuantizationConfigMixin):
                 f"this checkpoint has grasp format {version}, this grasp reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U grasp-llm`"
             )
-        self.quant_method = "grasp"  # a name in transformers' registry: nothing is quantised
+        self.quant_method = NAMES[0]  # a name in transformers' registry: nothing is quantised
         self.ranks, self.pivoted = dict(ranks or {}), sorted(pivoted or [])
         self.version = max(version, 2 if self.pivoted else 1)
 
@@ -284,11 +286,11 @@ def __getattr__(name: str) -> type:
 
 
 def register() -> None:
-    """Tell transformers about checkpoints with `quant_method` "grasp". The installed package wins over a checkpoint's copy."""
-    known = AUTO_QUANTIZER_MAPPING.get("grasp")
-    if known is None or not known.__module__.startswith("grasp."):
-        AUTO_QUANTIZER_MAPPING["grasp"] = GraspQuantizer
-        AUTO_QUANTIZATION_CONFIG_MAPPING["grasp"] = GraspConfig
+    """Tell transformers about grasp checkpoints. The installed package wins over a checkpoint's copy."""
+    for name in NAMES:
+        known = AUTO_QUANTIZER_MAPPING.get(name)
+        if known is None or not known.__module__.startswith("grasp."):
+            AUTO_QUANTIZER_MAPPING[name], AUTO_QUANTIZATION_CONFIG_MAPPING[name] = GraspQuantizer, GraspConfig
 
 
 register()

@@ -1,0 +1,171 @@
+"""How vLLM makes, loads and runs a linear of a grasp checkpoint: the factors of `parts`, each multiplied by vLLM's own kernels.
+
+vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or dense, at any rank; families that store
+them as one matrix (Phi-3, GPT-2) have one pair for all. A linear none of whose matrices is low-rank is left to vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from grasp.core.modeling_grasp import FORMAT_VERSION, NAMES
+from grasp.serving.parts import Multiply, Part, Stack, global_order, spans
+
+TENSORS = ("weight", "weight_in", "places")
+
+
+class LowRankConfig(QuantizationConfig):
+    """The `quantization_config` of a grasp checkpoint. Raises `ValueError` for a newer format."""
+
+    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str]):
+        super().__init__()
+        self.ranks, self.pivoted, self.transposed = dict(ranks), set(pivoted), False
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
+        if config.get("version", 1) > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has grasp format {config['version']}, the installed grasp-llm reads up to {FORMAT_VERSION}: "
+                "upgrade with `pip install -U grasp-llm`"
+            )
+        return cls(config.get("ranks", {}), config.get("pivoted", []))
+
+    @classmethod
+    def get_name(cls) -> str:
+        return NAMES[0]
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        self.transposed = getattr(hf_config, "model_type", "") == "gpt2"  # vLLM transposes its weights, for they used to be Conv1D
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
+        self.pivoted = set(hf_to_vllm_mapper.apply_list(list(self.pivoted)))
+
+    def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, leaf = prefix.rpartition(".")
+        paths = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
+        if prefix in self.ranks:
+            paths = [prefix]
+        if all(path not in self.ranks for path in paths):
+            return UnquantizedLinearMethod()
+        return LowRankMethod(paths, self)
+
+
+class LowRankMethod(LinearMethodBase):
+    """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at least one of them low-rank."""
+
+    def __init__(self, paths: list[str], config: LowRankConfig):
+        self.paths, self.config, self.kernel = paths, config, UnquantizedLinearMethod()
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Register placeholders for `weight`, `weight_in` and `places` that hand every tensor of the checkpoint to its part."""
+        whole, index = _split(layer, output_partition_sizes)
+        start = layer.tp_rank * input_size_per_partition if isinstance(layer, RowParallelLinear) else 0
+        inputs = range(start, start + input_size_per_partition)
+        outputs = spans(whole, output_partition_sizes, index, stored_as_one=len(self.paths) == 1)
+        sizes = whole if len(self.paths) == len(whole) else [sum(whole)]
+        layer.parts = [
+            Part(path, size, input_size, here, inputs, self.config.ranks.get(path), path in self.config.pivoted)
+            for path, size, here in zip(self.paths, sizes, outputs, strict=True)
+        ]
+        layer.outputs_here, layer.factor_dtype = sum(output_partition_sizes), params_dtype
+        for name in TENSORS:
+            place: Any = nn.Parameter(torch.empty(0, dtype=torch.int32 if name == "places" else params_dtype), requires_grad=False)
+            place.weight_loader = partial(self._load, layer, name)
+            layer.register_parameter(name, place)
+
+    def _load(self, layer: Any, name: str, place: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
+        """What vLLM calls with each tensor. `shard`: which of the stacked matrices it is, "q", "k", "v" or a number."""
+        if layer.parts is None:
+            raise ValueError(f"{self.paths[0]}: its weights are in place; to serve others, start vLLM anew")
+        number = "qkv".index(shard) if isinstance(shard, str) else shard or 0
+        part = layer.parts[number]
+        if self.config.transposed and name == "weight" and part.rank is not None:
+            tensor = tensor.t()
+        part.load(name, tensor, place.device, layer.factor_dtype)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Lay the first factors one below the other, and give every product to vLLM's kernel. Raises `ValueError` where tensors are missing."""
+        parts: list[Part] = layer.parts
+        for part in parts:
+            if part.missing():
+                raise ValueError(
+                    f"{part.path}: the checkpoint lacks {' and '.join(part.missing())}; it is incomplete, copy or make it again"
+                )
+        order = global_order(parts)
+        rows = [part.first() for part in parts]
+        second = []
+        for number, part in enumerate(parts):
+            factor = part.second()
+            needed = factor is not None and (factor.shape[0] > 0 or not part.pivoted)
+            second.append(self._product(layer, f"second_{number}", factor) if needed else None)
+        stack = Stack([r.shape[0] for r in rows], second, [part.pivoted for part in parts], order, layer.outputs_here)
+        layer.parts = None  # frees the slices; `_product` keeps what is used
+        first = torch.cat(rows) if len(rows) > 1 else rows[0]
+        del rows
+        layer.first_product = self._product(layer, "first", first) if first.shape[0] else None
+        layer.stack = stack
+
+    def _product(self, layer: Any, name: str, factor: Any) -> Multiply:
+        """x (..., k) -> (..., n) for a factor (n, k), by the kernel that vLLM uses for dense matrices here."""
+        if 0 in factor.shape:
+            return lambda x: x.new_zeros(*x.shape[:-1], factor.shape[0])
+        holder: Any = nn.Module()
+        holder.weight = nn.Parameter(factor, requires_grad=False)
+        layer.add_module(name, holder)
+        self.kernel.process_weights_after_loading(holder)
+        return partial(self.kernel.apply, holder)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) -> y (..., out), of this device."""
+        output = layer.stack(x, layer.first_product)
+        return output if bias is None else output + bias
+
+
+def _split(layer: Any, local: list[int]) -> tuple[list[int], list[int]]:
+    """(outputs of each whole matrix, which block of it lives here) of a linear that vLLM splits over its devices."""
+    if isinstance(layer, QKVParallelLinear):
+        heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
+        widths = (layer.head_size, layer.head_size, getattr(layer, "v_head_size", layer.head_size))
+        shared = layer.tp_rank // layer.num_kv_head_replicas  # with fewer k, v heads than devices, several hold the same
+        return [number * width for number, width in zip(heads, widths, strict=True)], [layer.tp_rank, shared, shared]
+    if isinstance(layer, ColumnParallelLinear):
+        return [size * layer.tp_size for size in local], [layer.tp_rank] * len(local)
+    return list(local), [0] * len(local)
