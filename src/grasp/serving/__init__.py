@@ -1,0 +1,1 @@
+"""A checkpoint elsewhere: exports to other formats and runtimes, and plug-ins of servers."""
