@@ -1,7 +1,7 @@
 """OpenVINO: a model that keeps its own key-value cache, with its tokenizer, for openvino-genai. The low-rank products stay low-rank.
 
 The graph comes from transformers' own exporter, the tokenizer from openvino-tokenizers; `weights="int8"` is nncf's weight-only compression
-(each row of a weight 8 bits and a scale; activations stay as they are). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
+(8 bits a number, a scale a row; it loses more than rounding: see docs/export.md). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
 model has them), `beam_idx`; output: `logits`.
 """
 
