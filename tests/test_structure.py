@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "methods": {"core", "errors", "stages", "methods.base"},
     "evaluation": {"core", "errors", "evaluation"},
     "report": {"core", "errors", "report"},
-    "serving": {"core", "errors", "serving"},
     "compensation": {"core", "errors", "compensation", "stages.text"},
+    "serving": {"core", "errors", "serving"},
     "pipeline": {"core", "errors", "stages", "methods", "report.card"},
     "measurement": {"core", "errors", "stages", "evaluation"},
     "recovery": {"core", "errors", "stages", "compensation", "report.card"},
@@ -42,15 +42,16 @@ MAY_IMPORT = {
         "measurement",
         "recovery",
         "report",
+        "serving",
         "tables",
         "terminal",
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
     "cli": {"errors", "flags", "commands", "demo", "reporting", ""},
-    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "recovery"},
+    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "recovery", "serving"},
     "__main__": {"cli"},
 }
-DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "compensation/trainer.py", "compensation/training.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}}  # fmt: skip
+DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "compensation/trainer.py", "compensation/training.py", "serving/onnx.py", "serving/openvino.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}, "openvino": {"serving/openvino.py"}, "openvino_tokenizers": {"serving/openvino.py"}}  # fmt: skip
 TYPES_ONLY = {
     ("pipeline.py", "transformers"),
     ("inspection.py", "transformers"),

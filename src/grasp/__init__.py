@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from grasp.pipeline import compress as compress
     from grasp.recovery import Recovery as Recovery
     from grasp.recovery import recover as recover
+    from grasp.serving.export import Export as Export
+    from grasp.serving.export import export as export
 
 __version__ = "0.1.0"
 
@@ -39,12 +41,14 @@ _HOME = {
     "Compression": "pipeline",
     "Decoder": "core.decoder",
     "Evaluation": "measurement",
+    "Export": "serving.export",
     "GraspError": "errors",
     "Method": "methods.base",
     "Recovery": "recovery",
     "Score": "core.score",
     "compress": "pipeline",
     "evaluate": "measurement",
+    "export": "serving.export",
     "inspect": "inspection",
     "load": "core.checkpoint",
     "recover": "recovery",

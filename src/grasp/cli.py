@@ -107,6 +107,25 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
     commands.recover(checkpoint, out, given, as_json, quiet)
 
 
+@cli.command(short_help="Write checkpoint DIR in the format of another runtime.")
+@click.argument("checkpoint", metavar="DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format", required=True, metavar="dense|onnx|openvino",
+    help="dense: ordinary checkpoint, low-rank matrices multiplied out, no smaller; onnx: for onnxruntime; openvino: for openvino-genai.",
+)  # fmt: skip
+@click.option("--dtype", help="Of the export. dense: float32, bfloat16, float16; default: as stored. Others: float32 (default) or float16.")
+@click.option("--weights", metavar="int8", help="openvino: store the matrices in 8 bits.")
+@shared("trust")
+def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write DIR, a checkpoint that grasp made or any other MODEL, to OUT in a format that loads without grasp.
+
+    onnx and openvino keep the low-rank matrices low-rank.
+    """
+    commands = _commands()
+    commands.export(checkpoint, out, options, as_json)
+
+
 @cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")
 @click.argument("model")
 @click.option("--against", metavar="DENSE", help="The dense model: measured too, with KL divergence, top-1 agreement and shares of it.")

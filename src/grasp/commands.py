@@ -19,6 +19,7 @@ from grasp.core.manifest import MANIFEST
 from grasp.core.models import DTYPES
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
+from grasp.serving import export as exporting
 from grasp.stages.text import FILE_TYPES, NAMED
 from grasp.tables import check_output, finish, show_results
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
@@ -83,6 +84,23 @@ def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool,
     table("", ("", ""), rows, left=2)
     if as_json:
         emit({"path": str(out), "manifest": str(out / MANIFEST), "bytes": bytes_on_disk(out), "recovery": told})
+
+
+def export(checkpoint: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
+    """Run `serving.export` and say what came of it."""
+    done = exporting.export(checkpoint, out, **options)
+    for note in done.notes:
+        say(f"note: {plain(note)}")
+    rows = [
+        ("format", f"{done.format}, {done.dtype}{f', matrices {done.weights}' if done.weights else ''}"),
+        ("low-rank matrices", f"{done.pairs}{', multiplied out' if done.pairs and done.format == 'dense' else ''}"),
+        ("parameters", f"{done.parameters_before:,} → {done.parameters_after:,}" if done.parameters_before != done.parameters_after else f"{done.parameters_before:,}"),
+        ("bytes of the model", megabytes(done.bytes)),
+        ("export", str(out)),
+    ]  # fmt: skip
+    table("", ("", ""), rows, left=2)
+    if as_json:
+        emit({**dataclasses.asdict(done), "path": str(done.path)})
 
 
 LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

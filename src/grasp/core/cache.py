@@ -1,4 +1,4 @@
-"""The key-value cache of a model, as timing needs it: one that grows, or one of fixed size for compiled graphs."""
+"""The key-value cache of a model: one that grows, one of fixed size for compiled graphs, or one that forgets nothing for exported ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def new_cache(model: Decoder, fixed_length: int | None = None) -> Any:
     if fixed_length is None:
         return DynamicCache(config=model.config)
     return StaticCache(config=model.config, max_cache_len=fixed_length)
+
+
+def full_cache() -> Any:
+    """An empty cache that keeps every token, also where a layer looks back over a window only (its mask then applies the window)."""
+    return DynamicCache()
 
 
 def cache_bytes(cache: Any) -> int:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
 from grasp.core.modeling_grasp import GraspConfig, carry_code, fuse, low_rank_like
+from grasp.core.models import strip_quantization_marks
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
 
@@ -66,6 +67,30 @@ class Factorize:
 
 
 Edit = Drop | Factorize
+
+
+@torch.no_grad()
+def multiply_out(decoder: Decoder) -> int:
+    """Put dense matrices in the place of all low-rank pairs, products taken in float32 and kept in the pair's dtype; returns how many.
+
+    The model is then one of its original class, with nothing of grasp in it. Layers that were dropped stay dropped.
+    """
+    model = decoder.model
+    pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
+    model.__class__ = next(kind for kind in type(model).__mro__ if not kind.__module__.endswith("modeling_grasp"))
+    strip_quantization_marks(model)
+    with torch.device("meta"):
+        original = type(model)(model.config)  # says which kind of module stood there: GPT-2 stores its matrices (in, out)
+    for path, pair in pairs.items():
+        dense, dtype = original.get_submodule(path), pair.weight.dtype
+        pair.joint = None
+        product = pair.float().product().to(dtype)
+        stored = product if isinstance(dense, nn.Linear) else product.T.contiguous()
+        dense.weight = nn.Parameter(stored, requires_grad=False)
+        if pair.bias is not None:
+            dense.bias = nn.Parameter(pair.bias.to(dtype), requires_grad=False)
+        model.set_submodule(path, dense)
+    return len(pairs)
 
 
 def _short(values: Tensor) -> list[float]:

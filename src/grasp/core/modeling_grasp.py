@@ -71,7 +71,8 @@ class LowRankLinear(nn.Linear):
 
     def _placed(self, inner: Tensor) -> Tensor:
         """The output of a pivoted pair. Put in order is whichever is smaller: the factor (out, rank) or the output (tokens, out)."""
-        tokens, places = inner.numel() // max(self.rank, 1), self.places
+        # An exported graph serves every number of tokens, and would store the factor put in order: rank^2 numbers more.
+        tokens, places = 1 if torch.compiler.is_exporting() else inner.numel() // max(self.rank, 1), self.places
         if tokens > self.rank:
             unit = torch.eye(self.rank, dtype=inner.dtype, device=inner.device)
             return linear(inner, torch.cat((unit, self.weight)).index_select(0, places), self.bias)

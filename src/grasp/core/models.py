@@ -165,9 +165,9 @@ def check_directory(path: Path) -> None:
 
 
 def strip_quantization_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised GGUF model an ordinary one: transformers will not save it while it bears these marks."""
+    """Make a dequantised GGUF or multiplied-out model an ordinary one: transformers will not save it as such while it bears these marks."""
     for holder in (model, model.config):
-        for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized"):
+        for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized", "auto_map"):
             if mark in holder.__dict__:
                 delattr(holder, mark)
     model.is_quantized = False

@@ -1,0 +1,54 @@
+"""OpenVINO: a model that keeps its own key-value cache, with its tokenizer, for openvino-genai. The low-rank products stay low-rank.
+
+The graph comes from transformers' own exporter, the tokenizer from openvino-tokenizers; `weights="int8"` is nncf's weight-only compression
+(8 bits a number, a scale a row; it loses more than rounding: see docs/export.md). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
+model has them), `beam_idx`; output: `logits`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openvino
+import openvino_tokenizers
+from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig, OpenVINOConfig, OpenVINOExporter
+
+from grasp.core.decoder import Decoder
+from grasp.serving.tracing import exporting, sample_inputs
+
+FILE = "openvino_model.xml"
+
+
+def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
+    """Write `openvino_model.xml` and `.bin`, and the tokenizer and detokenizer as OpenVINO models, to `folder`.
+
+    A float32 model is traced; `weights` "float16" or "int8" is how its matrices are stored.
+    """
+    quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if weights == "int8" else None
+    with exporting(decoder, "OpenVINO"):
+        inputs, free = sample_inputs(decoder)
+        config = OpenVINOConfig(
+            dynamic_shapes=free,
+            prefer_deferred_runtime_asserts_over_guards=True,
+            quantizer=quantizer,
+            compress_to_fp16=weights == "float16",
+        )
+        exported = OpenVINOExporter().export(decoder.model, inputs, config)
+        OpenVINOExporter.save_program(exported.program, folder / FILE)
+        if decoder.tokenizer is not None:
+            models = openvino_tokenizers.convert_tokenizer(decoder.tokenizer, with_detokenizer=True)
+            for name, model in zip(("tokenizer", "detokenizer"), models, strict=True):
+                openvino.save_model(model, folder / f"openvino_{name}.xml")
+
+
+HOW_TO_RUN = """
+```python
+import openvino_genai
+
+pipeline = openvino_genai.LLMPipeline("{out}", "CPU")
+print(pipeline.generate("The capital of France is", max_new_tokens=16, apply_chat_template=False))
+```
+
+`pip install openvino-genai`.
+"""
+"""For the README beside the model: `str.format` with `out`."""
