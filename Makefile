@@ -43,7 +43,7 @@ docs: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data,recover]'
+	$(PIP) --editable '.[dev,data,recover,quantize]'
 	touch $@
 
 .venv/tasks: .venv/test

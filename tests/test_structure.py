@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "compensation": {"core", "errors", "compensation", "stages.text"},
     "pipeline": {"core", "errors", "stages", "methods", "report.card"},
     "measurement": {"core", "errors", "stages", "evaluation"},
+    "quantization": {"core", "errors", "report.card"},
     "recovery": {"core", "errors", "stages", "compensation", "report.card"},
     "tables": {"core", "errors", "terminal"},
     "reporting": {"errors", "report", "terminal"},
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "experiment",
         "compare",
         "measurement",
+        "quantization",
         "recovery",
         "report",
         "tables",
@@ -46,15 +48,16 @@ MAY_IMPORT = {
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
     "cli": {"errors", "flags", "commands", "demo", "reporting", ""},
-    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "recovery"},
+    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "quantization", "recovery"},
     "__main__": {"cli"},
 }
-DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "compensation/trainer.py", "compensation/training.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}}  # fmt: skip
+DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "core/dequantizing.py", "compensation/trainer.py", "compensation/training.py"}, "torchao": {"core/rounding.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}}  # fmt: skip
 TYPES_ONLY = {
     ("pipeline.py", "transformers"),
     ("inspection.py", "transformers"),
     ("measurement.py", "transformers"),
     ("commands.py", "transformers"),
+    ("quantization.py", "transformers"),
 }
 
 
@@ -129,9 +132,10 @@ def test_the_check_can_fail(name, line):
 
 
 def test_only_edits_change_a_model():
-    """`set_submodule` and deleting layers happen in core/edits.py (and at loading, in modeling_grasp.py); training writes weights too."""
+    """`set_submodule` and deleting layers happen in core/edits.py (and at loading, in the files a checkpoint carries, and in core/dequantizing.py
+    for what other tools quantized); training writes weights too."""
     for name, text in FILES.items():
-        if name not in ("core/edits.py", "core/modeling_grasp.py"):
+        if name not in ("core/edits.py", "core/modeling_grasp.py", "core/quantized_grasp.py", "core/dequantizing.py"):
             for call in ("set_submodule", "del stack[", "nn.Parameter(", ".copy_(", "setattr("):
                 trains = name.startswith("compensation/") and call == ".copy_("
                 assert trains or call not in text, f"{name}: {call}"

@@ -107,6 +107,26 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
     commands.recover(checkpoint, out, given, as_json, quiet)
 
 
+@cli.command(short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
+@click.argument("model", metavar="DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--bits", type=int, required=True, help="8 or 4, for every linear of the decoder layers: dense matrices and low-rank factors alike."
+)
+@click.option("--scheme", default="weight-only", show_default=True, help="weight-only, or dynamic: activations in 8 bits too (--bits 8).")
+@click.option(
+    "--group-size", type=int, default=32, show_default=True, help="Numbers of a row that share a scale (--bits 4): 32, 64, 128 or 256."
+)
+@shared("device", "dtype", "trust")
+def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Round the weights of DIR, a compressed checkpoint or any other MODEL, to 8 or 4 bits (torchao) and save the result in OUT.
+
+    Not rounded: embeddings, output layer, norms, biases. OUT loads like any other checkpoint.
+    """
+    commands = _commands()
+    commands.quantize(model, out, options, as_json, quiet)
+
+
 @cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")
 @click.argument("model")
 @click.option("--against", metavar="DENSE", help="The dense model: measured too, with KL divergence, top-1 agreement and shares of it.")
