@@ -84,14 +84,20 @@ class QuantizedLinear(nn.Linear):
         few = 0 < input.numel() <= FEW_TOKENS * columns and rows and input.is_cpu and not torch.compiler.is_compiling()
         if not few or input.dtype != torch.bfloat16 or getattr(self, name).dtype != torch.bfloat16:
             return linear(input, self.dequantized(name).to(input.dtype))
-        flat = input.reshape(-1, columns).contiguous()
-        if self.scheme == "int8":
-            output = torch._weight_int8pack_mm(flat, getattr(self, f"{name}_qdata"), getattr(self, name).flatten())
-        else:
-            output = self._packed_product(name, flat)
+        flat = input.reshape(-1, columns)
+        output = self._int8_product(name, flat) if self.scheme == "int8" else self._int4_product(name, flat)
         return output.reshape(*input.shape[:-1], rows)
 
-    def _packed_product(self, name: str, flat: Tensor) -> Tensor:
+    def _int8_product(self, name: str, flat: Tensor) -> Tensor:
+        """x (tokens, columns) -> Wx (tokens, rows) from 8 bits. torch's kernel reads 32 columns at a time, past the end of a row that has fewer."""
+        qdata, room = getattr(self, f"{name}_qdata"), -flat.shape[1] % 32
+        if room and name not in self.packed:
+            self.packed[name] = (pad(qdata, (0, room)), qdata)
+        if room:
+            qdata, flat = self.packed[name][0], pad(flat, (0, room))
+        return torch._weight_int8pack_mm(flat.contiguous(), qdata, getattr(self, name).flatten())
+
+    def _int4_product(self, name: str, flat: Tensor) -> Tensor:
         """x (tokens, columns) -> Wx (tokens, rows) from 4 bits, in the order of numbers that this processor's kernel likes (kept once made)."""
         if name not in self.packed:
             (rows, _), groups = self.shapes[name], getattr(self, name).shape[1]
