@@ -20,6 +20,8 @@ from grasp.flags import MethodCommand, RecipeCommand, Words, read_config, shared
 def _commands() -> Any:
     """What the verbs show; imported when one runs, since it brings torch. Other libraries' bars stay off: ours show the same."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # when imported, torchao tells of every kernel that this machine cannot run
+        logging.getLogger(name).setLevel(logging.ERROR)
     from grasp import commands
 
     commands.only_our_own_words()

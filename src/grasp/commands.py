@@ -28,8 +28,6 @@ def only_our_own_words() -> None:
     """Let grasp report what it does, and keep transformers' bars and notices out of ours."""
     logging.getLogger("grasp").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").propagate = False  # it prints for itself
-    for name in ("torchao", "torch.utils._pytree"):  # at import torchao tells of every kernel that this machine cannot run
-        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

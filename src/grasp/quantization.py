@@ -2,7 +2,7 @@
 
 quantize()  model -> the same model with every linear of its decoder layers rounded, saved
     1. check, load; find the dense matrices and the low-rank pairs
-    2. level each pair (exact), round its matrices (grasp.core.rounding), put them in place
+    2. round each of their matrices (grasp.core.rounding), put them in place
     3. save, with what was done in the manifest
 """
 
@@ -26,7 +26,7 @@ from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
 from grasp.core.provenance import Clock, describe_model, versions
-from grasp.core.rounding import GROUP_SIZES, levelled, rounded, torchao
+from grasp.core.rounding import GROUP_SIZES, rounded, torchao
 from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
 from grasp.report.card import model_card
@@ -84,6 +84,12 @@ def quantize(
     if written is not None and (getattr(written, "quant_method", "") != "grasp" or written.quantization):
         raise RecipeError(f"DIR {decoder.source}: is quantized already; give the model it was made from")
     decoder.check_finite()
+    pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
+    if pivoted:
+        logger.warning(
+            "%d pairs are pivoted, which round with about three times the error of plain pairs: better `grasp compress --storage pair`, then this",
+            pivoted,
+        )
     manifest = _manifest(decoder)
     before, command = decoder.num_bytes(), ["grasp", "quantize", Path(decoder.source).name, Path(out or "OUT").name, "--bits", str(bits)]
     command += [*(["--scheme", scheme] if scheme != "weight-only" else []), *(["--group-size", str(group_size)] if bits == 4 else [])]
@@ -162,7 +168,4 @@ def _matrices(module: Any) -> dict[str, Tensor]:
         return {"weight": weight if isinstance(module, torch.nn.Linear) else weight.T}
     if module.rank == 0:
         return {}
-    weight, weight_in = module.weight.detach(), module.weight_in.detach()
-    if not module.pivoted:  # the first product of a pivoted pair is part of its output, so it cannot be scaled
-        weight, weight_in = levelled(weight, weight_in)
-    return {"weight": weight, "weight_in": weight_in}
+    return {"weight": module.weight.detach(), "weight_in": module.weight_in.detach()}

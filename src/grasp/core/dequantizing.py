@@ -55,6 +55,10 @@ def ordinary(decoder: Decoder, written: Any, dtype: torch.dtype | None) -> None:
     else:
         _undo(decoder, method)
         strip_quantization_marks(model)
+        read_by = getattr(model, "_weight_conversions", None) or []  # saving would undo them all, and those of a quantizer cannot be undone
+        model._weight_conversions = [
+            c for c in read_by if not any(getattr(op, "hf_quantizer", None) for op in getattr(c, "operations", ()))
+        ]
     if dtype is not None:
         model.to(dtype)
     name = str(model.dtype).removeprefix("torch.")

@@ -1,6 +1,7 @@
 """A matrix to whole numbers, through torchao: round to nearest, symmetric in 8 bits a row, with a minimum a group in 4 bits.
 
-The numbers go into the layout of `grasp.core.quantized_grasp`. Before that a low-rank pair is levelled, which is exact and costs nothing.
+The numbers go into the layout of `grasp.core.quantized_grasp`. A low-rank pair is rounded as it is: scaling its second factor's columns against
+the first one's rows, which is exact, does not lower the error (docs/log.md).
 """
 
 from __future__ import annotations
@@ -57,15 +58,3 @@ def packed(numbers: Any) -> Tensor:
     """Integers 0 ... 15 (rows, columns) -> uint8 (rows, ceil(columns / 2)), an even column in the low half of its byte."""
     even = torch.nn.functional.pad(numbers.to(torch.uint8), (0, numbers.shape[1] % 2))
     return even[:, ::2] | (even[:, 1::2] << 4)
-
-
-def levelled(
-    weight: Float[Tensor, "out rank"], weight_in: Float[Tensor, "rank in"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """The pair with every column of B at norm 1 and A's rows scaled to match: the product is the same, and rounds better.
-
-    A row of B shares its scale among groups of very different size, whose small ones it would round to nothing; a row of A has scales of its
-    own, so that its size costs nothing.
-    """
-    norm = weight.float().norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    return weight.float() / norm, weight_in.float() * norm[:, None]
