@@ -133,7 +133,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "made", "before", "flag"),
-    [("int4", "pairs", "import grasp", ""), ("int4", "pivoted", NO_GRASP, ", trust_remote_code=True"), ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True")],
+    [("int4", "pairs", "import grasp", ""), ("int4", "pivoted", NO_GRASP, ", trust_remote_code=True")],
 )  # fmt: skip
 def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_path):
     """In a new process, with grasp or without it (and without torchao): equal logits; and what it saves again loads again."""
