@@ -1,9 +1,10 @@
 """Writes docs/reference.md from the code (every command's --help, the methods, the families, the texts), and the tables of
-docs/experiments.md from results/*.json. `--check` only compares."""
+docs/experiments.md, docs/recovery.md and docs/quantization.md from results/*.json. `--check` only compares."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -17,7 +18,9 @@ from grasp.core.results import Result, Results
 from grasp.methods import available
 from grasp.stages.text import FILE_TYPES, NAMED
 
-OUTPUT, EXPERIMENTS, RECOVERY = (Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md"))
+OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION = (
+    Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md")
+)
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
 """Experiments that are about time; the others ran beside other work."""
@@ -139,8 +142,27 @@ def _trainings() -> str:
     return "\n".join(["<!-- results: recovery -->", *lines, "<!-- end -->"])
 
 
+def quantization() -> str:
+    """docs/quantization.md with the table of results/rank_or_bits.json."""
+    return PLACE.sub(lambda _: _bits(), QUANTIZATION.read_text(encoding="utf-8"))
+
+
+def _bits() -> str:
+    """One line a model, level by level."""
+    path = RESULTS / "rank_or_bits.json"
+    if not path.is_file():
+        return "<!-- results: rank_or_bits -->\nNot measured yet.\n<!-- end -->"
+    lines = ["| level | method | bits | ratio | MB | WikiText-2 test | PTB valid |", "|---|---|---|--:|--:|--:|--:|"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"].values():
+        lines.append(
+            f"| {row['level']} | {row['method']} | {row['bits']} | {row['ratio']:.3f} | {row['bytes'] / 1e6:.1f} "
+            f"| {row['wikitext2']:.2f} | {row['ptb']:.2f} |"
+        )
+    return "\n".join(["<!-- results: rank_or_bits -->", *lines, "<!-- end -->"])
+
+
 def main() -> int:
-    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery()}
+    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery(), QUANTIZATION: quantization()}
     if "--check" in sys.argv:
         stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
         print(f"stale: {', '.join(stale)}; run `make docs`" if stale else "docs are up to date")

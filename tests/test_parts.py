@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 from grasp.core.modeling_grasp import LowRankLinear
+from grasp.core.quantized_grasp import QuantizedLinear
 from grasp.serving.parts import Part, Stack, global_order, local_places, spans
 
 IN, SIZES, HEAD = 24, (24, 12, 12), 4
@@ -116,6 +117,24 @@ def test_rank_zero(kind):
     x = torch.randn(4, IN, dtype=torch.float64)
     assert torch.equal(run([part], [tensors], x), torch.zeros(4, 20, dtype=torch.float64)) and not whole.any()
     assert torch.equal(Stack([0], [None], [False], None, 20)(x, None), torch.zeros(4, 20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_few_bits_are_dequantised_and_sliced(scheme):
+    """The stored numbers of a pair, in any order, give the slices of the matrices they stand for."""
+    module = QuantizedLinear(IN, 20, False, scheme, 32, rank=6)
+    generator = torch.Generator().manual_seed(4)
+    for name, tensor in module.named_parameters():
+        low, high = (0, 200) if name.endswith("qdata") and scheme == "int4" else (-100, 100)
+        values = torch.randint(low, high, tensor.shape, generator=generator)
+        tensor.data = values.to(tensor.dtype) if name.endswith("qdata") else values / 100
+    for order in (sorted, lambda names: sorted(names, reverse=True)):
+        part = Part("o", 20, IN, [range(5, 15)], range(8, 16), 6, group_size=32)
+        for name in order(dict(module.named_parameters())):
+            part.load(name, getattr(module, name), torch.device("cpu"), torch.float32)
+        assert not part.missing()
+        torch.testing.assert_close(part.second(), module.dequantized("weight")[5:15])
+        torch.testing.assert_close(part.first(), module.dequantized("weight_in")[:, 8:16])
 
 
 @pytest.mark.parametrize(

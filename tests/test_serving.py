@@ -133,6 +133,17 @@ def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("made", ["llama-grasp", "gpt2-grasp", "phi3-grasp-fisher"])
+def test_few_bits_are_served(tiny, tmp_path, made, bits):
+    """A checkpoint of `grasp quantize`: dense matrices, pairs and pivoted pairs."""
+    grasp.quantize(tiny[made][0], tmp_path / "few", bits=bits)
+    expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
+    with engine(tmp_path / "few") as llm:
+        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
 def test_two_devices_give_the_same_tokens(tiny, tmp_path):
     """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
     for name in ("llama-grasp", "llama-grasp-fisher", "phi3-grasp-fisher"):

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "serving": {"core", "errors", "serving"},
     "pipeline": {"core", "errors", "stages", "methods", "report.card"},
     "measurement": {"core", "errors", "stages", "evaluation"},
+    "quantization": {"core", "errors", "report.card"},
     "recovery": {"core", "errors", "stages", "compensation", "report.card"},
     "tables": {"core", "errors", "terminal"},
     "reporting": {"errors", "report", "terminal"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "experiment",
         "compare",
         "measurement",
+        "quantization",
         "recovery",
         "report",
         "serving",
@@ -48,15 +50,16 @@ MAY_IMPORT = {
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
     "cli": {"errors", "flags", "commands", "demo", "reporting", ""},
-    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "recovery", "serving"},
+    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "quantization", "recovery", "serving"},
     "__main__": {"cli"},
 }
-DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "compensation/trainer.py", "compensation/training.py", "serving/onnx.py", "serving/openvino.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}, "openvino": {"serving/openvino.py"}, "openvino_tokenizers": {"serving/openvino.py"}}  # fmt: skip
+DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "core/dequantizing.py", "compensation/trainer.py", "compensation/training.py", "serving/onnx.py", "serving/openvino.py"}, "torchao": {"core/rounding.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}, "openvino": {"serving/openvino.py"}, "openvino_tokenizers": {"serving/openvino.py"}}  # fmt: skip
 TYPES_ONLY = {
     ("pipeline.py", "transformers"),
     ("inspection.py", "transformers"),
     ("measurement.py", "transformers"),
     ("commands.py", "transformers"),
+    ("quantization.py", "transformers"),
 }
 
 
@@ -131,9 +134,16 @@ def test_the_check_can_fail(name, line):
 
 
 def test_only_edits_change_a_model():
-    """`set_submodule` and deleting layers happen in core/edits.py (and at loading, in modeling_grasp.py); training writes weights too."""
+    """`set_submodule` and deleting layers happen in core/edits.py (and at loading, in the files a checkpoint carries, and in core/dequantizing.py
+    for what other tools quantized); training writes weights too."""
     for name, text in FILES.items():
-        if name not in ("core/edits.py", "core/modeling_grasp.py", "serving/vllm_linear.py"):  # the last builds vLLM's model, not ours
+        if name not in (
+            "core/edits.py",
+            "core/modeling_grasp.py",
+            "core/quantized_grasp.py",
+            "core/dequantizing.py",
+            "serving/vllm_linear.py",
+        ):
             for call in ("set_submodule", "del stack[", "nn.Parameter(", ".copy_(", "setattr("):
                 trains = name.startswith("compensation/") and call == ".copy_("
                 assert trains or call not in text, f"{name}: {call}"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from grasp.methods.base import Method as Method
     from grasp.pipeline import Compression as Compression
     from grasp.pipeline import compress as compress
+    from grasp.quantization import Quantization as Quantization
+    from grasp.quantization import quantize as quantize
     from grasp.recovery import Recovery as Recovery
     from grasp.recovery import recover as recover
     from grasp.serving.export import Export as Export
@@ -44,6 +46,7 @@ _HOME = {
     "Export": "serving.export",
     "GraspError": "errors",
     "Method": "methods.base",
+    "Quantization": "quantization",
     "Recovery": "recovery",
     "Score": "core.score",
     "compress": "pipeline",
@@ -51,6 +54,7 @@ _HOME = {
     "export": "serving.export",
     "inspect": "inspection",
     "load": "core.checkpoint",
+    "quantize": "quantization",
     "recover": "recovery",
 }
 

@@ -20,6 +20,8 @@ from grasp.flags import MethodCommand, RecipeCommand, Words, read_config, shared
 def _commands() -> Any:
     """What the verbs show; imported when one runs, since it brings torch. Other libraries' bars stay off: ours show the same."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # when imported, torchao tells of every kernel that this machine cannot run
+        logging.getLogger(name).setLevel(logging.ERROR)
     from grasp import commands
 
     commands.only_our_own_words()
@@ -79,8 +81,7 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
 @shared("data", "text_field", "seed", "device", "dtype", "trust")
 def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Layer redundancy and singular spectra of MODEL, as a table and a picture. Nothing is changed."""
-    commands = _commands()
-    commands.inspect(model, output, options, as_json, quiet)
+    _commands().inspect(model, output, options, as_json, quiet)
 
 
 @cli.command(cls=RecipeCommand, short_help="Train a compressed checkpoint DIR briefly; save it in OUT.")
@@ -122,8 +123,22 @@ def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: An
 
     onnx and openvino keep the low-rank matrices low-rank.
     """
-    commands = _commands()
-    commands.export(checkpoint, out, options, as_json)
+    _commands().export(checkpoint, out, options, as_json)
+
+
+@cli.command(short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
+@click.argument("model", metavar="DIR")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--bits", type=int, required=True, help="8 or 4, for every linear of the decoder layers, dense or low-rank alike.")
+@click.option("--scheme", default="weight-only", show_default=True, help="weight-only, or dynamic: activations in 8 bits too (--bits 8).")
+@click.option("--group-size", type=int, default=32, show_default=True, help="Numbers that share a scale (--bits 4): 32, 64, 128, 256.")
+@shared("device", "dtype", "trust")
+def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Round the weights of DIR, a compressed checkpoint or any other MODEL, to 8 or 4 bits (torchao) and save the result in OUT.
+
+    Not rounded: embeddings, output layer, norms, biases. OUT loads like any other checkpoint.
+    """
+    _commands().quantize(model, out, options, as_json, quiet)
 
 
 @cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")
@@ -167,8 +182,7 @@ def evaluate(model: str, output: Path | None, as_json: bool, quiet: bool, **opti
 def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prefill and decode speed, latencies, memory and the share of the machine's memory bandwidth that decoding reaches. With --against
     both models take turns, so that what else the machine does hits both alike."""
-    commands = _commands()
-    commands.bench(model, output, options, as_json, quiet)
+    _commands().bench(model, output, options, as_json, quiet)
 
 
 @cli.command(short_help="Compare methods as an EXPERIMENT.toml says.")
@@ -185,8 +199,7 @@ def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options
 def compare(experiment: Path, output: Path | None, dry_run: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
     """Many methods, one calibration, one accounting, one evaluation: one table. Interrupted, it goes on where it stopped; a failed cell
     is a row that says why."""
-    commands = _commands()
-    commands.compare(experiment, output, dry_run, cell, as_json, quiet)
+    _commands().compare(experiment, output, dry_run, cell, as_json, quiet)
 
 
 @cli.command(short_help="Make one HTML page of results and checkpoints.")
@@ -227,24 +240,21 @@ def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None
 @shared()
 def list_methods(as_json: bool, quiet: bool) -> None:
     """The compression methods, their papers and flags."""
-    commands = _commands()
-    commands.methods(as_json)
+    _commands().methods(as_json)
 
 
 @cli.command("families", short_help="List the supported architectures.")
 @shared()
 def list_families(as_json: bool, quiet: bool) -> None:
     """The architectures in the table, and where each keeps its matrices. Others work by inspection where they can."""
-    commands = _commands()
-    commands.families(as_json)
+    _commands().families(as_json)
 
 
 @cli.command("data", short_help="List the named texts and file types.")
 @shared()
 def list_data(as_json: bool, quiet: bool) -> None:
     """What --data and --ppl take."""
-    commands = _commands()
-    commands.data(as_json)
+    _commands().data(as_json)
 
 
 class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]

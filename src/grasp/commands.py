@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from grasp import compare as comparison
-from grasp import estimate, experiment, inspection, measurement, pipeline
+from grasp import estimate, experiment, inspection, measurement, pipeline, quantization
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.families import FAMILIES
 from grasp.core.manifest import MANIFEST
@@ -101,6 +101,24 @@ def export(checkpoint: str, out: Path, options: dict[str, Any], as_json: bool) -
     table("", ("", ""), rows, left=2)
     if as_json:
         emit({**dataclasses.asdict(done), "path": str(done.path)})
+
+
+def quantize(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Run `quantization.quantize` and sum up what it did."""
+    with progress_bars(quiet) as bars:
+        done = quantization.quantize(model, out, progress=bars, **options)
+    told = done.manifest["quantization"]
+    rows = [
+        ("quantized", f"{told['matrices']} matrices to {told['scheme']}, {100 * told['share']:.1f} % of all numbers"),
+        ("not quantized", "embeddings, output layer, norms, biases"),
+        ("rounding error", f"{100 * told['error_median']:.2f} % of a matrix's norm (median), {100 * told['error_largest']:.2f} % at most"),
+        ("bytes", f"{megabytes(told['bytes_before'])} → {megabytes(told['bytes_after'])}"),
+        ("seconds", ", ".join(f"{name} {seconds:.1f}" for name, seconds in told["seconds"].items())),
+        ("checkpoint", str(out)),
+    ]
+    table("", ("", ""), rows, left=2)
+    if as_json:
+        emit({"path": str(out), "manifest": str(out / MANIFEST), "bytes": bytes_on_disk(out), "quantization": told})
 
 
 LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)

@@ -46,7 +46,7 @@ def inspect(
     progress: Progress = silent,
 ) -> Inspection:
     """Layer redundancy and singular spectra; nothing is changed. Arguments as for `compress`."""
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
     decoder.check_finite()
     calibration = calibrate(decoder, data, num_samples=num_samples, seq_len=seq_len, seed=seed, text_field=text_field, progress=progress)
     decoder.progress = progress

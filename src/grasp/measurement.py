@@ -203,6 +203,8 @@ def _result(
     label = Path(model.source).name or type(model.model).__name__
     fields = {key: value for key, value in method.items() if key not in ("name", "paper")}
     name, seconds, told = str(method.get("name", "")), dict(manifest.get("seconds", {})), manifest.get("recovery")
+    if "quantization" in manifest:
+        fields |= {"quantization": manifest["quantization"]["scheme"]}
     if told:  # the paper's star: trained after compression
         name += "*"
         fields |= {"recovery": {key: told["recipe"][key] for key in ("train", "objective")} | {"steps": told["steps"]}}

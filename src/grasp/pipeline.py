@@ -94,7 +94,7 @@ def compress(
     """
     chosen = make(method, fields)
     clock = Clock()
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
     decoder.progress = progress
     _check(chosen, decoder, out, data, num_samples, seq_len)
     before, original = decoder.num_parameters(), describe_model(decoder)
@@ -202,7 +202,7 @@ def predict(
     chosen = make(method, fields)
     if not chosen.predicts:
         raise RecipeError(f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do")
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
     decoder.progress = progress
     _check(chosen, decoder, None, data, num_samples, seq_len)
     if isinstance(data, str):

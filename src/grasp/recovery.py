@@ -134,6 +134,10 @@ class _Job:
               trust_remote_code: bool, progress: Progress) -> _Job:  # fmt: skip
         """Read everything, and find what is wrong before any work is done."""
         clock, manifest = Clock(), _manifest(place)
+        if "quantization" in manifest:
+            raise RecipeError(
+                f"DIR {place}: is quantized ({manifest['quantization']['scheme']}), and rounded weights are not trained; recover the checkpoint it was made from, then quantize"
+            )
         check_destination(out, sum(file.stat().st_size for file in place.glob("*.safetensors")))
         dtype = _dtype(recipe, device)
         options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": trust_remote_code}

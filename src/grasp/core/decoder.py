@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.families import Family, find_family, select
-from grasp.core.layer import Layer, Linear, is_low_rank
+from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
 from grasp.core.linalg import wide
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
@@ -73,7 +73,7 @@ class Decoder:
         linears = {}
         for _, name in self.family.matrices:
             child = module.get_submodule(name)
-            if not is_low_rank(child):
+            if not is_low_rank(child) and not is_quantized(child):
                 linears[name] = Linear(f"{self.family.layers}.{index}.{name}", index, name, child)
         return Layer(index, module, linears)
 
@@ -96,11 +96,13 @@ class Decoder:
         return int(index), name
 
     def num_parameters(self) -> int:
-        """Numbers the model stores; a tied weight counts once."""
-        return sum(p.numel() for p in self.model.parameters())
+        """Numbers the model stores, however few bits each takes; a tied weight counts once."""
+        quantized: list[Any] = [module for module in self.model.modules() if is_quantized(module)]
+        stored = sum(p.numel() for module in quantized for p in module.parameters(recurse=False))
+        return sum(p.numel() for p in self.model.parameters()) - stored + sum(module.num_parameters() for module in quantized)
 
     def num_bytes(self) -> int:
-        """Bytes of those numbers."""
+        """Bytes of those numbers, as they are stored."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def check_finite(self) -> None:

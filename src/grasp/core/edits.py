@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
-from grasp.core.layer import is_low_rank
-from grasp.core.modeling_grasp import GraspConfig, carry_code, fuse, low_rank_like
-from grasp.core.models import strip_quantization_marks
+from grasp.core.layer import is_low_rank, is_quantized
+from grasp.core.modeling_grasp import GraspConfig, LowRankLinear, carry_code, fuse, low_rank_like
+from grasp.core.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
 
@@ -66,7 +66,20 @@ class Factorize:
         return found
 
 
-Edit = Drop | Factorize
+@dataclass(frozen=True)
+class Quantize:
+    """Put the linear or low-rank pair at module path `path` in 8 or 4 bits: `tensors` by name, as `grasp.core.quantized_grasp` lays them out."""
+
+    path: str
+    scheme: str
+    group_size: int
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def spec(self) -> dict[str, Any]:
+        return {"edit": "quantize", "path": self.path, "scheme": self.scheme, "group_size": self.group_size}
+
+
+Edit = Drop | Factorize | Quantize
 
 
 @torch.no_grad()
@@ -93,6 +106,15 @@ def multiply_out(decoder: Decoder) -> int:
     return len(pairs)
 
 
+def strip_quantization_marks(model: Any) -> None:
+    """Make a dequantised or multiplied-out model an ordinary one: transformers will not save it as such while it bears these marks."""
+    for holder in (model, model.config):
+        for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized", "auto_map"):
+            if mark in holder.__dict__:
+                delattr(holder, mark)
+    model.is_quantized = False
+
+
 def _short(values: Tensor) -> list[float]:
     """Five significant digits: enough to plot, to rank and to compare runs."""
     return [float(f"{value:.5g}") for value in values.tolist()]
@@ -102,6 +124,8 @@ def apply(decoder: Decoder, edit: Edit) -> None:
     """Carry out one edit. Raises `RecipeError` where it names something that is not there, before anything is changed."""
     if isinstance(edit, Drop):
         _drop(decoder, edit)
+    elif isinstance(edit, Quantize):
+        _quantize(decoder, edit)
     else:
         _factorize(decoder, edit)
 
@@ -127,6 +151,58 @@ def _factorize(decoder: Decoder, edit: Factorize) -> None:
     layer.set_submodule(name, new)
     fuse(layer)  # as loading does, so that the model computes the same, bit for bit, before it is saved and after
     _sync_quantization_config(decoder)
+
+
+@torch.no_grad()
+def _quantize(decoder: Decoder, edit: Quantize) -> None:
+    old: Any = decoder.model.get_submodule(edit.path)
+    if is_quantized(old):
+        raise RecipeError(f"'{edit.path}' is quantized already")
+    new = quantized_like(old, edit.scheme, edit.group_size, device=old.weight.device)
+    for name, value in edit.tensors.items():
+        getattr(new, name).copy_(value)
+    for name in ("bias", "places"):
+        if getattr(old, name, None) is not None:
+            getattr(new, name).copy_(getattr(old, name))
+    try:
+        new.check(edit.path)
+    except ValueError as failure:
+        raise NumericsError(f"{failure}; try --dtype float32") from failure
+    decoder.model.set_submodule(edit.path, new)
+    fuse(decoder.model)  # the pairs that are left
+    _sync_quantization_config(decoder)
+
+
+@torch.no_grad()
+def dequantize(decoder: Decoder) -> None:
+    """Make every quantized linear and pair an ordinary one again, in the dtype of its scales. What rounding lost stays lost."""
+    for path, module in [pair for pair in decoder.model.named_modules() if is_quantized(pair[1])]:
+        old: Any = module
+        bias = old.bias is not None
+        if old.rank is None:
+            new: Any = _empty(old)
+            dense = old.dequantized("weight")
+            new.weight.copy_(dense if isinstance(new, torch.nn.Linear) else dense.T)
+        else:
+            new = LowRankLinear(old.in_features, old.out_features, old.rank, bias, old.weight.device, old.weight.dtype, old.pivoted)
+            new.weight.copy_(old.dequantized("weight"))
+            new.weight_in.copy_(old.dequantized("weight_in"))
+        for name in ("bias", "places"):
+            if getattr(old, name) is not None:
+                getattr(new, name).copy_(getattr(old, name))
+        decoder.model.set_submodule(path, new.eval())
+    fuse(decoder.model)
+    _sync_quantization_config(decoder)
+
+
+def _empty(module: QuantizedLinear) -> Any:
+    """An unfilled module of the class that a quantized dense matrix stands for: `nn.Linear`, or GPT-2's `Conv1D` (out, in)."""
+    with torch.device(module.weight.device):
+        if issubclass(module.replaced, torch.nn.Linear):
+            new: Any = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        else:
+            new = module.replaced(module.out_features, module.in_features)
+    return new.to(module.weight.dtype).requires_grad_(False)
 
 
 def _drop(decoder: Decoder, edit: Drop) -> None:
@@ -169,10 +245,28 @@ def _sync_config(config: Any, position: int, num_layers: int) -> None:
 
 
 def _sync_quantization_config(decoder: Decoder) -> None:
-    """Keep the config's table of ranks equal to the model: it is what a loader rebuilds the model from."""
-    model = decoder.model
-    pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
-    if pairs:
-        pivoted = [path for path, module in pairs.items() if getattr(module, "pivoted", False)]
-        model.config.quantization_config = GraspConfig({path: module.rank for path, module in pairs.items()}, pivoted=pivoted)
-        carry_code(model)
+    """Keep what the config says of ranks and bits equal to the model: it is what a loader rebuilds the model from."""
+    model, modules = decoder.model, dict(decoder.model.named_modules())
+    quantized: dict[str, Any] = {path: module for path, module in modules.items() if is_quantized(module)}
+    pairs: dict[str, Any] = {path: module for path, module in modules.items() if is_low_rank(module)}
+    pairs |= {path: module for path, module in quantized.items() if module.rank is not None}
+    if not pairs and not quantized:
+        _carry_no_code(model)
+        return
+    said = None
+    if quantized:
+        one = next(iter(quantized.values()))
+        said = {"scheme": one.scheme, "group_size": one.group_size, "modules": sorted(quantized)}
+    ranks = {path: module.rank for path, module in pairs.items()}
+    model.config.quantization_config = GraspConfig(
+        ranks, pivoted=[path for path, module in pairs.items() if module.pivoted], quantization=said
+    )
+    carry_code(model)
+
+
+def _carry_no_code(model: Any) -> None:
+    """Undo `carry_code`, for a model that has become an ordinary one."""
+    if type(model).__module__.endswith("modeling_grasp"):
+        model.__class__ = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers."))
+        for mark in ("auto_map", "quantization_config"):
+            vars(model.config).pop(mark, None)

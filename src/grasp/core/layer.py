@@ -53,3 +53,8 @@ class Layer:
 def is_low_rank(module: nn.Module) -> bool:
     """True for a low-rank pair, from the package or from the copy a checkpoint carries."""
     return type(module).__name__ == "LowRankLinear"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a linear or pair in 8 or 4 bits, from the package or from the copy a checkpoint carries."""
+    return type(module).__name__ == "QuantizedLinear"

@@ -9,7 +9,7 @@ from typing import Any
 from grasp.errors import CheckpointError
 
 MANIFEST = "grasp.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no torch."""
 
 

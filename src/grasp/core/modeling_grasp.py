@@ -1,11 +1,11 @@
-"""Low-rank linears and how Hugging Face transformers loads them: the one file every factorised checkpoint carries.
+"""Low-rank linears and how Hugging Face transformers loads them: the file every factorised checkpoint carries.
 
-It imports torch and transformers only, because it must work where grasp is not installed (`AutoModelForCausalLM.from_pretrained(dir,
-trust_remote_code=True)`). With `import grasp` the same file is registered from the package, and no flag is needed.
+It and `quantized_grasp` beside it import torch and transformers only, because they must work where grasp is not installed
+(`AutoModelForCausalLM.from_pretrained(dir, trust_remote_code=True)`). With `import grasp` the same code is registered from the package, and no flag is needed.
 
 How a checkpoint loads. `config.json` holds `"quantization_config": {"quant_method": "grasp-llm", "ranks": {path: rank}}`. transformers hands the
 model, still without memory (meta device), to `GraspQuantizer`, which puts a `LowRankLinear` in the place of every linear named in `ranks`;
-then the weights are read. The dense matrices never exist.
+then the weights are read. The dense matrices never exist. A `"quantization"` beside the ranks names the linears and pairs in 8 or 4 bits.
 
 How it fails safely. The output factor is stored under the name of the matrix it replaces (`...q_proj.weight`, out x rank). A transformers
 that knows nothing of grasp finds a tensor of the wrong shape and stops, where a missing tensor would have been filled with random numbers.
@@ -24,8 +24,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-FORMAT_VERSION = 2
-"""Highest version of the checkpoint layout that this reads; a higher one is refused. 1: pairs. 2: pivoted pairs too."""
+from .quantized_grasp import QuantizedLinear, features, place_quantized
+
+FORMAT_VERSION = 3
+"""Highest version of the checkpoint layout that this reads; a higher one is refused. 1: pairs. 2: pivoted pairs too. 3: quantized linears too."""
 NAMES = ("grasp-llm", "grasp")
 """`quant_method` of our checkpoints, and of earlier ones. What cannot read it shows it in its error, so it is the package to install."""
 
@@ -196,20 +198,26 @@ def fuse(model: nn.Module, together: bool = True) -> None:
 
 
 class GraspConfig(QuantizationConfigMixin):
-    """What transformers needs to rebuild the model: the rank of every factorised linear, by module path, and which pairs are pivoted."""
+    """What transformers needs to rebuild the model: the rank of every factorised linear, by module path, which pairs are pivoted, and what is
+    quantized: {"scheme", "group_size", "modules": [path, ...]} (see `quantized_grasp`)."""
 
-    def __init__(self, ranks: dict[str, int] | None = None, version: int = 1, pivoted: list[str] | None = None, **_: Any):
+    def __init__(
+        self, ranks: dict[str, int] | None = None, version: int = 1, pivoted: list[str] | None = None,
+        quantization: dict[str, Any] | None = None, **_: Any,
+    ):  # fmt: skip
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has grasp format {version}, this grasp reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U grasp-llm`"
             )
-        self.quant_method = NAMES[0]  # a name in transformers' registry: nothing is quantised
+        self.quant_method = NAMES[0]  # a name in transformers' registry
         self.ranks, self.pivoted = dict(ranks or {}), sorted(pivoted or [])
-        self.version = max(version, 2 if self.pivoted else 1)
+        self.quantization = quantization
+        self.version = max(version, 3 if quantization else 2 if self.pivoted else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks, "pivoted": self.pivoted}
+        more = {"quantization": self.quantization} if self.quantization else {}
+        return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks, "pivoted": self.pivoted, **more}
 
 
 class GraspQuantizer(HfQuantizer):
@@ -217,12 +225,13 @@ class GraspQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         place_low_rank(model, self.quantization_config.ranks, self.quantization_config.pivoted)
+        place_quantized(model, self.quantization_config.quantization)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         check_shapes(model)
         fuse(model)
-        model.is_quantized = False  # every tensor is an ordinary float: casting and training are allowed
+        model.is_quantized = False  # every tensor is an ordinary one: casting, and training what is float, are allowed
         carry_code(model)
         return model
 
@@ -230,14 +239,6 @@ class GraspQuantizer(HfQuantizer):
         return True
 
     is_trainable = is_qat_trainable = is_compileable = True
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored (in, out)."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    fan_in, fan_out = module.weight.shape  # type: ignore[misc]
-    return int(fan_in), int(fan_out)
 
 
 def low_rank_like(old: nn.Module, rank: int, device: Any = None, pivoted: bool = False) -> LowRankLinear:
@@ -262,7 +263,9 @@ def check_shapes(model: nn.Module) -> None:
     Some releases of transformers load a tensor of any shape into a model that comes through a quantizer.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if isinstance(module, QuantizedLinear):
+            module.check(path)
+        if isinstance(module, QuantizedLinear) or not isinstance(module, nn.Linear):
             continue
         expected = [(module.weight, (module.out_features, module.in_features))]
         if isinstance(module, LowRankLinear):

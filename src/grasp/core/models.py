@@ -22,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from grasp.core.decoder import Decoder
+from grasp.core.dequantizing import dequantizing, ordinary
+from grasp.core.edits import strip_quantization_marks
 from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.modeling_grasp import place_low_rank
+from grasp.core.modeling_grasp import NAMES, place_low_rank
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,10 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     empty: bool = False,
+    dequantize: bool = False,
 ) -> Decoder:
-    """Load any MODEL. `dtype` None keeps the stored one; `empty` gives shapes without weights (meta device).
+    """Load any MODEL. `dtype` None keeps the stored one; `empty` gives shapes without weights (meta device); `dequantize` makes
+    a quantized one an ordinary one, with a warning.
 
     Raises `ModelError` (not found, not a causal language model), `CheckpointError` (damaged), `RecipeError` (device, dtype).
     """
@@ -62,11 +66,14 @@ def load_model(
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             written = getattr(config, "quantization_config", None) or {}
-            place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
+            if written.get("quant_method") in NAMES:
+                place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
             return Decoder(model, None, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
         if gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
+        elif dequantize:
+            options |= dequantizing(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -80,19 +87,25 @@ def load_model(
         raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
     if gguf:
         strip_quantization_marks(model)
-    return Decoder(model.to(target), tokenizer, source)
+    decoder = Decoder(model.to(target), tokenizer, source)
+    if dequantize and getattr(config, "quantization_config", None) and not gguf:
+        ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
+    return decoder
 
 
 def open_model(
-    model: Any, tokenizer: Any = None, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False
-) -> Decoder:
+    model: Any, tokenizer: Any = None, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
+    dequantize: bool = False,
+) -> Decoder:  # fmt: skip
     """A `Decoder` of whatever a user hands over: MODEL by name or path (loaded), a Hugging Face model, or a `Decoder`."""
     if isinstance(model, (str, Path)):
-        return load_model(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if isinstance(model, Decoder):
-        return model
-    if isinstance(model, PreTrainedModel):
-        return Decoder(model, tokenizer)
+        return load_model(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code, dequantize=dequantize)
+    if isinstance(model, (Decoder, PreTrainedModel)):
+        decoder = model if isinstance(model, Decoder) else Decoder(model, tokenizer)
+        written = getattr(decoder.model.config, "quantization_config", None)
+        if dequantize and written:
+            ordinary(decoder, written, None)
+        return decoder
     raise ModelError(f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}")
 
 
@@ -162,15 +175,6 @@ def check_directory(path: Path) -> None:
                 pass
         except (SafetensorError, OSError) as failure:
             raise CheckpointError(f"{file}: damaged or cut short ({failure}); copy or make the checkpoint again") from failure
-
-
-def strip_quantization_marks(model: PreTrainedModel) -> None:
-    """Make a dequantised GGUF or multiplied-out model an ordinary one: transformers will not save it as such while it bears these marks."""
-    for holder in (model, model.config):
-        for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized", "auto_map"):
-            if mark in holder.__dict__:
-                delattr(holder, mark)
-    model.is_quantized = False
 
 
 def embedded_model() -> Path:

@@ -31,12 +31,24 @@ def _recovered(told: dict[str, Any]) -> list[str]:
 
 
 def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
-    """The command that compressed, and those that trained afterwards."""
-    told, commands, name = manifest.get("recovery"), list[str](), out
+    """The command that compressed, those that trained afterwards, and the one that quantized."""
+    told, commands, name, after = manifest.get("recovery"), list[str](), out, manifest.get("quantization")
+    if after:
+        name = after["checkpoint"]
     while told:
         commands.insert(0, str(told.get("command", "")))
         name, told = told.get("checkpoint", name), told.get("before")
-    return [command_line(manifest["recipe"], name), *filter(None, commands)]
+    first = [command_line(manifest["recipe"], name)] if "recipe" in manifest else []
+    return [*first, *filter(None, commands), *([after["command"]] if after else [])]
+
+
+def _quantized(told: dict[str, Any]) -> list[str]:
+    """Table rows about the bits."""
+    groups = f", groups of {told['group_size']}" if told["scheme"] == "int4" else ", one scale a row"
+    return [
+        f"| quantized | {told['scheme']}{groups}: {told['matrices']} matrices, {100 * told['share']:.1f} % of all numbers; not the embeddings, output layer, norms, biases |",
+        f"| bytes | {told['bytes_before']:,} → {told['bytes_after']:,} |",
+    ]
 
 
 def _listed(numbers: list[int]) -> str:
@@ -46,27 +58,31 @@ def _listed(numbers: list[int]) -> str:
 
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
-    model, sizes, method, data = manifest["model"], manifest["parameters"], manifest["method"], manifest["calibration"]
+    model, sizes, method, data = manifest["model"], manifest["parameters"], manifest["method"], manifest.get("calibration")
     low_rank = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
     dropped = [edit["layer"] for edit in manifest["edits"] if edit["edit"] == "drop"]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [grasp, compression]"]
     if "/" in model["source"] and not model["source"].startswith((".", "/", "~")):
         head.append(f"base_model: {model['source']}")
+    made = f"compressed by `{method['name']}` ({method['paper']})" if data else "quantized"
     body = [
         *head,
         "---",
         "",
         f"# {out}",
         "",
-        f"{model['source']} ({model['family']}, {model['num_layers']} layers), compressed by `{method['name']}` ({method['paper']}) with grasp.",
+        f"{model['source']} ({model['family']}, {model['num_layers']} layers), {made} with grasp.",
         "",
         "| | |",
         "|---|---|",
         f"| parameters | {sizes['before']:,} → {sizes['after']:,} ({100 * sizes['ratio']:.2f} % removed) |",
         f"| dtype | {model['dtype']} |",
-        f"| calibration | {data['source']}, {data['num_samples']} blocks × {data['seq_len']} tokens, seed {data['seed']} |",
-        f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
     ]
+    if data:
+        body += [
+            f"| calibration | {data['source']}, {data['num_samples']} blocks × {data['seq_len']} tokens, seed {data['seed']} |",
+            f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
+        ]
     if low_rank:
         layers = sorted({int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()})
         ranks = sorted({edit["rank"] for edit in low_rank})
@@ -82,22 +98,15 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
     if "recovery" in manifest:
         body += _recovered(manifest["recovery"])
+    if "quantization" in manifest:
+        body += _quantized(manifest["quantization"])
     body += ["", "## Load", "", "```python"]
-    if low_rank:
-        body += [
-            "import grasp  # pip install grasp-llm; or leave this out and pass trust_remote_code=True below",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
-        ]
-    else:
-        body += [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
-        ]
-    served = f"`vllm serve {out}`" + (", with `pip install grasp-llm` beside vLLM" if low_rank else "")
-    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", "Serve it: " + served + ".", "", "## Repeat", "", "```"]
+    needs_grasp = bool(low_rank) or "quantization" in manifest
+    if needs_grasp:
+        body.append("import grasp  # pip install grasp-llm; or leave this out and pass trust_remote_code=True below")
+    body += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f'model = AutoModelForCausalLM.from_pretrained("{out}")']
+    served = f"`vllm serve {out}`" + (", with `pip install grasp-llm` beside vLLM" if needs_grasp else "")
+    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", f"Serve it: {served}.", "", "## Repeat", "", "```"]
     body += [*repeat(manifest, out), "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",

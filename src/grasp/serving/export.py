@@ -20,9 +20,10 @@ from typing import Any
 
 from grasp.core.checkpoint import check_destination, whole
 from grasp.core.decoder import Decoder
+from grasp.core.edits import strip_quantization_marks
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.models import load_model, strip_quantization_marks
+from grasp.core.models import load_model
 from grasp.errors import RecipeError, did_you_mean
 from grasp.serving import dense
 
@@ -86,7 +87,8 @@ def export(
     asked = check(format, dtype, weights)
     check_destination(out, 0)
     kind = dtype or asked.dtypes[0]
-    decoder = load_model(place, device="cpu", dtype=kind if format != "openvino" else "float32", trust_remote_code=trust_remote_code)
+    computed = kind if format != "openvino" else "float32"
+    decoder = load_model(place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True)
     decoder.check_finite()
     pairs, before = sum(is_low_rank(module) for module in decoder.model.modules()), decoder.num_parameters()
     after = dense.dense_parameters(decoder) if format == "dense" else before

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from grasp.core.quantized_grasp import meaning
+
 Multiply = Callable[[Tensor], Tensor]
 
 
@@ -28,7 +30,8 @@ class Part:
     """One matrix of the checkpoint within a linear of the server, on one device.
 
     `path`: its name, for errors. `out_features`, `in_features`: of the whole matrix. `outputs`, `inputs`: the ranges of them that live
-    here. `rank`: None for a dense matrix. Tensors come one by one, in any order, to `load`; each is sliced at once.
+    here. `rank`: None for a dense matrix. `group_size`: set where its matrices are stored in 8 or 4 bits (`quantized_grasp`); they are
+    dequantised. Tensors come one by one, in any order, to `load`; each is sliced as soon as it can be.
     """
 
     path: str
@@ -38,6 +41,8 @@ class Part:
     inputs: range
     rank: int | None = None
     pivoted: bool = False
+    group_size: int | None = None
+    _stored: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _sliced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -51,6 +56,11 @@ class Part:
 
     def load(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError` for a wrong name or shape."""
+        if self.group_size is not None and name != "places":
+            name, whole = self._gather(name, tensor)
+            if whole is None:
+                return
+            tensor = whole
         expected = self.shapes().get(name)
         if expected is None:
             raise ValueError(f"{self.path}: the checkpoint has a '{name}', but config.json names no rank for it")
@@ -63,6 +73,17 @@ class Part:
             self._sliced[ready] = self._slice(ready).to(device, torch.int64 if ready == "places" else dtype).contiguous()
         if name != "weight_in":
             self._waiting.clear()
+
+    def _gather(self, name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
+        """(matrix, itself) once all its stored numbers are here: scales under its own name, `_qdata`, and in 4 bits `_zero`."""
+        matrix, _, kind = name.partition("_q") if name.endswith("_qdata") else name.partition("_zero")
+        parts = self._stored.setdefault(matrix, {})
+        parts["zero" if name.endswith("_zero") else "qdata" if kind else "scale"] = tensor
+        wanted = 3 if "qdata" in parts and parts["qdata"].dtype == torch.uint8 else 2
+        if matrix not in self.shapes() or len(parts) < wanted or "qdata" not in parts:
+            return matrix, None
+        del self._stored[matrix]
+        return matrix, meaning(parts["qdata"], parts["scale"], parts.get("zero"), self.shapes()[matrix][1], self.group_size or 1)
 
     def _slice(self, name: str) -> Tensor:
         tensor = self._waiting[name]

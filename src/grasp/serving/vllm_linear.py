@@ -1,7 +1,7 @@
 """How vLLM makes, loads and runs a linear of a grasp checkpoint: the factors of `parts`, each multiplied by vLLM's own kernels.
 
 vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or dense, at any rank; families that store
-them as one matrix (Phi-3, GPT-2) have one pair for all. A linear none of whose matrices is low-rank is left to vLLM.
+them as one matrix (Phi-3, GPT-2) have one pair for all. A linear with nothing of ours is left to vLLM.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from grasp.core.modeling_grasp import FORMAT_VERSION, NAMES
 from grasp.serving.parts import Multiply, Part, Stack, global_order, spans
 
-TENSORS = ("weight", "weight_in", "places")
+TENSORS = ("weight", "weight_in", "places", "weight_qdata", "weight_zero", "weight_in_qdata", "weight_in_zero")
 
 
 class LowRankConfig(QuantizationConfig):
     """The `quantization_config` of a grasp checkpoint. Raises `ValueError` for a newer format."""
 
-    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str]):
+    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str], quantization: dict[str, Any] | None = None):
         super().__init__()
         self.ranks, self.pivoted, self.transposed = dict(ranks), set(pivoted), False
+        self.quantized = set((quantization or {}).get("modules", ()))
+        self.group_size = (quantization or {}).get("group_size")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
@@ -42,7 +44,7 @@ class LowRankConfig(QuantizationConfig):
                 f"this checkpoint has grasp format {config['version']}, the installed grasp-llm reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U grasp-llm`"
             )
-        return cls(config.get("ranks", {}), config.get("pivoted", []))
+        return cls(config.get("ranks", {}), config.get("pivoted", []), config.get("quantization"))
 
     @classmethod
     def get_name(cls) -> str:
@@ -66,21 +68,23 @@ class LowRankConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
         self.pivoted = set(hf_to_vllm_mapper.apply_list(list(self.pivoted)))
+        self.quantized = set(hf_to_vllm_mapper.apply_list(list(self.quantized)))
 
     def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.rpartition(".")
         paths = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
-        if prefix in self.ranks:
+        ours = self.ranks.keys() | self.quantized
+        if prefix in ours:
             paths = [prefix]
-        if all(path not in self.ranks for path in paths):
+        if ours.isdisjoint(paths):
             return UnquantizedLinearMethod()
         return LowRankMethod(paths, self)
 
 
 class LowRankMethod(LinearMethodBase):
-    """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at least one of them low-rank."""
+    """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at least one of them low-rank or in few bits."""
 
     def __init__(self, paths: list[str], config: LowRankConfig):
         self.paths, self.config, self.kernel = paths, config, UnquantizedLinearMethod()
@@ -102,14 +106,19 @@ class LowRankMethod(LinearMethodBase):
         outputs = spans(whole, output_partition_sizes, index, stored_as_one=len(self.paths) == 1)
         sizes = whole if len(self.paths) == len(whole) else [sum(whole)]
         layer.parts = [
-            Part(path, size, input_size, here, inputs, self.config.ranks.get(path), path in self.config.pivoted)
-            for path, size, here in zip(self.paths, sizes, outputs, strict=True)
+            self._part(path, size, input_size, here, inputs) for path, size, here in zip(self.paths, sizes, outputs, strict=True)
         ]
         layer.outputs_here, layer.factor_dtype = sum(output_partition_sizes), params_dtype
         for name in TENSORS:
-            place: Any = nn.Parameter(torch.empty(0, dtype=torch.int32 if name == "places" else params_dtype), requires_grad=False)
+            kind = {"places": torch.int32, "qdata": torch.uint8}.get(name.rpartition("_")[2], params_dtype)
+            place: Any = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
             place.weight_loader = partial(self._load, layer, name)
             layer.register_parameter(name, place)
+
+    def _part(self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range) -> Part:
+        config = self.config
+        groups = config.group_size if path in config.quantized else None
+        return Part(path, out_features, in_features, outputs, inputs, config.ranks.get(path), path in config.pivoted, groups)
 
     def _load(self, layer: Any, name: str, place: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
         """What vLLM calls with each tensor. `shard`: which of the stacked matrices it is, "q", "k", "v" or a number."""
@@ -117,7 +126,7 @@ class LowRankMethod(LinearMethodBase):
             raise ValueError(f"{self.paths[0]}: its weights are in place; to serve others, start vLLM anew")
         number = "qkv".index(shard) if isinstance(shard, str) else shard or 0
         part = layer.parts[number]
-        if self.config.transposed and name == "weight" and part.rank is not None:
+        if self.config.transposed and name == "weight":
             tensor = tensor.t()
         part.load(name, tensor, place.device, layer.factor_dtype)
 
