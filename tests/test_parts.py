@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from grasp.core.modeling_grasp import LowRankLinear
 from grasp.core.quantized_grasp import QuantizedLinear
-from grasp.serving.parts import Part, Stack, global_order, local_places, spans
+from grasp.serving.parts import Part, Stack, global_order, local_places, padded, spans
 
 IN, SIZES, HEAD = 24, (24, 12, 12), 4
 DEVICES = [1, 2, 3, 6]
@@ -28,20 +28,21 @@ def matrix(kind: str, out: int, rank: int, seed: int) -> tuple[dict[str, torch.T
     return tensors, module.product()
 
 
-def run(parts: list[Part], stored: list[dict[str, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
-    """One device's output, by plain products."""
+def run(parts: list[Part], stored: list[dict[str, torch.Tensor]], x: torch.Tensor, fill: int = 1) -> torch.Tensor:
+    """One device's output, by plain products; ranks filled up to a multiple of `fill`, as some kernels want."""
     for part, tensors in zip(parts, stored, strict=True):
         for name in sorted(tensors, reverse=part.out_features % 8 == 0):  # any order
             part.load(name, tensors[name], torch.device("cpu"), torch.float64)
         assert not part.missing()
-    rows = [part.first() for part in parts]
+    rows = [padded(part.first(), fill if part.rank is not None else 1, 1) for part in parts]
 
     def second(part):
         factor = part.second()
-        return None if factor is None else lambda z: linear(z, factor)
+        return None if factor is None else lambda z: linear(z, padded(factor, 1, fill if part.rank else 1))
 
     width = sum(len(span) for part in parts for span in part.outputs)
-    stack = Stack([r.shape[0] for r in rows], [second(p) for p in parts], [p.pivoted for p in parts], global_order(parts), width)
+    widths = [part.first().shape[0] for part in parts]
+    stack = Stack([r.shape[0] for r in rows], widths, [second(p) for p in parts], [p.pivoted for p in parts], global_order(parts), width)
     return stack(x, lambda inputs: linear(inputs, torch.cat(rows)))
 
 
@@ -64,7 +65,7 @@ def test_split_by_outputs(kinds, devices):
             Part(f"m.{i}", SIZES[i], IN, here[i], range(IN), None if kinds[i] == "dense" else (5, 3, 7)[i], kinds[i] == "pivoted")
             for i in range(3)
         ]
-        for i, piece in enumerate(run(parts, [tensors for tensors, _ in made], x).split(local, dim=-1)):
+        for i, piece in enumerate(run(parts, [tensors for tensors, _ in made], x, fill=8 if device % 2 else 1).split(local, dim=-1)):
             if i == 0 or device % replicas == 0:
                 found[i].append(piece)
     for i, (_, whole) in enumerate(made):
@@ -116,7 +117,7 @@ def test_rank_zero(kind):
     part = Part("o", 20, IN, [range(20)], range(IN), 0, kind == "pivoted")
     x = torch.randn(4, IN, dtype=torch.float64)
     assert torch.equal(run([part], [tensors], x), torch.zeros(4, 20, dtype=torch.float64)) and not whole.any()
-    assert torch.equal(Stack([0], [None], [False], None, 20)(x, None), torch.zeros(4, 20, dtype=torch.float64))
+    assert torch.equal(Stack([0], [0], [None], [False], None, 20)(x, None), torch.zeros(4, 20, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grasp.core.quantized_grasp import meaning
 
@@ -124,10 +125,11 @@ def local_places(places: Tensor, outputs: Sequence[range], rank: int) -> tuple[T
 
 @dataclass(frozen=True)
 class Stack:
-    """How the parts of one linear combine. `sizes`: of the first product's columns, by part. `second`: the second product of each part, None
-    where it is dense. `order` (outputs): puts the results in place, None where they are."""
+    """How the parts of one linear combine. `sizes`: of the first product's columns, by part, of which `widths` are used where a kernel wants
+    more. `second`: the second product of each part, None where it is dense. `order` (outputs): puts the results in place, None where they are."""
 
     sizes: list[int]
+    widths: list[int]
     second: Sequence[Multiply | None]
     pivoted: Sequence[bool]
     order: Tensor | None
@@ -138,13 +140,20 @@ class Stack:
         if first is None:  # rank 0 throughout
             return input.new_zeros(*input.shape[:-1], self.out_features)
         results = []
-        for inner, second, pivoted in zip(first(input).split(self.sizes, dim=-1), self.second, self.pivoted, strict=True):
+        columns = first(input).split(self.sizes, dim=-1)
+        for inner, width, second, pivoted in zip(columns, self.widths, self.second, self.pivoted, strict=True):
             if second is None or pivoted:
-                results.append(inner)
+                results.append(inner[..., :width])
             if second is not None:
                 results.append(second(inner))
         output = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         return output if self.order is None else output.index_select(-1, self.order)
+
+
+def padded(factor: Tensor, rows: int, columns: int) -> Tensor:
+    """The factor (n, k) with zeros, up to multiples of `rows` and `columns`."""
+    n, k = factor.shape
+    return pad(factor, (0, -k % columns, 0, -n % rows))
 
 
 def global_order(parts: Sequence[Part]) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -23,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from grasp.core.modeling_grasp import FORMAT_VERSION, NAMES
-from grasp.serving.parts import Multiply, Part, Stack, global_order, spans
+from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
 
 TENSORS = ("weight", "weight_in", "places", "weight_qdata", "weight_zero", "weight_in_qdata", "weight_in_zero")
 
@@ -138,14 +139,15 @@ class LowRankMethod(LinearMethodBase):
                 raise ValueError(
                     f"{part.path}: the checkpoint lacks {' and '.join(part.missing())}; it is incomplete, copy or make it again"
                 )
-        order = global_order(parts)
-        rows = [part.first() for part in parts]
+        order, multiple = global_order(parts), _columns(layer)
+        rows = [padded(part.first(), multiple if part.rank is not None else 1, 1) for part in parts]
         second = []
         for number, part in enumerate(parts):
             factor = part.second()
             needed = factor is not None and (factor.shape[0] > 0 or not part.pivoted)
             second.append(self._product(layer, f"second_{number}", factor) if needed else None)
-        stack = Stack([r.shape[0] for r in rows], second, [part.pivoted for part in parts], order, layer.outputs_here)
+        widths = [part.first().shape[0] for part in parts]
+        stack = Stack([r.shape[0] for r in rows], widths, second, [part.pivoted for part in parts], order, layer.outputs_here)
         layer.parts = None  # frees the slices; `_product` keeps what is used
         first = torch.cat(rows) if len(rows) > 1 else rows[0]
         del rows
@@ -154,18 +156,38 @@ class LowRankMethod(LinearMethodBase):
 
     def _product(self, layer: Any, name: str, factor: Any) -> Multiply:
         """x (..., k) -> (..., n) for a factor (n, k), by the kernel that vLLM uses for dense matrices here."""
-        if 0 in factor.shape:
-            return lambda x: x.new_zeros(*x.shape[:-1], factor.shape[0])
+        n, k = factor.shape
+        if 0 in (n, k):
+            return lambda x: x.new_zeros(*x.shape[:-1], n)
         holder: Any = nn.Module()
-        holder.weight = nn.Parameter(factor, requires_grad=False)
+        holder.weight = nn.Parameter(padded(factor, min(16, _columns(layer)), _columns(layer)), requires_grad=False)
+        rows, columns = holder.weight.shape
         layer.add_module(name, holder)
+        if _plain(layer):
+            return lambda x: linear(x, holder.weight)
         self.kernel.process_weights_after_loading(holder)
-        return partial(self.kernel.apply, holder)
+
+        def product(x: Tensor) -> Tensor:
+            wide = x if x.shape[-1] == columns else pad(x, (0, columns - k))
+            output = self.kernel.apply(holder, wide)
+            return output if rows == n else output[..., :n]
+
+        return product
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) -> y (..., out), of this device."""
         output = layer.stack(x, layer.first_product)
         return output if bias is None else output + bias
+
+
+def _plain(layer: Any) -> bool:
+    """Whether torch's own product serves better: vLLM's for float32 on CPU keeps one more copy of an odd-sized matrix for every number of tokens."""
+    return layer.weight.device.type == "cpu" and layer.factor_dtype == torch.float32
+
+
+def _columns(layer: Any) -> int:
+    """Ranks are filled up with zeros to a multiple of this: vLLM's 16-bit kernels on CPU read whole blocks, and crash on others."""
+    return 32 if layer.weight.device.type == "cpu" and layer.factor_dtype != torch.float32 else 1
 
 
 def _split(layer: Any, local: list[int]) -> tuple[list[int], list[int]]:
