@@ -18,8 +18,8 @@ from grasp.core.results import Result, Results
 from grasp.methods import available
 from grasp.stages.text import FILE_TYPES, NAMED
 
-OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION = (
-    Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md")
+OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
+    Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md", "serving.md")
 )
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
@@ -161,8 +161,26 @@ def _bits() -> str:
     return "\n".join(["<!-- results: rank_or_bits -->", *lines, "<!-- end -->"])
 
 
+def serving() -> str:
+    """docs/serving.md with the table of results/serving.json."""
+    return PLACE.sub(lambda _: _throughput(), SERVING.read_text(encoding="utf-8"))
+
+
+def _throughput() -> str:
+    path = RESULTS / "serving.json"
+    if not path.is_file():
+        return "<!-- results: serving -->\nNot measured yet.\n<!-- end -->"
+    lines = ["| model | MB (float32 files) | dtype | batch | tokens/s | × dense, three rounds |", "|---|--:|---|--:|--:|---|"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']}, {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} "
+            f"| {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
+        )
+    return "\n".join(["<!-- results: serving -->", *lines, "<!-- end -->"])
+
+
 def main() -> int:
-    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery(), QUANTIZATION: quantization()}
+    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery(), QUANTIZATION: quantization(), SERVING: serving()}
     if "--check" in sys.argv:
         stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
         print(f"stale: {', '.join(stale)}; run `make docs`" if stale else "docs are up to date")
