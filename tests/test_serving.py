@@ -25,7 +25,7 @@ import torch
 from conftest import FAMILY_ROWS, build
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -85,7 +85,7 @@ def engine(path, **options):
 
     llm = None
     try:
-        llm = LLM(str(path), dtype="float32", enforce_eager=True, max_model_len=64, **options)
+        llm = LLM(str(path), max_model_len=64, **{"dtype": "float32", "enforce_eager": True, **options})
         yield llm
     finally:
         del llm
@@ -144,6 +144,26 @@ def test_few_bits_are_served(tiny, tmp_path, made, bits):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
+def test_compiled_as_vllm_does_by_default(tiny):
+    """Without `--enforce-eager` vLLM compiles the model, our products included."""
+    path, expected = tiny["llama-grasp-fisher"]
+    with engine(path, enforce_eager=False) as llm:
+        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sixteen_bits(tiny, method):
+    """bfloat16, whose kernels on CPU take whole blocks only: close to transformers in the same dtype."""
+    path, _ = tiny[f"llama-{method}"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    with engine(path, dtype="bfloat16") as llm:
+        for prompt, (ours, our_logs) in zip(PROMPTS, served(llm, PROMPTS, 6), strict=True):
+            with torch.no_grad():
+                logs = model(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            assert our_logs == pytest.approx(logs.gather(1, torch.tensor(ours)[:, None])[:, 0].tolist(), abs=0.1)
+
+
 def test_two_devices_give_the_same_tokens(tiny, tmp_path):
     """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
     path, expected = tiny["llama-grasp-fisher"]
@@ -184,9 +204,9 @@ doc_to_target: answer
     model = f"pretrained={path},dtype=float32,enforce_eager=True,max_model_len=64"
     command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "vllm", "--model_args", model, "--tasks", "sums"]
     command += ["--include_path", str(tmp_path), "--batch_size", "auto", "--output_path", str(tmp_path / "found"), "--log_samples"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, cwd=tmp_path
-    )
+    surroundings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    surroundings.pop("TQDM_DISABLE", None)  # vLLM divides by the time that its progress bar took
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     [samples] = (tmp_path / "found").rglob("samples_*.jsonl")
     loaded = grasp.load(path)
