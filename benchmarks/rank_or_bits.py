@@ -37,7 +37,7 @@ from grasp.methods import make
 from grasp.stages.calibration import calibrate
 
 BITS = {"bfloat16": None, "int8": (8, 32), "int4": (4, 32), "int4, groups of 128": (4, 128)}
-METHODS = ("none", "grasp", "grasp-fisher", "grasp-fisher, plain pairs")
+METHODS = ("none", "grasp-fisher, plain pairs", "grasp-fisher", "grasp")
 
 
 def stored(matrix: tuple[int, int], rank: int | None, pivoted: bool, bits: tuple[int, int] | None) -> int:
@@ -147,10 +147,10 @@ class Benchmark:
         """The dense model in each of the bits, then every level, method by method."""
         for bits, asked in BITS.items():
             self.row("alone", self.bytes({}, asked), "none", bits)
-        sizes = {f"{bits} x none": self.bytes({}, BITS[bits]) for bits in ("int8", "int4")}
+        sizes = {f"{bits} x none": self.bytes({}, BITS[bits]) for bits in ("int4", "int8")}
         levels = {**sizes, "0.75 of int4 x none": 0.75 * sizes["int4 x none"]}
-        for level, target in levels.items():
-            for method in METHODS[1:]:
+        for method in METHODS[1:]:
+            for level, target in levels.items():
                 for bits in BITS:
                     self.row(level, target, method, bits)
 
