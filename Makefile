@@ -2,7 +2,7 @@
 # make test        the tests, under ten minutes on two cores
 # make test-tasks  the tests that need lm-eval, with it
 # make test-serving  the tests that need vLLM, in an environment of its own (.venv-serving)
-# make test-export the tests that need onnxruntime, OpenVINO, llama.cpp's converter or a server, with them
+# make test-export the tests that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server, with them
 # They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
 
 test-export: .venv/export
-	.venv/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py
+	.venv/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
 
 check: .venv/test
 	.venv/bin/ruff format --check src tests benchmarks docs
@@ -51,7 +51,7 @@ docs: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data,recover,quantize]'
+	$(PIP) --editable '.[dev,data,recover]'
 	touch $@
 
 .venv/tasks: .venv/test
@@ -75,7 +75,7 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 
 # llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
 .venv/export: .venv/tasks
-	$(PIP) --editable '.[onnx,openvino]' fastapi uvicorn openai pydantic sentencepiece
+	$(PIP) --editable '.[onnx,openvino,quantize]' fastapi uvicorn openai pydantic sentencepiece
 	rm -rf .venv/llama.cpp .venv/source && mkdir .venv/llama.cpp .venv/source
 	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest .venv/source $(PIP_FLAGS) llama-cpp-python==0.3.36
 	tar -xzf .venv/source/*.tar.gz -C .venv/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'

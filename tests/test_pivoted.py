@@ -278,11 +278,11 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["version"] = 3
+    config["quantization_config"]["version"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"grasp format 3.*reads up to 2.*pip install -U grasp-llm"):
+    with pytest.raises(ValueError, match=r"grasp format 4.*reads up to 3.*pip install -U grasp-llm"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="grasp format 3"):
+    with pytest.raises(CheckpointError, match="grasp format 4"):
         grasp.load(tmp_path)
     with pytest.raises(ValueError, match="reads up to 2"):
         GraspConfig({}, version=3)

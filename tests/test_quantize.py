@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from grasp.core.rounding import rounded
 
 IDS = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
 SCHEMES = {"int8": {"bits": 8}, "int8-dynamic": {"bits": 8, "scheme": "dynamic"}, "int4": {"bits": 4}}
-pytestmark = pytest.mark.filterwarnings("ignore:Failed to load", "ignore:.*Triton.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Failed to load", "ignore:.*Triton.*"),
+    pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: make test-export"),
+]
 
 
 def logits(model) -> torch.Tensor:
