@@ -284,8 +284,8 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="grasp format 4"):
         grasp.load(tmp_path)
-    with pytest.raises(ValueError, match="reads up to 2"):
-        GraspConfig({}, version=3)
+    with pytest.raises(ValueError, match="reads up to 3"):
+        GraspConfig({}, version=4)
 
 
 def test_pivoted_and_plain_pairs_in_one_model(calibration, tmp_path):
