@@ -306,6 +306,8 @@ def test_openvino_int8(made, tmp_path):
     for found, right in zip(openvino_logits(done.path, batch), expected(made.model, batch), strict=True):
         assert_close(found, right, batch["attention_mask"], atol=0.1)
         assert not torch.allclose(found, right, atol=1e-5)
+    assert 'DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' in (done.path / "README.md").read_text()
+    run_readme(done.path)
 
 
 # ── GGUF, by llama.cpp's own converter, of the dense export ──

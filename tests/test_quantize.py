@@ -111,11 +111,11 @@ def test_every_family_quantizes_reloads_and_generates(family, scheme, tmp_path):
     assert text.shape == (4, 23)
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
-@pytest.mark.parametrize("made", ["pairs", "pivoted"])
-def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path):
+@pytest.mark.parametrize(("made", "scheme"), [*(("pairs", scheme) for scheme in SCHEMES), ("pivoted", "int8"), ("pivoted", "int8-dynamic")])
+def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, caplog):
     before = logits(grasp.load(low_rank / made).model)
     done = grasp.quantize(low_rank / made, tmp_path / "out", **SCHEMES[scheme])
+    assert ("lose far more by rounded activations" in caplog.text) == ((made, scheme) == ("pivoted", "int8-dynamic"))
     pairs = [module for module in done.model.modules() if isinstance(module, QuantizedLinear) and module.rank]
     assert pairs and all(module.pivoted == (made == "pivoted") for module in pairs)
     after = logits(done.model)
@@ -137,7 +137,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "made", "before", "flag"),
-    [("int4", "pairs", "import grasp", ""), ("int4", "pivoted", NO_GRASP, ", trust_remote_code=True")],
+    [("int4", "pairs", "import grasp", ""), ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"), ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True")],
 )  # fmt: skip
 def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_path):
     """In a new process, with grasp or without it (and without torchao): equal logits; and what it saves again loads again."""
@@ -237,6 +237,9 @@ def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path, monkeypatch
         grasp.quantize(tmp_path / "q", tmp_path / "q2", bits=8)
     with pytest.raises(grasp.GraspError, match="not an empty directory"):
         grasp.quantize(model_directory, tmp_path / "q", bits=8)
+    with pytest.raises(grasp.GraspError, match=r"--bits 4: \d+ pairs .* are pivoted.*--bits 8, or `grasp compress --storage pair`"):
+        grasp.quantize(low_rank / "pivoted", tmp_path / "q3", bits=4)
+    assert not (tmp_path / "q3").exists()
     with pytest.raises(grasp.GraspError, match="recover the checkpoint it was made from"):
         grasp.recover(tmp_path / "q", tmp_path / "r", data="pydoc")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)

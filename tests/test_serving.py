@@ -133,8 +133,9 @@ def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("made", ["llama-grasp", "gpt2-grasp", "phi3-grasp-fisher"])
+@pytest.mark.parametrize(
+    ("made", "bits"), [("llama-grasp", 8), ("llama-grasp", 4), ("gpt2-grasp", 8), ("gpt2-grasp", 4), ("phi3-grasp-fisher", 8)]
+)
 def test_few_bits_are_served(tiny, tmp_path, made, bits):
     """A checkpoint of `grasp quantize`: dense matrices, pairs and pivoted pairs."""
     grasp.quantize(tiny[made][0], tmp_path / "few", bits=bits)

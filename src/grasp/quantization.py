@@ -86,9 +86,15 @@ def quantize(
         raise RecipeError(f"DIR {decoder.source}: is quantized already; give the model it was made from")
     decoder.check_finite()
     pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
-    if pivoted:
+    if pivoted and bits == 4:
+        raise RecipeError(
+            f"--bits 4: {pivoted} pairs of {decoder.source or 'the model'} are pivoted, and rounding them so coarsely leaves noise;"
+            " use --bits 8, or `grasp compress --storage pair` first"
+        )
+    if pivoted and scheme == "dynamic":
         logger.warning(
-            "%d pairs are pivoted, which round with about three times the error of plain pairs: better `grasp compress --storage pair`, then this",
+            "%d pairs are pivoted and lose far more by rounded activations than plain pairs do; better --scheme weight-only,"
+            " or `grasp compress --storage pair` first",
             pivoted,
         )
     manifest = _manifest(decoder)

@@ -149,7 +149,7 @@ def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
     from grasp.serving import openvino
 
     openvino.write(decoder, folder, kind)
-    return openvino.HOW_TO_RUN
+    return openvino.how_to_run(kind)
 
 
 def _notes(format: str, pairs: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """OpenVINO: a model that keeps its own key-value cache, with its tokenizer, for openvino-genai. The low-rank products stay low-rank.
 
 The graph comes from transformers' own exporter, the tokenizer from openvino-tokenizers; `weights="int8"` is nncf's weight-only compression
-(8 bits a number, a scale a row; it loses more than rounding: see docs/export.md). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
+(8 bits a number, a scale a row, embeddings too). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
 model has them), `beam_idx`; output: `logits`.
 """
 
@@ -41,14 +41,17 @@ def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
                 openvino.save_model(model, folder / f"openvino_{name}.xml")
 
 
-HOW_TO_RUN = """
+def how_to_run(weights: str | None) -> str:
+    """For the README beside the model: `str.format` with `out`."""
+    option = ', DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' if weights == "int8" else ""
+    why = "By that option only the weights are rounded, not the activations as well.\n\n" if option else ""
+    return f"""
 ```python
 import openvino_genai
 
-pipeline = openvino_genai.LLMPipeline("{out}", "CPU")
+pipeline = openvino_genai.LLMPipeline("{{out}}", "CPU"{option})
 print(pipeline.generate("The capital of France is", max_new_tokens=16, apply_chat_template=False))
 ```
 
-`pip install openvino-genai`.
+{why}`pip install openvino-genai`.
 """
-"""For the README beside the model: `str.format` with `out`."""
