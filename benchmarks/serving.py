@@ -1,9 +1,9 @@
 """Decode throughput of compressed models behind real vLLM servers, beside the dense model's, in turn.
 
     .venv-serving/bin/python benchmarks/serving.py NAME=CHECKPOINT ... [--dtype float32] [--batch-sizes 1,16] [--rounds 3] [--eager]
-                                                   [-o results/serving.json]
+                                                   [--of smollm2] [-o results/serving.json]
 
-`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH`. All servers are up at once, on loopback; only
+`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH` and say `--of` which model all are. All servers are up at once, on loopback; only
 one is asked at a time, in the order A B A B. A request is a prompt of 32 random tokens and 96 greedy tokens, streamed. Decode throughput is
 the tokens that arrive between the moment every request of the batch has its first token and the moment the first of them ends.
 """
@@ -78,6 +78,7 @@ def throughput(url: str, batch_size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
+    parser.add_argument("--of", default="smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-sizes", default="1,16")
     parser.add_argument("--rounds", type=int, default=3)
@@ -98,13 +99,19 @@ def main() -> None:
             for name, speeds in found.items():
                 ratios = [mine / dense for mine, dense in zip(speeds, found["dense"], strict=True)]
                 size = sum(file.stat().st_size for file in Path(places[name]).glob("*.safetensors"))
-                row = {"model": name, "dtype": asked.dtype, "mode": "eager" if asked.eager else "compiled", "batch_size": batch_size}
+                row = {
+                    "of": asked.of,
+                    "model": name,
+                    "dtype": asked.dtype,
+                    "mode": "eager" if asked.eager else "compiled",
+                    "batch_size": batch_size,
+                }
                 row |= {"file_bytes": size, "tokens_per_second": statistics.median(speeds), "ratio": statistics.median(ratios)}
                 rows.append({**row, "low": min(ratios), "high": max(ratios)})
                 print("{model:14} {dtype} {mode}, batch {batch_size:2}: {tokens_per_second:7.1f} tokens/s, {ratio:.2f} × dense ({low:.2f} to {high:.2f})".format(**rows[-1]), flush=True)  # fmt: skip
     if asked.output:
         known = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else []
-        keys = ("model", "dtype", "mode", "batch_size")
+        keys = ("of", "model", "dtype", "mode", "batch_size")
         kept = [row for row in known if all(any(row[k] != new[k] for k in keys) for new in rows)]
         whole = {"command": "benchmarks/serving.py", "machine": machine(), "versions": versions(), "rows": kept + rows}
         asked.output.write_text(json.dumps(whole, indent=1) + "\n")

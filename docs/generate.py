@@ -148,16 +148,15 @@ def quantization() -> str:
 
 
 def _bits() -> str:
-    """One line a model, level by level."""
+    """One line a model: equal bytes together, the best first."""
     path = RESULTS / "rank_or_bits.json"
     if not path.is_file():
         return "<!-- results: rank_or_bits -->\nNot measured yet.\n<!-- end -->"
-    lines = ["| level | method | bits | ratio | MB | WikiText-2 test | PTB valid |", "|---|---|---|--:|--:|--:|--:|"]
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"].values():
-        lines.append(
-            f"| {row['level']} | {row['method']} | {row['bits']} | {row['ratio']:.3f} | {row['bytes'] / 1e6:.1f} "
-            f"| {row['wikitext2']:.2f} | {row['ptb']:.2f} |"
-        )
+    lines = ["| MB | method | bits | ratio | WikiText-2 test | PTB valid |", "|--:|---|---|--:|--:|--:|"]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
+    for row in sorted(rows, key=lambda row: (-row["target"], row["wikitext2"])):
+        scores = [f"{score:.1f}" if score < 1000 else f"{score:,.0f}" for score in (row["wikitext2"], row["ptb"])]
+        lines.append(f"| {row['bytes'] / 1e6:.1f} | {row['method']} | {row['bits']} | {row['ratio']:.2f} | {scores[0]} | {scores[1]} |")
     return "\n".join(["<!-- results: rank_or_bits -->", *lines, "<!-- end -->"])
 
 
@@ -170,10 +169,10 @@ def _throughput() -> str:
     path = RESULTS / "serving.json"
     if not path.is_file():
         return "<!-- results: serving -->\nNot measured yet.\n<!-- end -->"
-    lines = ["| model | MB (float32 files) | dtype | batch | tokens/s | × dense, three rounds |", "|---|--:|---|--:|--:|---|"]
+    lines = ["| | MB on disk | run in | batch | tokens/s | × dense, three rounds |", "|---|--:|---|--:|--:|---|"]
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         lines.append(
-            f"| {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']}, {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} "
+            f"| {row['of']}, {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']}, {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} "
             f"| {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
         )
     return "\n".join(["<!-- results: serving -->", *lines, "<!-- end -->"])
