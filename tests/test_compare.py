@@ -191,6 +191,7 @@ def grasp(*arguments: object, cwd: Path, **options) -> subprocess.Popen:
 
 def test_a_killed_child_is_a_row_and_an_interrupt_loses_nothing(write, tmp_path, monkeypatch):
     path = write(TWO)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and children would inherit that
     child = grasp(path, "-o", "out.json", cwd=tmp_path, start_new_session=True)
     deadline = time.monotonic() + 100
     while not (tmp_path / "out.json").exists() and time.monotonic() < deadline:
