@@ -4,11 +4,11 @@
 
 FOLDER, calibration and texts are those of `benchmarks/fisher.py`: smollm2 in bfloat16, WikiText-2 valid, 64 x 512 tokens; perplexity on the first 24
 blocks of 512 tokens of WikiText-2 test and 12 of PTB valid. One sweep serves all rows of `grasp-fisher`. Rows that are in the output file already are
-not measured again. About an hour and a quarter on two cores.
+not measured again. About an hour on two cores (in two pieces, beside other work).
 
-Levels: the bytes of the dense model in 8 bits and in 4 bits (groups of 32), 0.85 of the former and 0.75 of the latter. Bytes are those of the saved tensors, embeddings
-and places of pivoted pairs included: the embeddings, 46 % of smollm2 at 4 bits, are never rounded here. For each level, bits and method the ratio that
-meets the bytes within half a percent is searched for.
+Levels: the bytes of the dense model in 8 bits and in 4 bits (groups of 32), 0.85 of the former and 0.75 of the latter. Bytes are those of the
+saved tensors, embeddings and places of pivoted pairs included: the embeddings, 46 % of smollm2 at 4 bits, are never rounded here. For each level,
+bits and method the ratio that meets the bytes within half a percent is searched for.
 
 smollm2 comes from a file in 4 bits with groups of 32 (Q4_1), so rounding it to int4 with groups of 32 loses next to nothing. The rows with groups of
 128 do not have that advantage.

@@ -3,9 +3,10 @@
     .venv-serving/bin/python benchmarks/serving.py NAME=CHECKPOINT ... [--dtype float32] [--batch-sizes 1,16] [--rounds 3] [--eager]
                                                    [--of smollm2] [-o results/serving.json]
 
-`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH` and say `--of` which model all are. All servers are up at once, on loopback; only
-one is asked at a time, in the order A B A B. A request is a prompt of 32 random tokens and 96 greedy tokens, streamed. Decode throughput is
-the tokens that arrive between the moment every request of the batch has its first token and the moment the first of them ends.
+`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH` and say `--of` which model all are. All servers
+are up at once, on loopback; only one is asked at a time, in the order A B A B. A request is a prompt of 32 random tokens and 96 greedy tokens,
+streamed. Decode throughput is the tokens that arrive between the moment every request of the batch has its first token and the moment the first
+of them ends.
 """
 
 from __future__ import annotations

@@ -130,10 +130,7 @@ def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: An
 @click.argument("model", metavar="DIR")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--bits",
-    type=int,
-    required=True,
-    help="8 or 4, for every linear of the decoder layers, dense or low-rank alike. 4: not of pivoted pairs.",
+    "--bits", type=int, required=True, help="8 or 4, for every linear of the decoder layers, dense or low-rank. 4: not pivoted pairs."
 )
 @click.option("--scheme", default="weight-only", show_default=True, help="weight-only, or dynamic: activations in 8 bits too (--bits 8).")
 @click.option("--group-size", type=int, default=32, show_default=True, help="Numbers that share a scale (--bits 4): 32, 64, 128, 256.")
