@@ -158,7 +158,7 @@ def test_no_method_is_named_outside_its_own_file():
 
 def test_files_and_functions_stay_on_a_page():
     for name, text in FILES.items():
-        assert text.count("\n") <= 300, name
+        assert text.count("\n") <= 400, name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
