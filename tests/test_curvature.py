@@ -90,8 +90,11 @@ def test_sums_equal_plain_hooks(name, calibration):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_is_left_out(name, calibration):
-    """Blocks of unequal length, padded with rubbish on the right, give the sums of the blocks alone."""
-    model = build(name)
+    """Blocks of unequal length, padded with rubbish on the right, give the sums of the blocks alone.
+
+    In float64: in float32 a unit before a ReLU (OPT) can lie within a rounding of zero, where the gradient jumps.
+    """
+    model = build(name, torch.float64)
     lengths = [20, 13, 7]
     mask = torch.arange(20) < torch.tensor(lengths)[:, None]
     padded = calibration.ids[:3].where(mask, torch.tensor(VOCAB - 1))

@@ -371,7 +371,7 @@ def test_a_missing_package_names_the_extra(format, package, model_directory, tmp
         lambda name, *rest: None if name == package else object() if name in GRAPH_PACKAGES[format] else real(name, *rest),
     )
     error = command("export", model_directory, tmp_path / "out", "--format", format).error
-    assert f"the package '{package}' is not installed; run `pip install 'grasp-llm[{format}]'`" in error
+    assert f"needs the package {package}; run `pip install 'grasp-llm[{format}]'`" in error
 
 
 def test_out_must_be_empty(model_directory, tmp_path):

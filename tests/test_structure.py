@@ -49,7 +49,7 @@ MAY_IMPORT = {
         "terminal",
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
-    "cli": {"errors", "flags", "commands", "demo", "reporting", ""},
+    "cli": {"errors", "flags", "commands", "demo", "reporting", "terminal", ""},
     "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "quantization", "recovery", "serving"},
     "__main__": {"cli"},
 }

@@ -22,7 +22,10 @@ def _commands() -> Any:
     os.environ.setdefault("TQDM_DISABLE", "1")
     for name in ("torchao", "torch.utils._pytree"):  # when imported, torchao tells of every kernel that this machine cannot run
         logging.getLogger(name).setLevel(logging.ERROR)
-    from grasp import commands
+    from grasp.terminal import waiting
+
+    with waiting("loading PyTorch", quiet="--quiet" in sys.argv):
+        from grasp import commands
 
     commands.only_our_own_words()
     return commands
@@ -229,6 +232,10 @@ def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) ->
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:
     """Compress SmolLM2-135M-Instruct by the paper's method, save, reload in a new process, and measure it beside the dense model
     and the model with the same layers removed."""
+    from grasp.terminal import say
+
+    if measure is None and not quiet:
+        say("SmolLM2-135M-Instruct, compressed three ways, saved, loaded again and measured")
     _commands()
     from grasp import demo as script
 

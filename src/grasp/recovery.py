@@ -30,9 +30,11 @@ from grasp.compensation.trainable import bring_back, check_trainable, choose, nu
 from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, train
 from grasp.core.checkpoint import check_destination, save
 from grasp.core.decoder import Decoder
+from grasp.core.extras import need
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.precision import has_fast_bfloat16
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.sweep import Progress, silent
 from grasp.errors import CheckpointError, GraspError, RecipeError
@@ -90,6 +92,7 @@ def recover(
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
     recipe, place, out = make_recipe(preset, fields), Path(checkpoint), Path(out)
+    need("grasp recover", "recover", "accelerate", *(["peft"] if recipe.train == "lora" else []))
     job = _Job.begin(recipe, place, out, data, text_field, device, fsdp, trust_remote_code, progress)
     recipe, run, clock = job.recipe, out.with_name(out.name + ".recovery"), job.clock
     layer_class = type(job.decoder.stack[0]).__name__ if fsdp else None
@@ -267,10 +270,8 @@ def _dtype(recipe: Recipe, device: str | None) -> torch.dtype:
         )
     if recipe.precision != "auto":
         return torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    if (device or "cuda").startswith("cuda") and torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.cpu.get_capabilities() if device in (None, "cpu") else {}
-    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.bfloat16 if has_fast_bfloat16(where) else torch.float32
 
 
 def _teacher(recipe: Recipe, model: Decoder, manifest: dict[str, Any], device: str | None, options: dict[str, Any]) -> Teacher:

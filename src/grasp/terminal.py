@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
+
+BEAT = 8.0
+"""Seconds between the lines of progress where there is no terminal to draw bars on."""
 
 
 class Bars:
@@ -36,15 +41,78 @@ class Bars:
             self.bars.update(self.ids[key], visible=False)
 
 
+class Lines:
+    """A progress callback for output that is no terminal (a file, a pipe): says every `BEAT` seconds
+    which task is at hand and how far it is, also while that task does not call."""
+
+    def __init__(self, task: str = ""):
+        self.task, self.done, self.total, self.begin = task, 0, 0, time.monotonic()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="progress lines", daemon=True)
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if task != self.task or done == 0:
+            self.begin = time.monotonic()
+        self.task, self.done, self.total = task, done, total
+
+    def _run(self) -> None:
+        while not self.over.wait(BEAT):
+            if self.task:
+                say(plain(self.line()))
+
+    def line(self) -> str:
+        """What is done, how much of it, for how long, and how long it may still take."""
+        seconds = time.monotonic() - self.begin
+        parts = [f"{seconds:.0f} s"]
+        if self.total > 1:
+            parts.insert(0, f"{self.done} of {self.total}")
+            if 0 < self.done < self.total:
+                parts.append(f"about {seconds * (self.total - self.done) / self.done:.0f} s left")
+        return f"{self.task}: {', '.join(parts)}"
+
+
 @contextmanager
-def progress_bars(quiet: bool = False) -> Iterator[Bars]:
-    """Bars for the length of the block; none where stderr is not a terminal or the user asked for quiet."""
-    columns = (
-        SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
-        yield Bars(bars)
+def lines(task: str = "") -> Iterator[Lines]:
+    """`Lines` for the length of the block."""
+    shown = Lines(task)
+    shown.thread.start()
+    try:
+        yield shown
+    finally:
+        shown.over.set()
+        shown.thread.join()
+
+
+@contextmanager
+def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """The progress callback of a command: bars on a terminal, else a line now and then; nothing
+    where the user asked for quiet."""
+    if quiet:
+        yield lambda task, done, total: None
+    elif not console.is_terminal:
+        with lines() as shown:
+            yield shown
+    else:
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"),
+            BarColumn(bar_width=28), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console) as bars:
+            yield Bars(bars)
+
+
+@contextmanager
+def waiting(task: str, quiet: bool) -> Iterator[None]:
+    """While something takes seconds that cannot be counted: a spinner that leaves no trace, or lines."""
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(task):
+            yield
+    else:
+        with lines(task):
+            yield
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:

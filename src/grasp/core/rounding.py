@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from grasp.errors import RecipeError
+from grasp.core.extras import need
 
 GROUP_SIZES = (32, 64, 128, 256)
 """What the 4-bit kernels of torch take."""
@@ -21,10 +21,9 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 def torchao() -> ModuleType:
     """torchao's primitives. Raises `RecipeError` where it is not installed."""
-    try:
-        from torchao.quantization import quant_primitives
-    except ImportError:
-        raise RecipeError("grasp quantize: needs the package torchao: pip install 'grasp-llm[quantize]'") from None
+    need("grasp quantize", "quantize", "torchao")
+    from torchao.quantization import quant_primitives
+
     return quant_primitives
 
 

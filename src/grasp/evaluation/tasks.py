@@ -29,6 +29,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from grasp.core.decoder import Decoder
+from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.score import Score
 from grasp.core.sweep import Progress, silent
@@ -184,10 +185,8 @@ def _names(tasks: Sequence[str]) -> list[str]:
 @cache
 def _index() -> Mapping[str, Any]:
     """lm-eval's tasks and ours by name. Reading its 14,000 files takes ten seconds, so it is done once. Raises `RecipeError`."""
-    try:
-        found = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise RecipeError("--tasks: needs the package lm-eval; run `pip install 'grasp-llm[tasks]'`") from None
+    need("--tasks", "tasks", "lm_eval")
+    found = importlib.metadata.version("lm_eval")
     if found != VERSION:
         raise RecipeError(f"--tasks: needs lm-eval {VERSION}, {found} is installed; run `pip install lm-eval=={VERSION}`")
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(Path(__file__).with_name("task_yaml")))

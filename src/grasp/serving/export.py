@@ -21,6 +21,7 @@ from typing import Any
 from grasp.core.checkpoint import check_destination, whole
 from grasp.core.decoder import Decoder
 from grasp.core.edits import strip_quantization_marks
+from grasp.core.extras import need
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
@@ -118,9 +119,7 @@ def check(format: str, dtype: str | None, weights: str | None) -> Format:
     _check_value("--weights", weights, asked.weights, format)
     if weights and dtype not in (None, "float32"):
         raise RecipeError(f"--weights {weights} --dtype {dtype}: the rest of an {weights} model is float32; leave out --dtype or --weights")
-    for package in (*asked.packages, *(["nncf"] if weights else [])):
-        if importlib.util.find_spec(package) is None:
-            raise RecipeError(f"--format {format}: the package '{package}' is not installed; run `pip install 'grasp-llm[{format}]'`")
+    need(f"--format {format}", format, *asked.packages, *(["nncf"] if weights else []))
     if asked.packages and importlib.util.find_spec("transformers.exporters.runners") is None:
         raise RecipeError(
             f"--format {format}: needs transformers 5.23 or newer (Python 3.11); run `pip install -U transformers`, or take dense"
