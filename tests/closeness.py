@@ -13,13 +13,16 @@ ROUNDINGS, FEW_ROUNDINGS = 256, 8
 where sums are taken in 32 and rounded once a layer."""
 
 
-def close(found: Tensor, expected: Tensor, roundings: float = ROUNDINGS) -> bool:
-    """Same shape, and equal up to `roundings` of the coarser dtype at the size of the largest expected number."""
+def close(found: Tensor, expected: Tensor, roundings: float | None = None) -> bool:
+    """Same shape, and equal up to `roundings` of the coarser dtype at the size of the largest expected number; None: as
+    many as a tiny model in that dtype makes."""
     if found.shape != expected.shape:
         return False
     if not expected.numel():
         return True
     eps = max(torch.finfo(t.dtype).eps for t in (found, expected))
+    if roundings is None:
+        roundings = ROUNDINGS if eps < 1e-5 else FEW_ROUNDINGS
     largest = float(expected.detach().abs().max())
     return float((found.detach().double() - expected.detach().double()).abs().max()) <= roundings * eps * largest
 
