@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.core.families import Family, find_family, select
 from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
 from grasp.core.linalg import wide
+from grasp.core.modeling_grasp import auto_classes
 from grasp.core.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
@@ -87,7 +88,8 @@ class Decoder:
     def tokenize(self, text: str) -> Tensor:
         """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them."""
         if self.tokenizer is None:
-            raise DataError("text needs a tokenizer, and this model has none; give a `Calibration` of token ids")
+            place = f"{self.source} has no tokenizer files" if self.source else "this model has none"
+            raise DataError(f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)")
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=self.block_bos is None, verbose=False).input_ids[0]
 
     def layer(self, index: int) -> Layer:
@@ -228,7 +230,8 @@ class Decoder:
 
 def check_reads_text(model: Any) -> None:
     """Raise `ModelError` for a model that cannot give the logits of a text from its ids alone."""
-    name, inner = type(model).__name__, type(text_decoder(model)[1]).__name__
+    name = type(model).__name__
+    inner = auto_classes(type(model.config.get_text_config(decoder=True))).get("AutoModelForCausalLM", type(text_decoder(model)[1]))
     needed = [
         word
         for word, parameter in inspect.signature(model.forward).parameters.items()
