@@ -16,9 +16,24 @@ from grasp.errors import ModelError
 TEXT = {**_GATED, **_IDS}
 NO_HEAD_DIM = {key: value for key, value in TEXT.items() if key != "head_dim"}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-AUDIO = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_mel_bins": 8, "max_source_positions": 16}
+AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
-QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "fullatt_block_indexes": [1]}
+QWEN = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "fullatt_block_indexes": [1],
+}
 IDS = {"image_token_id": 255, "video_token_id": 254, "vision_start_token_id": 253, "vision_end_token_id": 252}
 
 WRAPPERS = {
@@ -84,7 +99,10 @@ def test_on_the_command_line_with_what_reads_pictures_taken_along(tmp_path, toke
     made = command("compress", tmp_path / "model", tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL)
     assert made.status == 0, made.err
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_processor_type": "Gemma3ImageProcessor"}'
-    for words in (("eval", tmp_path / "out", "--ppl", text_file, "--seq-len", "32"), ("inspect", tmp_path / "model", "--data", text_file, *SMALL)):
+    for words in (
+        ("eval", tmp_path / "out", "--ppl", text_file, "--seq-len", "32"),
+        ("inspect", tmp_path / "model", "--data", text_file, *SMALL),
+    ):
         done = command(*words)
         assert done.status == 0, done.err
     dry = command("compress", tmp_path / "model", tmp_path / "other", "--ratio", "0.1", "--data", text_file, *SMALL, "--dry-run")
@@ -121,7 +139,9 @@ def test_a_wrapper_that_cannot_do_without_a_picture_says_what_to_load(tmp_path, 
         grasp.compress(model, ratio=0.1, data=calibration)
 
 
-@pytest.mark.parametrize(("name", "said"), [("LlamaModel", "no language-model head"), ("LlamaForSequenceClassification", "AutoModelForCausalLM")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("LlamaModel", "no language-model head"), ("LlamaForSequenceClassification", "AutoModelForCausalLM")]
+)
 def test_a_model_without_a_language_model_head(name, said):
     with pytest.raises(ModelError, match=said):
         Decoder(getattr(T, name)(T.LlamaConfig(**TEXT)))

@@ -89,7 +89,9 @@ class Decoder:
         """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them."""
         if self.tokenizer is None:
             place = f"{self.source} has no tokenizer files" if self.source else "this model has none"
-            raise DataError(f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)")
+            raise DataError(
+                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)"
+            )
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=self.block_bos is None, verbose=False).input_ids[0]
 
     def layer(self, index: int) -> Layer:

@@ -205,8 +205,8 @@ class GraspConfig(QuantizationConfigMixin):
     quantized: {"scheme", "group_size", "modules": [path, ...]} (see `quantized_grasp`)."""
 
     def __init__(
-        self, ranks: dict[str, int] | None = None, version: int = 1, pivoted: list[str] | None = None,
-        quantization: dict[str, Any] | None = None, **_: Any,
+        self, ranks: Any = None, version: Any = 1, pivoted: Any = None,
+        quantization: Any = None, **_: Any,
     ):  # fmt: skip
         if type(version) is not int or version > FORMAT_VERSION:
             raise ValueError(

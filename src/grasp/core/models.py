@@ -134,7 +134,7 @@ OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?b
 
 
 def _check_weights(source: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise `CheckpointError` where the files and the config do not name the same weights, or other than floating-point ones."""
+    """Raise `CheckpointError` where the files and the config do not name the same weights."""
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(f"{source}: the weight '{key}' has the shape {tuple(found)} where the config asks for {tuple(expected)}")
@@ -146,10 +146,6 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict[str, Any]) ->
             f"{source}: {len(surplus)} weights of the files have no place in the {type(model).__name__} that config.json describes, the first is "
             f"'{surplus[0]}'; they would be lost: mend config.json, or take the files of the model that it describes"
         )
-    if getattr(model.config, "quantization_config", None) is None:
-        for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point():
-                raise CheckpointError(f"{source}: the weight '{name}' holds {parameter.dtype}, not floating-point numbers")
 
 
 BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
@@ -228,6 +224,8 @@ def _device(name: str | None) -> torch.device:
 def _explained(source: str, path: Path, failure: Exception, options: dict[str, Any]) -> ModelError | CheckpointError:
     """One line for what transformers says in many."""
     reason = " ".join(str(failure).split())
+    if "trust_remote_code=True" in reason:
+        return ModelError(f"MODEL {source}: needs the code that lies beside it; read that, and if you trust it, give --trust-remote-code")
     if path.is_dir():
         return CheckpointError(f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}")
     if not path.exists() and _in_hub(source, ADAPTER, options):
