@@ -20,7 +20,7 @@ def settle_class(decoder: Decoder) -> None:
     `register_for_auto_class`). A subclass that adds nothing is saved as its base, which the model becomes here. Raises `ModelError` for others.
     """
     kind: Any = plain_class(type(decoder.model))
-    base = next((base for base in kind.__mro__ if base.__module__.startswith("transformers.")), None)
+    base: Any = next(base for base in kind.__mro__ if base.__module__.startswith("transformers."))  # PreTrainedModel at the latest
     if kind is base:
         return
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)

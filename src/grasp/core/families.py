@@ -162,7 +162,7 @@ def _layers_path(model: nn.Module, family: Family) -> str:
 
 def _check(model: nn.Module, family: Family) -> None:
     try:
-        for layer in model.get_submodule(family.layers):  # type: ignore[union-attr]
+        for layer in model.get_submodule(family.layers):  # type: ignore[attr-defined]
             for _, path in family.matrices:
                 layer.get_submodule(path)
     except AttributeError as missing:

@@ -235,11 +235,14 @@ class GraspConfig(QuantizationConfigMixin):
 
 
 class GraspQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` modules into the empty model before its weights are read."""
+    """Puts `LowRankLinear` modules into the empty model before its weights are read, and checks what was read."""
+
+    quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        paths = self.quantization_config.paths()
-        self.quantization_config = said = self.quantization_config.moved({path: own_path(model, path) for path in paths})
+        stored: Any = self.quantization_config
+        paths = stored.paths()
+        self.quantization_config = said = stored.moved({path: own_path(model, path) for path in paths})
         place_low_rank(model, said.ranks, said.pivoted)
         place_quantized(model, said.quantization)
         watch_keys(model, paths)
@@ -286,7 +289,7 @@ def check_weights(model: nn.Module) -> None:
         else:
             check_floats(path, **dict(module.named_parameters(recurse=False)))
         if getattr(module, "pivoted", False):
-            check_places(path, module.places)  # type: ignore[arg-type]
+            check_places(path, module.places)
         if isinstance(module, QuantizedLinear) or not isinstance(module, nn.Linear):
             continue
         expected = [(module.weight, (module.out_features, module.in_features))]
@@ -334,7 +337,7 @@ def carry_code(model: Any) -> None:
 @cache
 def __getattr__(name: str) -> type:
     """`modeling_grasp.LlamaForCausalLM` and the like: the class of that name in transformers, marked as carrying this file."""
-    base = None if name.startswith("__") else getattr(transformers, name, None)
+    base: Any = None if name.startswith("__") else getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     known = auto_classes(base.config_class) if isinstance(base.config_class, type) else {}
