@@ -22,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from grasp.core.checkpoint import check_destination, save
+from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.edits import apply
 from grasp.core.models import open_model
@@ -134,6 +135,7 @@ def _check(method: Method, model: Decoder, out: str | Path | None, data: str | C
     """Find what is wrong before any work is done: the recipe, the destination, the weights."""
     if isinstance(data, str):
         check_lengths(model, num_samples, seq_len)
+    settle_class(model)
     method.check(model)
     if out is not None:
         before, after = model.num_parameters(), method.plan(model).parameters

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.core.checkpoint import check_destination, save
+from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Quantize, apply
 from grasp.core.layer import is_low_rank
@@ -81,6 +82,7 @@ def quantize(
     if out is not None:
         check_destination(Path(out), 0)
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    settle_class(decoder)
     written = getattr(decoder.config, "quantization_config", None) or getattr(decoder.model.config, "quantization_config", None)
     if written is not None and (getattr(written, "quant_method", "") not in NAMES or written.quantization):
         raise RecipeError(f"DIR {decoder.source}: is quantized already; give the model it was made from")

@@ -107,6 +107,8 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, besid
         decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(scratch)
+        for file in decoder.beside:
+            shutil.copyfile(file, scratch / file.name)
         version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
         (scratch / MANIFEST).write_text(json.dumps({"format_version": version, **manifest}) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card, encoding="utf-8")

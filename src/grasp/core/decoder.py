@@ -5,9 +5,12 @@ Paths and layer indices are always those of the model as it was loaded: dropping
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,27 +21,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.core.families import Family, find_family, select
 from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
 from grasp.core.linalg import wide
+from grasp.core.modeling_grasp import auto_classes
+from grasp.core.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
-from grasp.errors import DataError, NumericsError, RecipeError
+from grasp.errors import DataError, ModelError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
 
 
 class Decoder:
-    """A causal language model seen as a stack of layers of linears.
+    """A causal language model seen as a stack of layers of linears; of a multimodal one, its text decoder.
 
-    `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model.
+    `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model. Where its layers and matrices are is
+    found out when it is first asked: a model that is only run may be of any kind. `beside`: files that a saved copy takes along.
+
+    Raises `ModelError` for a model that does not give the logits of a text.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, source: str = ""):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "")
-        self.family: Family = find_family(model, model.config.get_text_config(decoder=True).model_type)
-        self.kept: list[int] = list(range(len(self.stack)))
-        self.num_layers = len(self.kept)
         self.progress: Progress = silent
+        self.beside: tuple[Path, ...] = ()
+        check_reads_text(model)
+
+    @cached_property
+    def family(self) -> Family:
+        """The row of the family table. Raises `ModelError` for a model that is not understood."""
+        return find_family(self.model, self.config.model_type)
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """Indices of the layers still there."""
+        return list(range(self.num_layers))
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers of the model as it was loaded."""
+        return len(self.stack)
 
     @property
     def config(self) -> Any:
@@ -57,12 +79,19 @@ class Decoder:
     @property
     def block_bos(self) -> int | None:
         """The token every block of text must begin with, for families that need one; else None."""
-        return self.tokenizer.bos_token_id if self.family.bos_per_block and self.tokenizer is not None else None
+        try:
+            needed = self.family.bos_per_block
+        except ModelError:
+            needed = False
+        return self.tokenizer.bos_token_id if needed and self.tokenizer is not None else None
 
     def tokenize(self, text: str) -> Tensor:
         """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them."""
         if self.tokenizer is None:
-            raise DataError("text needs a tokenizer, and this model has none; give a `Calibration` of token ids")
+            place = f"{self.source} has no tokenizer files" if self.source else "this model has none"
+            raise DataError(
+                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)"
+            )
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=self.block_bos is None, verbose=False).input_ids[0]
 
     def layer(self, index: int) -> Layer:
@@ -186,11 +215,35 @@ class Decoder:
 
             return hook
 
-        handles = [layer.module.register_forward_hook(look(layer.index)) for layer in self.layers()]
+        try:
+            layers = list(self.layers())
+        except ModelError:
+            layers = []  # of a kind that is only run
+        handles = [layer.module.register_forward_hook(look(layer.index)) for layer in layers]
         try:
             self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        where = f"layer {found[0]} is the first with a non-finite output" if found else "the layers' outputs are finite, the logits are not"
+        where = "the layers' outputs are finite, the logits are not" if layers else "the logits are not finite"
+        where = f"layer {found[0]} is the first with a non-finite output" if found else where
         return f"{where} (dtype {self.model.dtype}; try --dtype float32)"
+
+
+def check_reads_text(model: Any) -> None:
+    """Raise `ModelError` for a model that cannot give the logits of a text from its ids alone."""
+    name = type(model).__name__
+    inner = auto_classes(type(model.config.get_text_config(decoder=True))).get("AutoModelForCausalLM", type(text_decoder(model)[1]))
+    needed = [
+        word
+        for word, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if needed := [word for word in needed if word != "input_ids"]:
+        raise ModelError(
+            f"{name} does not read text alone (it needs {', '.join(needed)}): load its text model, with {inner} inside, by itself"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder with a decoder; grasp reads decoders alone, loaded by AutoModelForCausalLM")
+    if model.get_output_embeddings() is None and not model.can_generate():
+        raise ModelError(f"{name} has no language-model head, so no loss to go by: load the model by AutoModelForCausalLM")

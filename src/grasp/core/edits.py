@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank, is_quantized
-from grasp.core.modeling_grasp import GraspConfig, LowRankLinear, carry_code, fuse, low_rank_like
+from grasp.core.modeling_grasp import GraspConfig, LowRankLinear, carry_code, fuse, low_rank_like, plain_class
 from grasp.core.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
@@ -90,7 +90,7 @@ def multiply_out(decoder: Decoder) -> int:
     """
     model = decoder.model
     pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
-    model.__class__ = next(kind for kind in type(model).__mro__ if not kind.__module__.endswith("modeling_grasp"))
+    model.__class__ = plain_class(type(model))
     strip_quantization_marks(model)
     with torch.device("meta"):
         original = type(model)(model.config)  # says which kind of module stood there: GPT-2 stores its matrices (in, out)
@@ -266,7 +266,7 @@ def _sync_quantization_config(decoder: Decoder) -> None:
 
 def _carry_no_code(model: Any) -> None:
     """Undo `carry_code`, for a model that has become an ordinary one."""
-    if type(model).__module__.endswith("modeling_grasp"):
-        model.__class__ = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers."))
+    if plain_class(type(model)) is not type(model):
+        model.__class__ = plain_class(type(model))
         for mark in ("auto_map", "quantization_config"):
             vars(model.config).pop(mark, None)

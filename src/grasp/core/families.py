@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from grasp.core.reading_grasp import text_decoder
 from grasp.errors import ModelError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -100,11 +101,15 @@ _MOSTLY = 0.9
 
 
 def find_family(model: nn.Module, model_type: str) -> Family:
-    """The row for `model_type`; failing that, a row read off the model itself, with a notice. Raises `ModelError`."""
+    """The row for `model_type`; failing that, a row read off the model itself, with a notice. Raises `ModelError`.
+
+    Its `layers` is the path in this model: a multimodal one has its text decoder further in.
+    """
     for family in FAMILIES:
         if model_type in family.model_types:
-            _check(model, family)
-            return family
+            here = replace(family, layers=_layers_path(model, family))
+            _check(model, here)
+            return here
     family = _inspect(model, model_type)
     logger.warning(
         "no family row for model type '%s': found %d layers at '%s' with the linears %s by inspection",
@@ -142,35 +147,61 @@ def select(family: Family, projections: tuple[str, ...], flag: str = "--projecti
     return tuple(chosen)
 
 
+def _layers_path(model: nn.Module, family: Family) -> str:
+    """Where this model keeps the layers of a family: the end of the row's path, below the text decoder."""
+    parts, begin = family.layers.split("."), text_decoder(model)[0]
+    for start in range(len(parts)):
+        path = ".".join(([begin] if begin else []) + parts[start:])
+        try:
+            if isinstance(model.get_submodule(path), nn.ModuleList):
+                return path
+        except AttributeError:
+            continue
+    return family.layers
+
+
 def _check(model: nn.Module, family: Family) -> None:
     try:
-        first = model.get_submodule(family.layers)[0]  # type: ignore[index]
-        for _, path in family.matrices:
-            first.get_submodule(path)
+        for layer in model.get_submodule(family.layers):  # type: ignore[attr-defined]
+            for _, path in family.matrices:
+                layer.get_submodule(path)
     except AttributeError as missing:
         raise ModelError(f"the model is not laid out as {family.name}: {missing}; {_ADD_A_ROW}") from None
 
 
 def _inspect(model: nn.Module, model_type: str) -> Family:
-    """Read a row off the model: its largest list of modules of one class, and the plain linears all of them share."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1
-    ]
+    """Read a row off the model: the largest list of modules in its text decoder, and the plain linears all of them share."""
+    begin, decoder = text_decoder(model)
+    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     if not lists:
-        raise ModelError(f"model type '{model_type}' has no list of equal decoder layers; {_ADD_A_ROW}")
+        raise ModelError(f"model type '{model_type}' has no list of decoder layers; {_ADD_A_ROW}")
     name, layers = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    counts = Counter(path for layer in layers for path, module in layer.named_modules() if isinstance(module, nn.Linear))
-    shared = [path for path in counts if counts[path] == len(layers)]
-    linear_size = sum(p.numel() for path in shared for p in layers[0].get_submodule(path).parameters())
-    layer_size = sum(p.numel() for p in layers[0].parameters())
-    if not shared or linear_size < _MOSTLY * layer_size:
-        share = linear_size / layer_size if layer_size else 0
-        raise ModelError(
-            f"model type '{model_type}' is unknown, and plain linears hold only {share:.0%} of a layer at '{name}' "
-            f"(fused experts?); {_ADD_A_ROW}"
-        )
+    linears = [{path for path, module in layer.named_modules() if isinstance(module, nn.Linear)} for layer in layers]
+    counts = Counter(path for found in linears for path in found)
+    shared = [path for path, module in layers[0].named_modules() if counts[path] == len(layers) and isinstance(module, nn.Linear)]
+    for layer in layers:
+        size = sum(p.numel() for p in layer.parameters())
+        held = sum(p.numel() for path in shared for p in layer.get_submodule(path).parameters())
+        if not shared or held < _MOSTLY * size:
+            raise ModelError(
+                f"model type '{model_type}' is unknown, and {_what_is_odd(layers, linears, held / max(size, 1))}; {_ADD_A_ROW}"
+            )
     attention = tuple((path, path) for path in shared if "attn" in path or "attention" in path)
     mlp = tuple((path, path) for path in shared if (path, path) not in attention)
-    return Family(f"{model_type} (by inspection)", (model_type,), name, attention, mlp)
+    return Family(f"{model_type} (by inspection)", (model_type,), ".".join(filter(None, (begin, name))), attention, mlp)
+
+
+def _what_is_odd(layers: nn.ModuleList, linears: list[set[str]], share: float) -> str:
+    """Why a layer cannot be understood by inspection: it differs from the first in kind, or holds its numbers in something else."""
+    for index, found in enumerate(linears):
+        only, lacks = sorted(found - linears[0]), sorted(linears[0] - found)
+        if only or lacks:
+            one, other = type(layers[0]).__name__, type(layers[index]).__name__
+            kinds = f" ({one} and {other})" if one != other else ""
+            has = [f"layer {place} has '{paths[0]}'" for place, paths in ((0, lacks), (index, only)) if paths]
+            return f"its layers differ in kind{kinds}: only {' and only '.join(has)}"
+    sizes = Counter[str]()
+    for module in layers[0].modules():
+        if not isinstance(module, nn.Linear):
+            sizes[type(module).__name__] += sum(p.numel() for p in module.parameters(recurse=False))
+    return f"plain linears hold only {share:.0%} of a layer: {sizes.most_common(1)[0][0]} holds most of the rest"

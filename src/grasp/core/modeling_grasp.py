@@ -1,6 +1,6 @@
 """Low-rank linears and how Hugging Face transformers loads them: the file every factorised checkpoint carries.
 
-It and `quantized_grasp` beside it import torch and transformers only, because they must work where grasp is not installed
+It, and `quantized_grasp` and `reading_grasp` beside it, import torch and transformers only, because they must work where grasp is not installed
 (`AutoModelForCausalLM.from_pretrained(dir, trust_remote_code=True)`). With `import grasp` the same code is registered from the package, and no flag is needed.
 
 How a checkpoint loads. `config.json` holds `"quantization_config": {"quant_method": "grasp-llm", "ranks": {path: rank}}`. transformers hands the
@@ -13,7 +13,9 @@ that knows nothing of grasp finds a tensor of the wrong shape and stops, where a
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantized_grasp import QuantizedLinear, features, place_quantized
+from .reading_grasp import check_floats, check_places, check_table, own_path, unwatch, watch_keys
 
 FORMAT_VERSION = 3
 """Highest version of the checkpoint layout that this reads; a higher one is refused. 1: pairs. 2: pivoted pairs too. 3: quantized linears too."""
@@ -202,14 +205,15 @@ class GraspConfig(QuantizationConfigMixin):
     quantized: {"scheme", "group_size", "modules": [path, ...]} (see `quantized_grasp`)."""
 
     def __init__(
-        self, ranks: dict[str, int] | None = None, version: int = 1, pivoted: list[str] | None = None,
-        quantization: dict[str, Any] | None = None, **_: Any,
+        self, ranks: Any = None, version: Any = 1, pivoted: Any = None,
+        quantization: Any = None, **_: Any,
     ):  # fmt: skip
-        if version > FORMAT_VERSION:
+        if type(version) is not int or version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has grasp format {version}, this grasp reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U grasp-llm`"
             )
+        check_table(ranks or {}, pivoted or [], quantization or None)
         self.quant_method = NAMES[0]  # a name in transformers' registry
         self.ranks, self.pivoted = dict(ranks or {}), sorted(pivoted or [])
         self.quantization = quantization
@@ -219,17 +223,34 @@ class GraspConfig(QuantizationConfigMixin):
         more = {"quantization": self.quantization} if self.quantization else {}
         return {"quant_method": self.quant_method, "version": self.version, "ranks": self.ranks, "pivoted": self.pivoted, **more}
 
+    def paths(self) -> list[str]:
+        """Every linear that is named."""
+        return sorted({*self.ranks, *(self.quantization or {}).get("modules", ())})
+
+    def moved(self, to: dict[str, str]) -> GraspConfig:
+        """The same for a model that has the linear `path` at `to[path]`."""
+        quantization = self.quantization and {**self.quantization, "modules": [to[path] for path in self.quantization["modules"]]}
+        ranks = {to[path]: rank for path, rank in self.ranks.items()}
+        return GraspConfig(ranks, self.version, [to[path] for path in self.pivoted], quantization)
+
 
 class GraspQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` modules into the empty model before its weights are read."""
+    """Puts `LowRankLinear` modules into the empty model before its weights are read, and checks what was read."""
+
+    quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        place_low_rank(model, self.quantization_config.ranks, self.quantization_config.pivoted)
-        place_quantized(model, self.quantization_config.quantization)
+        stored: Any = self.quantization_config
+        paths = stored.paths()
+        self.quantization_config = said = stored.moved({path: own_path(model, path) for path in paths})
+        place_low_rank(model, said.ranks, said.pivoted)
+        place_quantized(model, said.quantization)
+        watch_keys(model, paths)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        check_shapes(model)
+        unwatch(model)
+        check_weights(model)
         fuse(model)
         model.is_quantized = False  # every tensor is an ordinary one: casting, and training what is float, are allowed
         carry_code(model)
@@ -248,23 +269,27 @@ def low_rank_like(old: nn.Module, rank: int, device: Any = None, pivoted: bool =
 
 
 def place_low_rank(model: nn.Module, ranks: dict[str, int], pivoted: list[str]) -> None:
-    """Put unfilled low-rank modules without memory (meta device) in the place of the linears that `ranks` names."""
+    """Put unfilled low-rank modules without memory (meta device) in the place of the linears that `ranks` names. Raises `ValueError`."""
     for path, rank in ranks.items():
-        try:
-            old = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"config.json names the low-rank linear '{path}', which {type(model).__name__} lacks") from None
-        model.set_submodule(path, low_rank_like(old, rank, device="meta", pivoted=path in pivoted))
+        place = own_path(model, path)
+        old = model.get_submodule(place)
+        if path in pivoted and rank > features(old)[1]:
+            raise ValueError(f"config.json gives '{path}' the rank {rank}, but it has only {features(old)[1]} outputs")
+        model.set_submodule(place, low_rank_like(old, rank, device="meta", pivoted=path in pivoted))
 
 
-def check_shapes(model: nn.Module) -> None:
-    """Raise `ValueError` where a weight read from the files does not have the shape that the config gives it.
+def check_weights(model: nn.Module) -> None:
+    """Raise `ValueError` where a weight read from the files does not have the shape and type that the config gives it.
 
-    Some releases of transformers load a tensor of any shape into a model that comes through a quantizer.
+    Some releases of transformers load a tensor of any shape and type into a model that comes through a quantizer.
     """
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             module.check(path)
+        else:
+            check_floats(path, **dict(module.named_parameters(recurse=False)))
+        if getattr(module, "pivoted", False):
+            check_places(path, module.places)
         if isinstance(module, QuantizedLinear) or not isinstance(module, nn.Linear):
             continue
         expected = [(module.weight, (module.out_features, module.in_features))]
@@ -275,18 +300,72 @@ def check_shapes(model: nn.Module) -> None:
             raise ValueError(f"the weight of '{path}' is {tuple(module.weight.shape)}, which does not fit the ranks in config.json")
 
 
+AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
+)  # fmt: skip
+"""By which a checkpoint may be loaded, where transformers has such a class for its configuration."""
+
+
+def auto_classes(config_class: type) -> dict[str, type]:
+    """{auto class: the class of transformers that it makes of a configuration}."""
+    found = {}
+    for name in AUTO_CLASSES:
+        known = getattr(getattr(transformers, name, None), "_model_mapping", {})
+        kind = known.get(config_class, None)
+        if isinstance(kind, type) and kind.__module__.startswith("transformers.") and getattr(kind, "config_class", None) is config_class:
+            found[name] = kind
+    return found
+
+
+def plain_class(kind: type) -> type:
+    """The class of a model before `carry_code`."""
+    return next(base for base in kind.__mro__ if "carries_grasp" not in vars(base) and not base.__module__.endswith("modeling_grasp"))
+
+
 def carry_code(model: Any) -> None:
     """Make `model.save_pretrained` copy this file beside the weights and name it in `config.auto_map`."""
-    model.__class__ = __getattr__(type(model).__name__)
+    kind = plain_class(type(model))
+    if not kind.__module__.startswith("transformers."):
+        model.__class__ = with_its_own_code(kind)
+        return
+    model.__class__ = __getattr__(kind.__name__)
+    named = {auto: f"modeling_grasp.{found.__name__}" for auto, found in auto_classes(type(model.config)).items()}
+    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **named}
 
 
 @cache
 def __getattr__(name: str) -> type:
     """`modeling_grasp.LlamaForCausalLM` and the like: the class of that name in transformers, marked as carrying this file."""
-    base = None if name.startswith("__") else getattr(transformers, name, None)
+    base: Any = None if name.startswith("__") else getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return type(name, (base,), {"__module__": __name__, "__doc__": base.__doc__, "_auto_class": "AutoModelForCausalLM"})
+    known = auto_classes(base.config_class) if isinstance(base.config_class, type) else {}
+    auto = next((auto for auto, found in known.items() if found is base), AUTO_CLASSES[0])
+    marks = {"__module__": __name__, "__doc__": base.__doc__, "_auto_class": auto, "carries_grasp": True}
+    return type(
+        name, (base,), {**marks, "is_custom_code": classmethod(lambda cls: False)}
+    )  # so its weights are renamed as transformers' are
+
+
+CARRY = "from .modeling_grasp import register  # lets transformers read the low-rank linears of this checkpoint"
+
+
+@cache
+def with_its_own_code(kind: Any) -> type:
+    """A class whose code is not transformers' own, but a file beside the weights: saving adds our files, and a line that imports them."""
+
+    def save_pretrained(self: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        super(made, self).save_pretrained(save_directory, *arguments, **options)
+        code, here = Path(save_directory) / f"{kind.__module__.rpartition('.')[2]}.py", Path(__file__).parent
+        if code.is_file() and CARRY not in code.read_text(encoding="utf-8"):
+            code.write_text(code.read_text(encoding="utf-8").rstrip("\n") + f"\n\n{CARRY}\n", encoding="utf-8")
+        for name in ("modeling_grasp.py", "quantized_grasp.py", "reading_grasp.py"):
+            shutil.copyfile(here / name, Path(save_directory) / name)
+
+    marks = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_auto_class": kind._auto_class or AUTO_CLASSES[0]}
+    made: Any = type(kind.__name__, (kind,), {**marks, "carries_grasp": True, "save_pretrained": save_pretrained})
+    return made
 
 
 def register() -> None:

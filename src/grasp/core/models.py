@@ -9,25 +9,30 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from grasp.core.decoder import Decoder
 from grasp.core.dequantizing import dequantizing, ordinary
+from grasp.core.directory import ADAPTER, PICKLES, check_directory, check_pointer, is_adapter, only_pickles
 from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
-from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.modeling_grasp import NAMES, place_low_rank
+from grasp.core.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -63,35 +68,97 @@ def load_model(
         options["gguf_file"] = gguf
     try:
         config = AutoConfig.from_pretrained(name, **options)
+        _check_method(source, config)
+        auto = _auto_class(config, trust_remote_code)
         if empty:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            written = getattr(config, "quantization_config", None) or {}
-            if written.get("quant_method") in NAMES:
-                place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
-            return Decoder(model, None, source)
+            return Decoder(_without_weights(auto, config, trust_remote_code), None, source)
         tokenizer = AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
+        beside = () if gguf else tuple(_beside(name, options))
         if gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
         elif dequantize:
             options |= dequantizing(config)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        safe = {} if gguf else {"use_safetensors": True}
+        model, info = auto.from_pretrained(
+            name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **safe, **options
         )
     except (ImportError, OSError, HFValidationError, SafetensorError, ValueError, RuntimeError, KeyError) as failure:
-        raise _explained(source, path, failure) from failure
+        raise _explained(source, path, failure, options) from failure
+    _check_weights(source, model, info)
+    if gguf:
+        strip_quantization_marks(model)
+    decoder = Decoder(model.to(target), tokenizer, source)
+    decoder.beside = beside
+    if dequantize and getattr(config, "quantization_config", None) and not gguf:
+        ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
+    return decoder
+
+
+def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The model's shapes, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    written = getattr(config, "quantization_config", None) or {}
+    if written.get("quant_method") in NAMES:
+        place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
+    return model
+
+
+def _auto_class(config: Any, trust_remote_code: bool) -> Any:
+    """The auto class of transformers that makes the model which was saved: one of text, or a multimodal one with a text decoder inside."""
+    named, saved = getattr(config, "auto_map", None) or {}, getattr(config, "architectures", None) or []
+    candidates = {name: getattr(transformers, name) for name in AUTO_CLASSES[:4] if hasattr(transformers, name)}
+    known = {name: auto._model_mapping[type(config)] for name, auto in candidates.items() if type(config) in auto._model_mapping}
+    known.pop("AutoModel", None)  # it makes the body without the head
+    exact = [name for name, kind in known.items() if getattr(kind, "__name__", "") in saved]
+    remote = [name for name in candidates if name in named] if trust_remote_code or not known else []
+    return candidates[(exact or remote or [*known] or ["AutoModelForCausalLM"])[0]]
+
+
+def _check_method(source: str, config: Any) -> None:
+    """Raise `CheckpointError` where the config names a quantization that transformers would skip, and load as if it were none."""
+    written = getattr(config, "quantization_config", None) or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if written is None:
+        return
+    if not isinstance(written, dict):
+        raise CheckpointError(f"{source}: the quantization_config of config.json is {type(written).__name__}, not a table")
+    known = written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING or written.get("load_in_8bit") or written.get("load_in_4bit")
+    if not known:
+        raise CheckpointError(
+            f"{source}: config.json says quantized by '{written.get('quant_method')}', which transformers {transformers.__version__} does not "
+            f"know{did_you_mean(str(written.get('quant_method')), AUTO_QUANTIZATION_CONFIG_MAPPING)}; install what reads it, or upgrade"
+        )
+
+
+OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids|decoder\.version)$")
+"""Constants that earlier releases of transformers stored among the weights."""
+
+
+def _check_weights(source: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where the files and the config do not name the same weights."""
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
         raise CheckpointError(f"{source}: the weight '{key}' has the shape {tuple(found)} where the config asks for {tuple(expected)}")
     if info["missing_keys"]:
         keys = sorted(info["missing_keys"])
         raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
-    if gguf:
-        strip_quantization_marks(model)
-    decoder = Decoder(model.to(target), tokenizer, source)
-    if dequantize and getattr(config, "quantization_config", None) and not gguf:
-        ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
-    return decoder
+    if surplus := sorted(key for key in info["unexpected_keys"] if not OLD_BUFFERS.search(key)):
+        raise CheckpointError(
+            f"{source}: {len(surplus)} weights of the files have no place in the {type(model).__name__} that config.json describes, the first is "
+            f"'{surplus[0]}'; they would be lost: mend config.json, or take the files of the model that it describes"
+        )
+
+
+BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+"""What a multimodal model needs to read pictures or sound: taken along as it is."""
+
+
+def _beside(name: str | Path, options: dict[str, Any]) -> Iterator[Path]:
+    missing_is_fine = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    for file in BESIDE:
+        found = cached_file(str(name), file, local_files_only=options.get("local_files_only", False), **missing_is_fine)
+        if found is not None:
+            yield Path(found)
 
 
 def open_model(
@@ -119,7 +186,12 @@ def _locate(source: str) -> tuple[Path, str | None]:
         if not path.is_file():
             raise ModelError(f"MODEL {source}: no such file")
         need(f"MODEL {source}", "gguf", "gguf", "accelerate")
+        check_pointer(path)
         return path.parent, path.name
+    if path.is_file() and path.suffix in PICKLES:
+        raise ModelError(
+            f"MODEL {source}: a pickle, which can run any code and is never opened; give the model's directory, with safetensors"
+        )
     if path.exists() and not path.is_dir():
         raise ModelError(f"MODEL {source}: a file, but not a .gguf one; give a model directory, a .gguf file or a hub name")
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -151,32 +223,32 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _explained(source: str, path: Path, failure: Exception) -> ModelError | CheckpointError:
+def _explained(source: str, path: Path, failure: Exception, options: dict[str, Any]) -> ModelError | CheckpointError:
     """One line for what transformers says in many."""
     reason = " ".join(str(failure).split())
+    if "trust_remote_code=True" in reason:
+        return ModelError(f"MODEL {source}: needs the code that lies beside it; read that, and if you trust it, give --trust-remote-code")
     if path.is_dir():
         return CheckpointError(f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}")
+    if not path.exists() and _in_hub(source, ADAPTER, options):
+        return ModelError(f"MODEL {is_adapter(source, '')}")
+    if not path.exists() and "safetensors" in reason and (found := _in_hub(source, "pytorch_model.bin", options)):
+        return ModelError(f"MODEL {only_pickles(source, found.name)}")
     return ModelError(
         f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it ({textwrap.shorten(reason, 120, placeholder='…')}); "
         f"check the name and the network, or use a local directory, a .gguf file or '{EMBEDDED}'"
     )
 
 
-def check_directory(path: Path) -> None:
-    """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no manifest of a newer format."""
-    if (path / MANIFEST).is_file():
-        read_manifest(path)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json; not a model directory")
-    files = sorted(path.glob("*.safetensors"))
-    if not files and not list(path.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{path}: no *.safetensors file; the copy is incomplete")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as failure:
-            raise CheckpointError(f"{file}: damaged or cut short ({failure}); copy or make the checkpoint again") from failure
+def _in_hub(source: str, file: str, options: dict[str, Any]) -> Path | None:
+    """Whether a hub repository has a file; only asked once loading failed, to say why. Nothing large is fetched."""
+    try:
+        if options.get("local_files_only"):
+            found = try_to_load_from_cache(source, file)
+            return Path(found) if isinstance(found, str) else None
+        return Path(file) if HfApi().file_exists(source, file) else None
+    except (OSError, ValueError):  # HFValidationError is a ValueError
+        return None
 
 
 def embedded_model() -> Path:

@@ -134,7 +134,8 @@ class QuantizedLinear(nn.Linear):
         """Raise `ValueError` where a tensor read from the files does not have the shape and type that the config gives it, or is not finite."""
         for name, shape in self.layout().items():
             tensor, whole = getattr(self, name), name.endswith("_qdata")
-            if tuple(tensor.shape) != shape or tensor.dtype.is_floating_point == whole:
+            packed = torch.uint8 if self.scheme == "int4" else torch.int8
+            if tuple(tensor.shape) != shape or (tensor.dtype != packed if whole else not tensor.dtype.is_floating_point):
                 raise ValueError(
                     f"'{path}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, which does not fit the quantization in config.json"
                 )

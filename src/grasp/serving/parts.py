@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grasp.core.quantized_grasp import meaning
+from grasp.core.reading_grasp import check_floats, check_places
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -67,6 +68,10 @@ class Part:
             raise ValueError(f"{self.path}: the checkpoint has a '{name}', but config.json names no rank for it")
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{self.path}.{name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}")
+        if name == "places":
+            check_places(self.path, tensor)
+        else:
+            check_floats(self.path, **{name: tensor})
         self._waiting[name] = tensor
         if self.pivoted and name != "weight_in" and not {"weight", "places"} <= self._waiting.keys():
             return  # which rows are needed is known once both are here
@@ -83,8 +88,19 @@ class Part:
         wanted = 3 if "qdata" in parts and parts["qdata"].dtype == torch.uint8 else 2
         if matrix not in self.shapes() or len(parts) < wanted or "qdata" not in parts:
             return matrix, None
+        self._check_stored(matrix, parts)
         del self._stored[matrix]
         return matrix, meaning(parts["qdata"], parts["scale"], parts.get("zero"), self.shapes()[matrix][1], self.group_size or 1)
+
+    def _check_stored(self, matrix: str, parts: dict[str, Tensor]) -> None:
+        """Raise `ValueError` where the stored numbers of a matrix do not have the shapes and types of `quantized_grasp`."""
+        (rows, columns), qdata = self.shapes()[matrix], parts["qdata"]
+        few = qdata.dtype == torch.uint8
+        groups = -(-columns // (self.group_size or 1)) if few else 1
+        check_floats(f"{self.path}.{matrix}", **{name: tensor for name, tensor in parts.items() if name != "qdata"})
+        fits = qdata.dtype in (torch.int8, torch.uint8) and tuple(qdata.shape) == (rows, -(-columns // 2) if few else columns)
+        if not fits or any(tuple(tensor.shape) != (rows, groups) for name, tensor in parts.items() if name != "qdata"):
+            raise ValueError(f"{self.path}.{matrix}: its stored numbers do not fit the quantization in config.json")
 
     def _slice(self, name: str) -> Tensor:
         tensor = self._waiting[name]

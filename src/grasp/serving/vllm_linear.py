@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from grasp.core.modeling_grasp import FORMAT_VERSION, NAMES
+from grasp.core.modeling_grasp import NAMES, GraspConfig
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
 
 TENSORS = ("weight", "weight_in", "places", "weight_qdata", "weight_zero", "weight_in_qdata", "weight_in_zero")
@@ -40,12 +40,8 @@ class LowRankConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
-        if config.get("version", 1) > FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has grasp format {config['version']}, the installed grasp-llm reads up to {FORMAT_VERSION}: "
-                "upgrade with `pip install -U grasp-llm`"
-            )
-        return cls(config.get("ranks", {}), config.get("pivoted", []), config.get("quantization"))
+        said = GraspConfig(**{key: value for key, value in config.items() if key != "quant_method"})  # checks all of it
+        return cls(said.ranks, said.pivoted, said.quantization)
 
     @classmethod
     def get_name(cls) -> str:
