@@ -226,7 +226,7 @@ def test_peak_memory_of_a_fresh_process(model_directory, calibration, tmp_path):
 )
 def test_where_the_source_is_not_this_model(answer, complaint, reason, monkeypatch, caplog):
     """Changed in memory, gone, or too large: no number, and a warning says why."""
-    monkeypatch.setattr(peak.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=answer, stderr=complaint))
+    monkeypatch.setattr(peak, "run_child", lambda *_, **__: SimpleNamespace(stdout=answer, stderr=complaint))
     with caplog.at_level(logging.WARNING):
         assert [score.name for score in benching.memory(Decoder(build("llama"), source="x"), 1, 4, 2)] == ["parameter bytes"]
     assert reason in caplog.text

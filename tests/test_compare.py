@@ -219,7 +219,7 @@ def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):
         def __init__(self, _command, **options):
             super().__init__([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], **options)
 
-    monkeypatch.setattr(comparison.subprocess, "Popen", Dead)
+    monkeypatch.setattr(subprocess, "Popen", Dead)
     results = comparison.compare(read_experiment(write(TWO)), tmp_path / "out.json")
     assert [row.error for row in results.rows] == ["the process ended with status -9 (out of memory?)"] * 3
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["label"] == "dense"

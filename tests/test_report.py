@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grasp
+from grasp.core import writing
 from grasp.core.results import Generation, Result, Results
 from grasp.core.score import Score
 from grasp.errors import CheckpointError, RecipeError
@@ -312,8 +313,8 @@ def test_a_page_that_cannot_be_finished_leaves_nothing(tmp_path, monkeypatch, ma
     monkeypatch.setattr(html, "Runtime", Quiet)
     out = tmp_path / "report.html"
     out.write_text("old")
-    monkeypatch.setattr(html.os, "chmod", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RecipeError, match="No space left"):
+    monkeypatch.setattr(writing.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match="No space left"):
         write_report([material / "results.json"], out)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"] and out.read_text() == "old"
 

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "estimate": {"core", "methods", "stages"},
     "terminal": set(),
     "commands": {
+        "compensation.training",
         "core",
         "errors",
         "methods",
@@ -49,7 +50,8 @@ MAY_IMPORT = {
         "terminal",
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
-    "cli": {"errors", "flags", "commands", "demo", "reporting", "terminal", ""},
+    "cli": {"core.children", "errors", "flags", "commands", "demo", "interruption", "reporting", "terminal", ""},
+    "interruption": set(),
     "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "quantization", "recovery", "serving"},
     "__main__": {"cli"},
 }

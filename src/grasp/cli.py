@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from grasp import __version__
-from grasp.errors import GraspError
+from grasp.core.children import end_with_parent
+from grasp.errors import GraspError, Interrupted
 from grasp.flags import MethodCommand, RecipeCommand, Words, read_config, shared
+from grasp.interruption import as_interrupts
 
 
 def _commands() -> Any:
@@ -204,6 +208,8 @@ def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options
 def compare(experiment: Path, output: Path | None, dry_run: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
     """Many methods, one calibration, one accounting, one evaluation: one table. Interrupted, it goes on where it stopped; a failed cell
     is a row that says why."""
+    if cell is not None:
+        end_with_parent()
     _commands().compare(experiment, output, dry_run, cell, as_json, quiet)
 
 
@@ -234,7 +240,9 @@ def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None
     and the model with the same layers removed."""
     from grasp.terminal import say
 
-    if measure is None and not quiet:
+    if measure is not None:
+        end_with_parent()
+    elif not quiet:
         say("SmolLM2-135M-Instruct, compressed three ways, saved, loaded again and measured")
     _commands()
     from grasp import demo as script
@@ -278,6 +286,11 @@ def main() -> None:
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_ToStderr()], force=True
     )  # fmt: skip
+    with as_interrupts() as received:
+        _run(debug, received)
+
+
+def _run(debug: bool, received: list[int]) -> None:
     try:
         cli.main(standalone_mode=False)
     except GraspError as error:
@@ -289,16 +302,29 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was left behind", 130, debug)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        cause = stop.__cause__ if isinstance(stop, click.Abort) else stop
+        if isinstance(cause, EOFError):  # click takes it for an interrupt
+            _unexpected(cause, debug)
+        how = f"ended by {signal.Signals(received[0]).name}" if received else "interrupted"
+        left = cause if isinstance(cause, Interrupted) else "nothing was left behind"
+        _fail(f"{how}; {left}", 128 + (received[0] if received else signal.SIGINT), debug)
     except BrokenPipeError:
         sys.exit(1)
-    except Exception as error:  # a defect of ours, or something no one has met yet
-        _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
+    except Exception as error:
+        if received:  # a terminal that is closed cannot be written to
+            sys.exit(128 + received[0])
+        _unexpected(error, debug)
+
+
+def _unexpected(error: BaseException, debug: bool) -> typing.NoReturn:
+    """A defect of ours, or something no one has met yet."""
+    _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
 
 
 def _fail(message: str, status: int, debug: bool) -> typing.NoReturn:
     if debug:
         traceback.print_exc()
-    click.echo(f"grasp: error: {message}", err=True)
+    with suppress(OSError):  # a closed terminal
+        click.echo(f"grasp: error: {message}", err=True)
     sys.exit(status)

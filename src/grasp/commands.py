@@ -14,9 +14,11 @@ import transformers
 from grasp import compare as comparison
 from grasp import estimate, experiment, inspection, measurement, pipeline, quantization
 from grasp.core.checkpoint import bytes_on_disk
+from grasp.core.destination import check_destination
 from grasp.core.families import FAMILIES
 from grasp.core.manifest import MANIFEST
 from grasp.core.models import DTYPES
+from grasp.errors import Interrupted
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
 from grasp.serving import export as exporting
@@ -62,11 +64,12 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
 def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Run `recovery.recover` and sum up what it did. Of several processes the first speaks."""
     from grasp import recovery  # the trainer takes a second to import, and needs accelerate
+    from grasp.compensation.training import way_on
 
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         logging.getLogger("grasp").setLevel(logging.ERROR)
-    with progress_bars(quiet or not first) as bars:
+    with progress_bars(quiet or not first) as bars, way_on(out):
         done = recovery.recover(checkpoint, out, progress=bars, **options)
     if not first:
         return
@@ -131,8 +134,10 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
     for name in ("data", "seed", "text_field"):
         options.pop(name, None)
     dtype, num_samples, seq_len = options.get("dtype"), options["num_samples"], options["seq_len"]
+    check_destination(out, 0, model)
     decoder, method, plan = estimate.dry_run(model, **options)
     width = (DTYPES[dtype] if dtype else decoder.model.dtype).itemsize
+    check_destination(out, (decoder.num_parameters() if plan.parameters is None else plan.parameters) * width, model)
     cost = estimate.estimate(decoder, plan, num_samples, seq_len, width)
     before, after = decoder.num_parameters(), plan.parameters
     rows = [
@@ -239,9 +244,7 @@ def compare(path: Path, output: Path | None, dry: bool, cell: str | None, as_jso
             emit(comparison.run_cell(comparison.cell_of(asked, cell), bars).to_json())
         return
     place = output or Path("results") / f"{path.stem}.json"
-    if output is None:
-        place.parent.mkdir(exist_ok=True)
-    check_output(place)
+    check_output(place, new_folder=output is None)
     done = comparison.finished(place)
     if dry:
         rows = [(one.label, one.method or "dense", "finished" if one.key in done else "to run") for one in asked.cells]
@@ -253,10 +256,10 @@ def compare(path: Path, output: Path | None, dry: bool, cell: str | None, as_jso
 
     try:
         results = comparison.compare(asked, place, announce, quiet)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         finished = len({one.key for one in asked.cells} & set(comparison.finished(place)))
-        say(f"interrupted: {finished} of {len(asked.cells)} cells are finished in {plain(place)}; the same command goes on from there")
-        raise
+        kept = f"{finished} of {len(asked.cells)} cells are finished in {place}; the same command goes on from there"
+        raise Interrupted(kept if finished else "no cell is finished") from stop
     show_results(results)
     finish(results, None, as_json)
     say(f"results: {plain(place)}; a page of them: grasp report {plain(place)}")

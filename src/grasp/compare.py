@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from grasp import measurement, pipeline
+from grasp.core.children import run_child
 from grasp.core.models import load_model
 from grasp.core.provenance import Clock, machine, versions
 from grasp.core.results import Result, Results
@@ -109,16 +109,11 @@ def _shown(cell: Cell) -> dict[str, object]:
 def _run_apart(path: Path, cell: Cell, quiet: bool) -> Result:
     """A cell in a new process; whatever ends that process is the row's error."""
     command = [sys.executable, "-m", "grasp", "compare", str(path), "--cell", cell.key, *(["--quiet"] if quiet else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            out, _ = child.communicate()
-        except KeyboardInterrupt:
-            child.terminate()
-            raise
+    child = run_child(command)
     if child.returncode == 130:
         raise KeyboardInterrupt
     if child.returncode == 0:
-        return Result.from_json(json.loads(out.splitlines()[-1]))
+        return Result.from_json(json.loads(child.stdout.splitlines()[-1]))
     error = f"the process ended with status {child.returncode}" + (" (out of memory?)" if child.returncode == -9 else "")
     return _failed(cell, error)
 

@@ -7,7 +7,6 @@ what is shown is what a user of the checkpoint gets.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 
 from grasp import measurement, pipeline
-from grasp.core.checkpoint import check_destination
+from grasp.core.children import run_child
+from grasp.core.destination import check_destination
 from grasp.core.models import EMBEDDED, embedded_model, load_model
 from grasp.core.precision import has_fast_bfloat16
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
 from grasp.core.sweep import Progress
-from grasp.errors import GraspError
+from grasp.errors import GraspError, Interrupted
 from grasp.evaluation.generation import greedy
 from grasp.evaluation.speed import decode_speed
 from grasp.report.plots import overview
@@ -38,8 +38,18 @@ NEW_TOKENS = 24
 
 def run(output: Path, as_json: bool, quiet: bool) -> None:
     """Compress twice, measure in a child process, print the table."""
-    begin = time.perf_counter()
     check_destination(output, 2_000_000_000)
+    try:
+        _run(output, as_json, quiet)
+    except KeyboardInterrupt as stop:
+        done = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+        if not done:
+            raise
+        raise Interrupted(f"{output} holds what was finished ({', '.join(done)}); remove it to begin anew") from stop
+
+
+def _run(output: Path, as_json: bool, quiet: bool) -> None:
+    begin = time.perf_counter()
     dtype = "bfloat16" if has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "float32"
     calibration = {**CALIBRATION, "dtype": dtype}
     say(
@@ -91,7 +101,9 @@ def _show(results: Results, layers: tuple[int, ...]) -> None:
 
 def _measure_in_new_process(output: Path, quiet: bool) -> Results:
     command = [sys.executable, "-m", "grasp", "demo", "--measure", str(output), *(["--quiet"] if quiet else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = run_child(command)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
     if done.returncode:
         raise GraspError(f"measuring {output} in a new process failed with status {done.returncode}; the message above says why")
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]

@@ -30,6 +30,10 @@ class NumericsError(GraspError):
     """A loss, gradient or weight that is not finite. Names the place."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a signal, where something is left: says what, and how to go on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'taylor'?"` where one of `known` is close to `name`, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)

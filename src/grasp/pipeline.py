@@ -21,9 +21,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from grasp.core.checkpoint import check_destination, save
+from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import apply
 from grasp.core.models import open_model
 from grasp.core.provenance import Clock, describe_model, versions
@@ -95,6 +96,8 @@ def compress(
     """
     chosen = make(method, fields)
     clock = Clock()
+    if out is not None:
+        check_destination(Path(out), 0, model)
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
     decoder.progress = progress
     _check(chosen, decoder, out, data, num_samples, seq_len)
@@ -127,7 +130,7 @@ def compress(
         "seconds": clock.laps,
     }
     if out is not None:
-        save(decoder, Path(out), manifest, model_card(manifest, Path(out).name))
+        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
     return Compression(decoder, manifest, before, after, None if out is None else Path(out))
 
 
@@ -139,7 +142,7 @@ def _check(method: Method, model: Decoder, out: str | Path | None, data: str | C
     method.check(model)
     if out is not None:
         before, after = model.num_parameters(), method.plan(model).parameters
-        check_destination(Path(out), model.num_bytes() * (before if after is None else after) // before)
+        check_destination(Path(out), model.num_bytes() * (before if after is None else after) // before, model.source)
     model.check_finite()
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grasp.core.checkpoint import check_destination, save
+from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize, apply
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
@@ -80,7 +81,7 @@ def quantize(
     torchao()
     clock = Clock()
     if out is not None:
-        check_destination(Path(out), 0)
+        check_destination(Path(out), 0, model)
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
     settle_class(decoder)
     written = getattr(decoder.config, "quantization_config", None) or getattr(decoder.model.config, "quantization_config", None)
@@ -100,7 +101,10 @@ def quantize(
             pivoted,
         )
     manifest = _manifest(decoder)
-    before, command = decoder.num_bytes(), ["grasp", "quantize", Path(decoder.source).name, Path(out or "OUT").name, "--bits", str(bits)]
+    before, command = (
+        decoder.num_bytes(),
+        ["grasp", "quantize", Path(decoder.source).name, name_of(Path(out or "OUT")), "--bits", str(bits)],
+    )
     command += [*(["--scheme", scheme] if scheme != "weight-only" else []), *(["--group-size", str(group_size)] if bits == 4 else [])]
     clock.lap("load")
     errors = dict(_round_all(decoder, kind, group_size, progress))
@@ -114,7 +118,7 @@ def quantize(
         "command": shlex.join([*command, *(["--dtype", dtype] if dtype else [])]), "versions": versions(), "seconds": clock.laps,
     }  # fmt: skip
     if out is not None:
-        save(decoder, Path(out), manifest, model_card(manifest, Path(out).name))
+        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
     return Quantization(decoder, manifest, None if out is None else Path(out))
 
 

@@ -27,9 +27,10 @@ from grasp.compensation.recipe import Recipe, make_recipe
 from grasp.compensation.rows import Collate, Rows, TrainingData, pack_or_pad, prepare
 from grasp.compensation.teacher import CachedTeacher, Teacher, check_teacher, offload, remember
 from grasp.compensation.trainable import bring_back, check_trainable, choose, numbers, settled, write_adapter
-from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, train
-from grasp.core.checkpoint import check_destination, save
+from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, run_of, train
+from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
+from grasp.core.destination import check_beside, check_destination, name_of
 from grasp.core.extras import need
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
@@ -94,7 +95,7 @@ def recover(
     recipe, place, out = make_recipe(preset, fields), Path(checkpoint), Path(out)
     need("grasp recover", "recover", "accelerate", *(["peft"] if recipe.train == "lora" else []))
     job = _Job.begin(recipe, place, out, data, text_field, device, fsdp, trust_remote_code, progress)
-    recipe, run, clock = job.recipe, out.with_name(out.name + ".recovery"), job.clock
+    recipe, run, clock = job.recipe, run_of(out), job.clock
     layer_class = type(job.decoder.stack[0]).__name__ if fsdp else None
     args = arguments(recipe, run, number_of_steps(recipe, len(job.told.train)), device=job.device, fsdp=layer_class, report_to=report_to)
     with run_folder(run, job.record(data), resume) as resume_from:
@@ -106,7 +107,7 @@ def recover(
         done = train(model, args, job.told, objective, job.collate, dtype=job.dtype, progress=progress, resume_from=resume_from)
         clock.lap("training")
 
-    facts = {**job.facts(place.name, out.name, data), "trained_parameters": count, "start": start, "processes": args.world_size, "steps": done.steps,
+    facts = {**job.facts(place.name, name_of(out), data), "trained_parameters": count, "start": start, "processes": args.world_size, "steps": done.steps,
              "tokens_seen": done.tokens, "curve": done.curve, "best": done.best, "versions": versions(), "seconds": clock.laps}  # fmt: skip
     manifest = {**job.manifest, "recovery": {name: value for name, value in facts.items() if value is not None}}
     if "recovery" in job.manifest:
@@ -141,7 +142,8 @@ class _Job:
             raise RecipeError(
                 f"DIR {place}: is quantized ({manifest['quantization']['scheme']}), and rounded weights are not trained; recover the checkpoint it was made from, then quantize"
             )
-        check_destination(out, sum(file.stat().st_size for file in place.glob("*.safetensors")))
+        check_destination(out, sum(file.stat().st_size for file in place.glob("*.safetensors")), place, recipe.teacher)
+        check_beside(run_of(out), out, "the states of the run are kept in")
         dtype = _dtype(recipe, device)
         options: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": trust_remote_code}
         decoder = load_model(str(place), device="cpu" if fsdp else device, **options)
@@ -294,7 +296,7 @@ def _save(place: Path, out: Path, recipe: Recipe, done: Trained, manifest: dict[
         logger.warning("the held-out loss was never lower than before the training: %s is as %s was", out, place)
     decoder = load_model(str(place), device="cpu", trust_remote_code=trust_remote_code)
     if recipe.keep_adapter:
-        save(decoder, out, manifest, model_card(manifest, out.name), lambda folder: write_adapter(decoder, recipe, done.state, folder / "adapter", out.name))  # fmt: skip
+        save(decoder, out, manifest, model_card(manifest, name_of(out)), lambda folder: write_adapter(decoder, recipe, done.state, folder / "adapter", name_of(out)))  # fmt: skip
         return
     bring_back(decoder, recipe, done.state)
-    save(decoder, out, manifest, model_card(manifest, out.name))
+    save(decoder, out, manifest, model_card(manifest, name_of(out)))

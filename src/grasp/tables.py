@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from grasp.core.results import Result, Results
+from grasp.core.destination import check_file
+from grasp.core.results import Result, Results, is_results
 from grasp.core.score import Score
 from grasp.errors import RecipeError
 from grasp.terminal import emit, megabytes, plain, say, table
@@ -15,15 +15,15 @@ MEASURES = ("perplexity", "perplexity ratio", "nats/token", "top-1 agreement", "
 SPEEDS = ("tokens/s", "s", "ratio", "bytes", "share")
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, new_folder: bool = False) -> None:
     """Raise `RecipeError` where results cannot be written to a file: asked before any work is done."""
     if path is None:
         return
     if path.suffix != ".json":
         raise RecipeError(f"--output {path}: results are written as .json; give a name that ends in it")
-    parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK) or path.is_dir():
-        raise RecipeError(f"--output {path}: cannot be written there; give a file in a folder that exists")
+    check_file(path, "--output", new_folder)
+    if path.exists() and not is_results(path):
+        raise RecipeError(f"--output {path}: is there and no results file of grasp; choose another name")
 
 
 def finish(results: Results, output: Path | None, as_json: bool) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from grasp.compensation.hooks import Outputs
 from grasp.compensation.rows import IGNORED, Collate, Rows, read_by_model
-from grasp.core.checkpoint import whole
 from grasp.core.decoder import Decoder
 from grasp.core.provenance import describe_model
 from grasp.core.sweep import Progress
+from grasp.core.writing import whole
 from grasp.errors import NumericsError, RecipeError
 
 

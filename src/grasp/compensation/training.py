@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from grasp.compensation.recipe import Recipe
 from grasp.compensation.rows import Collate, TrainingData
 from grasp.compensation.state import TRAINED, last_state
 from grasp.compensation.trainer import BEST, Compensation
+from grasp.core.destination import name_of, real
+from grasp.core.partial import hold
 from grasp.core.sweep import Progress
-from grasp.errors import CheckpointError, NumericsError, RecipeError
+from grasp.errors import CheckpointError, Interrupted, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
         )
     if resume:
         logger.info("--resume: %s holds no run; beginning anew", folder)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         note.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -127,12 +129,52 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
 
 @contextmanager
 def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[Path | None]:
-    """The folder of a run, within the block; gives the state to go on from. It stays only where there is a state in it to lose."""
+    """The folder of a run, within the block; gives the state to go on from. It stays only where there is a state in it to lose.
+
+    Raises `CheckpointError` where it cannot be made, or where another process trains in it.
+    """
+    with ExitStack() as held:
+        try:
+            if _first() and folder.is_dir():
+                held.enter_context(hold(folder))
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another process is training in it; wait for it, or choose another OUT") from None
+        try:
+            try:
+                state = begin_run(folder, record, resume)
+                if _first():
+                    held.close()
+                    held.enter_context(hold(folder))
+            except OSError as failure:
+                raise CheckpointError(f"{folder}: the run cannot be begun: {failure}") from failure
+            yield state
+        finally:
+            if last_state(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_of(out: Path) -> Path:
+    """The folder beside `out` where a run keeps its states."""
+    place = out if out.name == name_of(out) else real(out)
+    return place.with_name(place.name + ".recovery")
+
+
+@contextmanager
+def way_on(out: Path) -> Iterator[None]:
+    """An interrupt within the block says what of the run is kept."""
     try:
-        yield begin_run(folder, record, resume)
-    finally:
-        if last_state(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except KeyboardInterrupt as stop:
+        state = last_state(run_of(out))
+        if state is None:
+            raise
+        kept = f"the state of step {state.name.rpartition('-')[2]} is kept in {state.parent}"
+        raise Interrupted(f"{kept}; the same command with --resume goes on from there") from stop
+
+
+def _first() -> bool:
+    """Whether this is the process of several that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def train(

@@ -10,8 +10,6 @@ import importlib.util
 import logging
 import os
 import re
-import shutil
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +31,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
+from grasp.core.writing import whole
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -263,17 +262,13 @@ def embedded_model() -> Path:
     home = cache / f"smollm2-{file.stat().st_size}-transformers{transformers.__version__}"
     if not home.is_dir():
         logger.info("unpacking %s into %s (once)", file.name, home)
-        cache.mkdir(parents=True, exist_ok=True)
         decoder = load_model(str(file), device="cpu", dtype="float32")
-        scratch = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=cache))
         try:
-            decoder.model.config.name_or_path = "SmolLM2-135M-Instruct"
-            decoder.model.save_pretrained(scratch)
-            decoder.tokenizer.save_pretrained(scratch)  # type: ignore[union-attr]
-            scratch.rename(home)
-        except OSError:
+            with whole(home) as scratch:
+                decoder.model.config.name_or_path = "SmolLM2-135M-Instruct"
+                decoder.model.save_pretrained(scratch)
+                decoder.tokenizer.save_pretrained(scratch)  # type: ignore[union-attr]
+        except CheckpointError:
             if not home.is_dir():  # another process may have been first
                 raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return home

@@ -18,14 +18,14 @@ Scores of all kinds are rows of one table, told apart by `unit`:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grasp.core.score import Score
+from grasp.core.writing import whole_file
 from grasp.errors import CheckpointError
 
 KIND, FORMAT_VERSION = "grasp-results", 1
@@ -109,16 +109,8 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises `CheckpointError`."""
-        try:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-                file.write("\n")
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-        except OSError as failure:
-            raise CheckpointError(f"{path}: cannot be written: {failure}") from failure
+        with whole_file(path) as scratch:
+            scratch.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -137,3 +129,13 @@ class Results:
             raise CheckpointError(f"{path}: the file is damaged: {failure!r}") from failure
         text, table = (lambda key: str(found.get(key) or "")), (lambda key: dict(found.get(key) or {}))
         return cls(rows, text("title"), text("command"), table("versions"), table("machine"), table("about"))
+
+
+def is_results(path: Path) -> bool:
+    """Whether a file begins as results files do: another one is never replaced."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(4096)
+    except OSError:
+        return False
+    return not begin.strip() or re.search(rf'"kind"\s*:\s*"{KIND}"'.encode(), begin) is not None

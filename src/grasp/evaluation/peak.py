@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from grasp.core.children import end_with_parent, run_child
 from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.evaluation.speed import Runner
@@ -32,7 +33,7 @@ def peak_memory(model: Decoder, batch_size: int, prompt_len: int, new_tokens: in
         "shape": [batch_size, prompt_len, new_tokens],
         "threads": torch.get_num_threads(),
     }
-    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(asked)], capture_output=True, text=True, check=False)
+    done = run_child([sys.executable, "-m", __name__, json.dumps(asked)], stderr=subprocess.PIPE)
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -71,4 +72,5 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")

@@ -10,9 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from grasp.core.destination import check_file
 from grasp.core.results import Generation
+from grasp.core.writing import whole_file
 from grasp.errors import RecipeError
 from grasp.report import anatomy, look, wording
 from grasp.report.card import repeat
@@ -46,8 +46,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise RecipeError(f"-o {out}: a report is an HTML page; give a name that ends in .html")
-    if out.is_dir():
-        raise RecipeError(f"-o {out}: is a directory; name a file in it, like {out / 'report.html'}")
+    check_file(out, "-o", new_folder=True)
     material = gather(paths)
     runtime = Runtime()
     try:
@@ -55,25 +54,9 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
             page = render(material, runtime)
     finally:
         runtime.stop()
-    try:
-        _write_whole(page, out)
-    except OSError as failure:
-        raise RecipeError(f"-o {out}: cannot be written: {failure}") from failure
+    with whole_file(out) as scratch:
+        scratch.write_text(page, encoding="utf-8")
     return out
-
-
-def _write_whole(page: str, out: Path) -> None:
-    """Write beside `out`, then rename."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.absolute().parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, out)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def render(material: Material, runtime: Runtime) -> str:

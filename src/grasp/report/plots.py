@@ -11,8 +11,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from grasp.core.destination import check_file
+from grasp.core.writing import whole_file
 from grasp.errors import RecipeError
 
 KEPT, LEFT = "#c1440e", "#9aa5b1"
@@ -23,8 +26,7 @@ def check_picture(path: Path) -> None:
     kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.lstrip(".") not in kinds:
         raise RecipeError(f"--output {path}: not a picture matplotlib writes; allowed: {', '.join('.' + kind for kind in kinds)}")
-    if not path.absolute().parent.is_dir():
-        raise RecipeError(f"--output {path}: {path.parent} is not a directory; make it first, or choose another path")
+    check_file(path, "--output")
 
 
 def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
@@ -54,9 +56,7 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
         f"{manifest['model']['source']}  ·  {manifest['method']['name']}  ·  "
         f"{sizes['before'] / 1e6:.1f} M → {sizes['after'] / 1e6:.1f} M parameters ({100 * sizes['ratio']:.1f} % removed)"
     )
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-    return path
+    return _written(figure, path)
 
 
 def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
@@ -122,8 +122,16 @@ def spectra(redundancy: dict[int, float], kind: str, singular_values: dict[str, 
     bottom.set_ylabel("share of Σσ², mean over layers")
     bottom.legend(frameon=False, ncols=4)
     bottom.margins(x=0.01)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    return _written(figure, path)
+
+
+def _written(figure: Figure, path: Path) -> Path:
+    """The picture in its file, whole or not at all."""
+    try:
+        with whole_file(path) as scratch:
+            figure.savefig(scratch, dpi=140, format=path.suffix.lstrip("."))
+    finally:
+        pyplot.close(figure)
     return path
 
 

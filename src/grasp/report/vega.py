@@ -11,13 +11,14 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import vl_convert
 
+from grasp.core.writing import whole_file
+from grasp.errors import CheckpointError
 from grasp.report.look import by_variable
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,10 @@ class Runtime:
     def _keep(self, script: str) -> None:
         """Write the cached copy whole or not at all; without it, the next report only takes longer."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, scratch = tempfile.mkstemp(prefix=".vega-", dir=self.path.parent)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(script)
-            os.replace(scratch, self.path)
-        except OSError as failure:
-            logger.info("%s: not kept: %s", self.path, failure)
+            with whole_file(self.path) as scratch:
+                scratch.write_text(script, encoding="utf-8")
+        except CheckpointError as failure:
+            logger.info("not kept: %s", failure)
 
 
 def draw(spec: dict[str, Any], config: dict[str, Any], name: str, described: str) -> str:

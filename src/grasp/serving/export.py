@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grasp.core.checkpoint import check_destination, whole
 from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.writing import whole
 from grasp.errors import RecipeError, did_you_mean
 from grasp.serving import dense
 
@@ -86,7 +87,7 @@ def export(
     """
     place, out = str(checkpoint), Path(out)
     asked = check(format, dtype, weights)
-    check_destination(out, 0)
+    check_destination(out, 0, checkpoint)
     kind = dtype or asked.dtypes[0]
     computed = kind if format != "openvino" else "float32"
     decoder = load_model(place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True)
@@ -105,7 +106,7 @@ def export(
             decoder.model.generation_config.save_pretrained(folder)
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(place, out.name, format, kind, weights, (before, after), notes, how), encoding="utf-8")
+        (folder / "README.md").write_text(_card(place, name_of(out), format, kind, weights, (before, after), notes, how), encoding="utf-8")
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".onnx", ".data", ".bin"))
     return Export(out, format, kind, weights, pairs, before, after, size, notes)
 
