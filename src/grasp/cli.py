@@ -215,6 +215,18 @@ def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) ->
     reporting.report(paths, output, as_json)
 
 
+@cli.command(short_help="Say whether checkpoint DIR is what grasp wrote.")
+@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@shared()
+@click.pass_context
+def verify(ctx: click.Context, checkpoint: Path, as_json: bool, quiet: bool) -> None:
+    """Compare every file of DIR, weights too, with what grasp wrote. Exit status 0: nothing differs; 1: files changed, are gone or were
+    added, each named; 2: DIR is not a checkpoint that grasp wrote, or one from before it kept hashes."""
+    from grasp import verification
+
+    ctx.exit(0 if verification.show(checkpoint, as_json, quiet) else 1)
+
+
 @cli.command(short_help="The whole job on the embedded model, in minutes.")
 @click.option(
     "-o",

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.core.decoder import Decoder
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.proof import answer, prove
+from grasp.core.seal import sealed
 from grasp.errors import CheckpointError
 
 MAX_SHARD_SIZE = "5GB"
@@ -100,18 +102,21 @@ def _to_disk(path: Path) -> None:
 def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, beside: Callable[[Path], None] | None = None) -> None:
     """Write the model as it is now to `out`, with its manifest and model card; `beside` adds to the directory once the model is in it.
 
-    Raises `CheckpointError`; `out` is then untouched.
+    Raises `CheckpointError`, also where what was written does not load again as this model; `out` is then untouched.
     """
     check_destination(out, decoder.num_bytes())
+    said = answer(decoder)
     with whole(out) as scratch:
         decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(scratch)
         version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
-        (scratch / MANIFEST).write_text(json.dumps({"format_version": version, **manifest}) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card, encoding="utf-8")
         if beside is not None:
             beside(scratch)
+        manifest = sealed(scratch, {"format_version": version, **manifest})
+        (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        prove(decoder, said, scratch, out)
 
 
 def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:

@@ -27,6 +27,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES, place_low_rank
+from grasp.core.seal import warn_of_changes
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def check_directory(path: Path) -> None:
     """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no manifest of a newer format."""
     if (path / MANIFEST).is_file():
         read_manifest(path)
+        warn_of_changes(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; not a model directory")
     files = sorted(path.glob("*.safetensors"))

@@ -24,6 +24,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.proof import answer, check_savable, prove
 from grasp.errors import RecipeError, did_you_mean
 from grasp.serving import dense
 
@@ -90,11 +91,13 @@ def export(
     computed = kind if format != "openvino" else "float32"
     decoder = load_model(place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True)
     decoder.check_finite()
+    check_savable(decoder)
     pairs, before = sum(is_low_rank(module) for module in decoder.model.modules()), decoder.num_parameters()
     after = dense.dense_parameters(decoder) if format == "dense" else before
     check_destination(out, after * decoder.model.dtype.itemsize + int(SPARE_GRAPH if format != "dense" else 0))
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
     notes = _notes(format, pairs)
+    said = answer(decoder)
     with whole(out) as folder:
         how = _write(decoder, folder, format, "int8" if weights else kind)
         strip_quantization_marks(decoder.model)
@@ -105,6 +108,8 @@ def export(
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(place, out.name, format, kind, weights, (before, after), notes, how), encoding="utf-8")
+        if format == "dense":
+            prove(decoder, said, folder, out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".onnx", ".data", ".bin"))
     return Export(out, format, kind, weights, pairs, before, after, size, notes)
 
