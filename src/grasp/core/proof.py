@@ -8,15 +8,14 @@
 3. the logits of a few tokens that span the vocabulary, and the greedy token that follows.
 
 Same process, same device, same kernels: the logits are equal, but for the order of sums, which may depend on where a tensor lies in memory
-or on the attention kernel of the model in memory. So half the digits of the weights' dtype must agree, relative to the largest logit.
+or on the attention kernel of the model in memory. So two thirds of the digits of the weights' dtype must agree, relative to the largest
+logit: 2e-5 of it in float32, 1 % in float16, 4 % in bfloat16.
 Cost: one load and two short passes; memory for one more model as small as the one that is saved.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from grasp.core.building import layers_differ
 from grasp.core.decoder import Decoder
@@ -38,14 +37,13 @@ ROOM = 1.2
 
 
 def check_savable(decoder: Decoder) -> None:
-    """Write config, generation config and tokenizer to a temporary folder and read them, since all that can be wrong there can be found
+    """Write config, generation config and tokenizer to a temporary folder and read the config again: what can be wrong there can be found
     before any work is done. Raises `ModelError`, naming the part."""
     trust, name = _runs_own_code(decoder), decoder.source or type(decoder.model).__name__
     generation, tokenizer = decoder.model.generation_config, decoder.tokenizer
     with tempfile.TemporaryDirectory(prefix="grasp-") as folder:
         part, way_out = "the config", "change model.config"
         try:
-            json.dumps(decoder.model.config.to_dict())
             decoder.model.config.save_pretrained(folder)
             AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             if generation is not None:
@@ -54,10 +52,9 @@ def check_savable(decoder: Decoder) -> None:
             if tokenizer is not None:
                 part, way_out = "the tokenizer", "give another one"
                 tokenizer.save_pretrained(folder)
-                AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         except Exception as failure:  # anything a class of the user's may raise
             reason = textwrap.shorten(" ".join(str(failure).split()), 300, placeholder="…").replace(folder, "it")
-            raise ModelError(f"MODEL {name}: {part} could not be saved and read again: {reason}; {way_out}") from failure
+            raise ModelError(f"MODEL {name}: {part} could not be saved: {reason}; {way_out}") from failure
 
 
 def _runs_own_code(decoder: Decoder) -> bool:
@@ -142,10 +139,10 @@ def _same(here: Tensor, there: Tensor) -> bool:
 
 
 def _digits(decoder: Decoder) -> float:
-    """The part of the largest logit that may be lost to the order of sums: half the digits of the dtype, or of 8 bits where activations
-    are rounded to them."""
+    """The part of the largest logit that may be lost to the order of sums: a third of the digits of the dtype, or of 8 bits where
+    activations are rounded to them."""
     coarse = any(getattr(module, "scheme", "") == "int8-dynamic" for module in decoder.model.modules())
-    return math.sqrt(max(torch.finfo(decoder.model.dtype).eps, 2**-8 if coarse else 0.0))
+    return float(max(torch.finfo(decoder.model.dtype).eps, 2**-8 if coarse else 0.0) ** (2 / 3))
 
 
 def _compare(said: Tensor, heard: Tensor, digits: float, out: Path) -> None:
