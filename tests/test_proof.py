@@ -79,9 +79,12 @@ def spoil(part: str, folder) -> None:
 
 
 @pytest.mark.parametrize("part", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_weight_that_was_written_wrongly_is_found(part, tmp_path):
+def test_a_weight_that_was_written_wrongly_is_found(part, tmp_path, monkeypatch):
+    decoder = Decoder(build("qwen3"))
+    write = decoder.model.save_pretrained
+    monkeypatch.setattr(decoder.model, "save_pretrained", lambda folder, **options: (write(folder, **options), spoil(part, folder)))
     with pytest.raises(grasp.GraspError, match=f"is not the model: the weight '{part}' is another one"):
-        save(Decoder(build("qwen3")), tmp_path / "out", {}, "", lambda folder: spoil(part, folder))
+        save(decoder, tmp_path / "out", {}, "")
     assert list(tmp_path.iterdir()) == []
 
 

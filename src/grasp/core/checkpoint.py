@@ -112,11 +112,11 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, besid
             decoder.tokenizer.save_pretrained(scratch)
         version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        prove(decoder, said, scratch, out)
         if beside is not None:
             beside(scratch)
         manifest = sealed(scratch, {"format_version": version, **manifest})
         (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        prove(decoder, said, scratch, out)
 
 
 def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:

@@ -88,6 +88,8 @@ def load_model(
         raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
     if gguf:
         strip_quantization_marks(model)
+    if path.is_dir():
+        warn_of_changes(path)
     decoder = Decoder(model.to(target), tokenizer, source)
     if dequantize and getattr(config, "quantization_config", None) and not gguf:
         ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
@@ -165,7 +167,6 @@ def check_directory(path: Path) -> None:
     """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no manifest of a newer format."""
     if (path / MANIFEST).is_file():
         read_manifest(path)
-        warn_of_changes(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; not a model directory")
     files = sorted(path.glob("*.safetensors"))

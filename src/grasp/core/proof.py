@@ -15,6 +15,7 @@ Cost: one load and two short passes; memory for one more model as small as the o
 
 from __future__ import annotations
 
+import errno
 import logging
 import tempfile
 import textwrap
@@ -32,6 +33,7 @@ from grasp.core.models import load_model
 from grasp.errors import CheckpointError, GraspError, ModelError
 
 ROWS, TOKENS = 2, 16
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 ROOM = 1.2
 """Memory that a second model on a GPU may need, over the bytes of its weights; where there is less, it is looked at on the CPU."""
 
@@ -41,9 +43,9 @@ def check_savable(decoder: Decoder) -> None:
     before any work is done. Raises `ModelError`, naming the part."""
     trust, name = _runs_own_code(decoder), decoder.source or type(decoder.model).__name__
     generation, tokenizer = decoder.model.generation_config, decoder.tokenizer
-    with tempfile.TemporaryDirectory(prefix="grasp-") as folder:
-        part, way_out = "the config", "change model.config"
-        try:
+    part, way_out = "the config", "change model.config"
+    try:
+        with tempfile.TemporaryDirectory(prefix="grasp-") as folder:
             decoder.model.config.save_pretrained(folder)
             AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             if generation is not None:
@@ -52,9 +54,11 @@ def check_savable(decoder: Decoder) -> None:
             if tokenizer is not None:
                 part, way_out = "the tokenizer", "give another one"
                 tokenizer.save_pretrained(folder)
-        except Exception as failure:  # anything a class of the user's may raise
-            reason = textwrap.shorten(" ".join(str(failure).split()), 300, placeholder="…").replace(folder, "it")
-            raise ModelError(f"MODEL {name}: {part} could not be saved: {reason}; {way_out}") from failure
+    except Exception as failure:  # anything a class of the user's may raise
+        if isinstance(failure, OSError) and failure.errno in NO_ROOM:
+            return  # this folder's fault, not the model's
+        reason = textwrap.shorten(" ".join(str(failure).split()), 300, placeholder="…")
+        raise ModelError(f"MODEL {name}: {part} could not be saved: {reason}; {way_out}") from failure
 
 
 def _runs_own_code(decoder: Decoder) -> bool:
@@ -62,13 +66,17 @@ def _runs_own_code(decoder: Decoder) -> bool:
     return any(type(part).__module__.startswith("transformers_modules.") for part in (decoder.model, decoder.config, decoder.tokenizer))
 
 
-@torch.no_grad()
-def answer(decoder: Decoder) -> Tensor:
-    """Logits (rows, tokens, vocabulary) of a few tokens that span the vocabulary."""
+def question(decoder: Decoder) -> Tensor:
+    """A few tokens (rows, tokens) that span the vocabulary."""
     longest = getattr(decoder.config, "max_position_embeddings", None) or TOKENS
     length = max(1, min(TOKENS, longest))
-    ids = torch.linspace(0, decoder.config.vocab_size - 1, ROWS * length).long().reshape(ROWS, length)
-    logits: Tensor = decoder.model(input_ids=ids.to(decoder.device), use_cache=False).logits
+    return torch.linspace(0, decoder.config.vocab_size - 1, ROWS * length).long().reshape(ROWS, length)
+
+
+@torch.no_grad()
+def answer(decoder: Decoder) -> Tensor:
+    """The logits (rows, tokens, vocabulary) of those tokens."""
+    logits: Tensor = decoder.model(input_ids=question(decoder).to(decoder.device), use_cache=False).logits
     return logits.float().cpu()
 
 
@@ -82,14 +90,11 @@ def prove(decoder: Decoder, said: Tensor, written: Path, out: Path) -> None:
             again = load_model(str(written), device=_device(decoder), trust_remote_code=_runs_own_code(decoder))
     except GraspError as failure:
         reason = str(failure).replace(str(written), out.name)
-        raise CheckpointError(
-            f"OUT {out}: the model was written, but does not load again ({reason}); nothing was left behind"
-        ) from failure
+        raise CheckpointError(f"OUT {out}: the model was written, but does not load again ({reason}); nothing was left behind") from failure
     differs = next(_differences(decoder, again), None)
     if differs is not None:
         raise _not_the_model(out, differs)
-    heard = answer(again)
-    _compare(said, heard, _digits(again), out)
+    compare(said, answer(again), _digits(again), out)
 
 
 @contextmanager
@@ -138,14 +143,19 @@ def _same(here: Tensor, there: Tensor) -> bool:
     return torch.equal(here.to(there.device), there)
 
 
+def digits_of(dtype: torch.dtype) -> float:
+    """The part of the largest logit that may be lost to the order of sums: a third of the digits of the weights' dtype."""
+    return float(torch.finfo(dtype).eps ** (2 / 3))
+
+
 def _digits(decoder: Decoder) -> float:
-    """The part of the largest logit that may be lost to the order of sums: a third of the digits of the dtype, or of 8 bits where
-    activations are rounded to them."""
+    """As `digits_of` the model's dtype; where activations are rounded to 8 bits, no more than theirs."""
     coarse = any(getattr(module, "scheme", "") == "int8-dynamic" for module in decoder.model.modules())
-    return float(max(torch.finfo(decoder.model.dtype).eps, 2**-8 if coarse else 0.0) ** (2 / 3))
+    return max(digits_of(decoder.model.dtype), digits_of(torch.bfloat16) if coarse else 0.0)
 
 
-def _compare(said: Tensor, heard: Tensor, digits: float, out: Path) -> None:
+def compare(said: Tensor, heard: Tensor, digits: float, out: Path) -> None:
+    """Raise `CheckpointError` where two sets of logits (rows, tokens, vocabulary) differ by more than `digits` of the largest one."""
     if said.shape != heard.shape:
         raise _not_the_model(out, f"it gives logits {tuple(heard.shape)}, the model {tuple(said.shape)}")
     if torch.equal(said.nan_to_num(), heard.nan_to_num()) and torch.equal(said.isnan(), heard.isnan()):
