@@ -397,8 +397,12 @@ def test_a_disk_that_fills_up_meanwhile_is_noticed_before_writing(compress, monk
 def test_a_failure_while_saving_leaves_nothing_behind(failure, status, compress, monkeypatch, tmp_path):
     """The weights are written when it fails. OUT's parent is new: it is part of what would be left behind."""
 
-    def fail(*_, **__):
-        raise failure
+    write = transformers.PreTrainedTokenizerBase.save_pretrained
+
+    def fail(tokenizer, folder, *rest, **options):
+        if ".partial-" in str(folder):
+            raise failure
+        return write(tokenizer, folder, *rest, **options)
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
     outcome = compress("--num-layers", "1", out=tmp_path / "new" / "out")
@@ -438,7 +442,10 @@ def killed_in_the_weights():
     transformers.modeling_utils.safe_save_file = half
 
 def killed_after_the_weights():
-    transformers.PreTrainedTokenizerBase.save_pretrained = die
+    write = transformers.PreTrainedTokenizerBase.save_pretrained
+    def late(tokenizer, folder, *rest, **options):
+        return die() if ".partial-" in str(folder) else write(tokenizer, folder, *rest, **options)
+    transformers.PreTrainedTokenizerBase.save_pretrained = late
 
 def killed_at_the_last_moment():
     os.replace = die

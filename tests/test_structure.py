@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "recovery": {"core", "errors", "stages", "compensation", "report.card"},
     "tables": {"core", "errors", "terminal"},
     "reporting": {"errors", "report", "terminal"},
+    "verification": {"core.manifest", "core.seal", "errors", "terminal"},
     "experiment": {"errors", "methods"},
     "compare": {"core", "errors", "evaluation", "experiment", "measurement", "pipeline"},
     "flags": {"errors", "methods", "compensation.recipe"},
@@ -50,12 +51,24 @@ MAY_IMPORT = {
         "terminal",
     },
     "demo": {"core", "errors", "evaluation", "measurement", "report", "pipeline", "tables", "terminal"},
-    "cli": {"core.children", "errors", "flags", "commands", "demo", "interruption", "reporting", "terminal", ""},
+    "cli": {"core.children", "errors", "flags", "commands", "demo", "interruption", "reporting", "terminal", "verification", ""},
     "interruption": set(),
-    "__init__": {"_register", "core", "errors", "inspection", "measurement", "methods", "pipeline", "quantization", "recovery", "serving"},
+    "__init__": {
+        "_register",
+        "core",
+        "errors",
+        "inspection",
+        "measurement",
+        "methods",
+        "pipeline",
+        "quantization",
+        "recovery",
+        "serving",
+        "verification",
+    },
     "__main__": {"cli"},
 }
-DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/modeling_grasp.py", "core/reading_grasp.py", "core/dequantizing.py", "compensation/trainer.py", "compensation/training.py", "serving/onnx.py", "serving/openvino.py"}, "torchao": {"core/rounding.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}, "openvino": {"serving/openvino.py"}, "openvino_tokenizers": {"serving/openvino.py"}}  # fmt: skip
+DOORS = {"transformers": {"core/cache.py", "core/decoder.py", "core/models.py", "core/checkpoint.py", "core/proof.py", "core/modeling_grasp.py", "core/reading_grasp.py", "core/dequantizing.py", "compensation/trainer.py", "compensation/training.py", "serving/onnx.py", "serving/openvino.py"}, "torchao": {"core/rounding.py"}, "peft": {"compensation/trainable.py"}, "accelerate": {"compensation/teacher.py", "compensation/trainer.py"}, "datasets": {"stages/text.py", "evaluation/task_files.py"}, "rich": {"terminal.py"}, "matplotlib": {"report/plots.py"}, "click": {"cli.py", "flags.py"}, "scipy": {"evaluation/fidelity.py"}, "lm_eval": {"evaluation/tasks.py"}, "altair": {"report/charts.py"}, "vl_convert": {"report/vega.py"}, "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"}, "jinja2": {"report/html.py", "evaluation/task_files.py"}, "openvino": {"serving/openvino.py"}, "openvino_tokenizers": {"serving/openvino.py"}}  # fmt: skip
 TYPES_ONLY = {
     ("pipeline.py", "transformers"),
     ("inspection.py", "transformers"),

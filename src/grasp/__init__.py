@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from grasp.recovery import recover as recover
     from grasp.serving.export import Export as Export
     from grasp.serving.export import export as export
+    from grasp.verification import Verification as Verification
+    from grasp.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ _HOME = {
     "Quantization": "quantization",
     "Recovery": "recovery",
     "Score": "core.score",
+    "Verification": "verification",
     "compress": "pipeline",
     "evaluate": "measurement",
     "export": "serving.export",
@@ -56,6 +59,7 @@ _HOME = {
     "load": "core.checkpoint",
     "quantize": "quantization",
     "recover": "recovery",
+    "verify": "verification",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

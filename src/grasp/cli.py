@@ -224,6 +224,18 @@ def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) ->
     reporting.report(paths, output, as_json)
 
 
+@cli.command(short_help="Say whether checkpoint DIR is what grasp wrote.")
+@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@shared()
+def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
+    """Compare every file of DIR, weights too, with what grasp wrote. Exit status 0: nothing differs; 1: files changed, are gone or were
+    added, each named; 2: DIR is not a checkpoint that grasp wrote, or one from before it kept hashes."""
+    from grasp import verification
+
+    if not verification.show(checkpoint, as_json, quiet):
+        sys.exit(1)
+
+
 @cli.command(short_help="The whole job on the embedded model, in minutes.")
 @click.option(
     "-o",
@@ -275,9 +287,20 @@ def list_data(as_json: bool, quiet: bool) -> None:
 
 
 class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to `sys.stderr` as it is now: progress bars replace it while they are drawn, so that lines appear above them."""
+    """Writes to `sys.stderr` as it is now: progress bars replace it while they are drawn, so that lines appear above them. A warning is
+    said once, however often a run reads the same model."""
 
     stream = property(lambda _: sys.stderr, lambda _, __: None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno != logging.WARNING or message not in self.said:
+            super().emit(record)
+        self.said.add(message)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import apply
 from grasp.core.models import open_model
+from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Progress, silent
@@ -143,6 +144,7 @@ def _check(method: Method, model: Decoder, out: str | Path | None, data: str | C
     if out is not None:
         before, after = model.num_parameters(), method.plan(model).parameters
         check_destination(Path(out), model.num_bytes() * (before if after is None else after) // before, model.source)
+        check_savable(model)
     model.check_finite()
 
 

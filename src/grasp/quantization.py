@@ -28,8 +28,10 @@ from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES
 from grasp.core.models import open_model
+from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.rounding import GROUP_SIZES, rounded, torchao
+from grasp.core.seal import SEAL
 from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
 from grasp.report.card import model_card
@@ -88,6 +90,8 @@ def quantize(
     if written is not None and (getattr(written, "quant_method", "") not in NAMES or written.quantization):
         raise RecipeError(f"DIR {decoder.source}: is quantized already; give the model it was made from")
     decoder.check_finite()
+    if out is not None:
+        check_savable(decoder)
     pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
     if pivoted and bits == 4:
         raise RecipeError(
@@ -139,7 +143,7 @@ def _manifest(decoder: Decoder) -> dict[str, Any]:
     """The manifest of the checkpoint that is quantized, or the beginnings of one for a model that grasp did not write."""
     place = Path(decoder.source)
     if decoder.source and (place / MANIFEST).is_file():
-        return {key: value for key, value in read_manifest(place).items() if key != "format_version"}
+        return {key: value for key, value in read_manifest(place).items() if key not in ("format_version", SEAL)}
     size = decoder.num_parameters()
     return {
         "model": describe_model(decoder),

@@ -36,7 +36,9 @@ from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
 from grasp.core.precision import has_fast_bfloat16
+from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
+from grasp.core.seal import SEAL
 from grasp.core.sweep import Progress, silent
 from grasp.errors import CheckpointError, GraspError, RecipeError
 from grasp.report.card import model_card
@@ -149,6 +151,7 @@ class _Job:
         decoder = load_model(str(place), device="cpu" if fsdp else device, **options)
         check_lengths(decoder, 1, recipe.max_length, "--max-length")
         decoder.check_finite()
+        check_savable(decoder)
         check_trainable(decoder, recipe, len(_dropped(manifest)))
         recipe = settled(decoder, recipe)
         packed = pack_or_pad(decoder, recipe.pad)
@@ -257,7 +260,7 @@ class _Job:
 def _manifest(place: Path) -> dict[str, Any]:
     if not (place / MANIFEST).is_file():
         raise CheckpointError(f"DIR {place}: no {MANIFEST} in it; give a checkpoint that `grasp compress` wrote")
-    return read_manifest(place)
+    return {key: value for key, value in read_manifest(place).items() if key != SEAL}
 
 
 def _dropped(manifest: dict[str, Any]) -> list[int]:

@@ -18,6 +18,8 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.proof import answer, prove
+from grasp.core.seal import sealed
 from grasp.core.writing import whole
 
 MAX_SHARD_SIZE = "5GB"
@@ -35,9 +37,10 @@ class Checkpoint:
 def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, beside: Callable[[Path], None] | None = None) -> None:
     """Write the model as it is now to `out`, with its manifest and model card; `beside` adds to the directory once the model is in it.
 
-    Raises `CheckpointError`; `out` is then untouched.
+    Raises `CheckpointError`, also where what was written does not load again as this model; `out` is then untouched.
     """
     check_destination(out, decoder.num_bytes())
+    said = answer(decoder)
     with whole(out) as scratch:
         decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
         if decoder.tokenizer is not None:
@@ -45,10 +48,12 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, besid
         for file in decoder.beside:
             shutil.copyfile(file, scratch / file.name)
         version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
-        (scratch / MANIFEST).write_text(json.dumps({"format_version": version, **manifest}) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        prove(decoder, said, scratch, out)
         if beside is not None:
             beside(scratch)
+        manifest = sealed(scratch, {"format_version": version, **manifest})
+        (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
 def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:

@@ -31,6 +31,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
+from grasp.core.seal import warn_of_changes
 from grasp.core.writing import whole
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
@@ -86,6 +87,8 @@ def load_model(
     _check_weights(source, model, info)
     if gguf:
         strip_quantization_marks(model)
+    if not gguf and path.is_dir():
+        warn_of_changes(path)
     decoder = Decoder(model.to(target), tokenizer, source)
     decoder.beside = beside
     if dequantize and getattr(config, "quantization_config", None) and not gguf:

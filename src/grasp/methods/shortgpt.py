@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, Edit
+from grasp.core.edits import Drop, Edit, check_droppable
 from grasp.core.records import Calibration, Statistics
 from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
 
@@ -27,7 +27,8 @@ class ShortGPT(LayerMethod):
 
     def check(self, model: Decoder) -> None:
         self.check_layers(model, most=model.num_layers - 1)
-        self._count(model)
+        if self._count(model):
+            check_droppable(model, self.layers or [model.num_layers // 2])  # which layers go is not known yet; one stands for all
 
     def plan(self, model: Decoder) -> Plan:
         count = self._count(model)

@@ -13,10 +13,14 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
@@ -25,9 +29,12 @@ from grasp.core.extras import need
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.proof import answer, check_savable, compare, digits_of, prove, question
 from grasp.core.writing import whole
 from grasp.errors import RecipeError, did_you_mean
 from grasp.serving import dense
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,13 @@ def export(
     computed = kind if format != "openvino" else "float32"
     decoder = load_model(place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True)
     decoder.check_finite()
+    check_savable(decoder)
     pairs, before = sum(is_low_rank(module) for module in decoder.model.modules()), decoder.num_parameters()
     after = dense.dense_parameters(decoder) if format == "dense" else before
     check_destination(out, after * decoder.model.dtype.itemsize + int(SPARE_GRAPH if format != "dense" else 0))
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
     notes = _notes(format, pairs)
+    said = answer(decoder)
     with whole(out) as folder:
         how = _write(decoder, folder, format, "int8" if weights else kind)
         strip_quantization_marks(decoder.model)
@@ -107,6 +116,7 @@ def export(
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(place, name_of(out), format, kind, weights, (before, after), notes, how), encoding="utf-8")
+        _prove(decoder, said, folder, out, format, "int8" if weights else kind)
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".onnx", ".data", ".bin"))
     return Export(out, format, kind, weights, pairs, before, after, size, notes)
 
@@ -150,6 +160,31 @@ def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
 
     openvino.write(decoder, folder, kind)
     return openvino.how_to_run(kind)
+
+
+ROUNDED = 0.2
+"""The part of the largest logit that an export whose matrices were rounded to 8 bits may be off: it is not the model, but close to it."""
+
+
+def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str, kind: str) -> None:
+    """Raise `CheckpointError` where the export in `folder`, run by its own runtime where that is installed, is not the model."""
+    if format == "dense":
+        prove(decoder, said, folder, out)
+        return
+    if format == "onnx":
+        from grasp.serving import onnx
+
+        heard = onnx.answer(folder, question(decoder))
+    else:
+        from grasp.serving import openvino
+
+        heard = openvino.answer(folder, question(decoder))
+    if heard is None:
+        logger.warning(
+            "--format %s: not tried, since onnxruntime is not installed; `pip install onnxruntime` lets the export be tried", format
+        )
+        return
+    compare(said, heard, ROUNDED if kind == "int8" else 10 * digits_of(getattr(torch, kind)), out)
 
 
 def _notes(format: str, pairs: int) -> tuple[str, ...]:

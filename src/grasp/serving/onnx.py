@@ -7,14 +7,18 @@ The graph comes from transformers' own exporter. Inputs and outputs bear the nam
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from grasp.core.decoder import Decoder
-from grasp.serving.tracing import exporting, sample_inputs
+from grasp.serving.tracing import exporting, prefill, sample_inputs
 
 FILE = "model.onnx"
 CACHE = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s")
@@ -28,6 +32,24 @@ def write(decoder: Decoder, folder: Path) -> None:
         exported = OnnxExporter().export(decoder.model, inputs, config)
         rename(exported.program.graph)
         OnnxExporter.save_program(exported.program, folder / FILE)
+
+
+def answer(folder: Path, ids: Tensor) -> Tensor | None:
+    """The logits (rows, tokens, vocabulary) that onnxruntime computes for `ids`; None where it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+    kinds, feed = {"tensor(float16)": np.float16, "tensor(float)": np.float32}, prefill(ids)
+    for port in session.get_inputs():
+        if port.name.startswith("past_key_values."):
+            feed[port.name] = np.zeros((len(ids), port.shape[1], 0, port.shape[3]), kinds[port.type])
+    known = {port.name for port in session.get_inputs()}
+    [logits] = session.run(["logits"], {name: value for name, value in feed.items() if name in known})
+    return torch.from_numpy(logits).float()
 
 
 def rename(graph: Any) -> None:

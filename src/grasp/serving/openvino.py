@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import openvino
 import openvino_tokenizers
+import torch
+from torch import Tensor
 from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig, OpenVINOConfig, OpenVINOExporter
 
 from grasp.core.decoder import Decoder
-from grasp.serving.tracing import exporting, sample_inputs
+from grasp.serving.tracing import exporting, prefill, sample_inputs
 
 FILE = "openvino_model.xml"
 
@@ -39,6 +42,15 @@ def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
             models = openvino_tokenizers.convert_tokenizer(decoder.tokenizer, with_detokenizer=True)
             for name, model in zip(("tokenizer", "detokenizer"), models, strict=True):
                 openvino.save_model(model, folder / f"openvino_{name}.xml")
+
+
+def answer(folder: Path, ids: Tensor) -> Tensor:
+    """The logits (rows, tokens, vocabulary) that OpenVINO computes for `ids`, in float32: where a processor can, it takes bfloat16."""
+    compiled = openvino.Core().compile_model(folder / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    feed = {**prefill(ids), "beam_idx": np.arange(len(ids), dtype=np.int32)}
+    known = {name for port in compiled.inputs for name in port.names}
+    found = compiled.create_infer_request().infer({name: value for name, value in feed.items() if name in known})
+    return torch.tensor(found["logits"]).float()
 
 
 def how_to_run(weights: str | None) -> str:

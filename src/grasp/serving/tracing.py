@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import Dim
 
 from grasp.core.cache import full_cache
@@ -48,6 +49,13 @@ def sample_inputs(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     inputs["past_key_values"] = past  # keys and values (batch, heads, past, head size), layer by layer
     free["past_key_values"] = [{0: batch, 2: earlier} for _ in range(2 * len(past.layers))]
     return inputs, free
+
+
+def prefill(ids: Tensor) -> dict[str, Any]:
+    """What a graph is fed, beside an empty cache, to read `ids` (batch, new); not every graph takes all of it."""
+    mask = torch.ones_like(ids)
+    named = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
+    return {name: tensor.numpy() for name, tensor in named.items()}
 
 
 @contextlib.contextmanager
