@@ -30,6 +30,7 @@ from grasp.compensation.trainable import bring_back, check_trainable, choose, nu
 from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, train
 from grasp.core.checkpoint import check_destination, save
 from grasp.core.decoder import Decoder
+from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
@@ -60,9 +61,10 @@ class Recovery:
         return dict(self.manifest["recovery"]["best"])
 
 
+@checked
 def recover(
-    checkpoint: str | Path,
-    out: str | Path,
+    checkpoint: PathLike,
+    out: PathLike,
     *,
     data: str,
     preset: str | None = None,

@@ -21,6 +21,7 @@ from typing import Any
 from grasp.core.checkpoint import check_destination, whole
 from grasp.core.decoder import Decoder
 from grasp.core.edits import strip_quantization_marks
+from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
@@ -62,9 +63,10 @@ class Export:
     notes: tuple[str, ...]
 
 
+@checked
 def export(
-    checkpoint: str | Path,
-    out: str | Path,
+    checkpoint: PathLike,
+    out: PathLike,
     *,
     format: str,
     dtype: str | None = None,
