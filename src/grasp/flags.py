@@ -158,11 +158,21 @@ def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -
     return path
 
 
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "integer": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "boolean": ("true or false", (bool,)),
+    "text": ("text", (str,)),
+}
+"""Types of flags, as click names them: what a recipe may hold for each."""
+
+
 def _fits(path: Path, key: str, value: Any, param: click.Parameter) -> Any:
     """The value, where it is of the flag's kind: click would make 2 of 2.5, 1 of true and text of anything."""
-    kinds: dict[Any, tuple[str, tuple[type, ...]]] = {click.INT: ("a whole number", (int,)), click.FLOAT: ("a number", (int, float)), click.BOOL: ("true or false", (bool,)), click.STRING: ("text", (str,))}  # fmt: skip
-    words, types = kinds.get(param.type, ("a list, or text", (str, int)))
-    for one in value if param.type not in kinds and isinstance(value, list) else [value]:
+    words, types = _KINDS.get(param.type.name, ("a list, or text", (str, int)))
+    for one in value if param.type.name not in _KINDS and isinstance(value, list) else [value]:
+        if isinstance(one, str) and "\0" in one:
+            raise RecipeError(f"--config {path}: '{key}': holds a NUL character, which no text can")
         if isinstance(one, types) and (not isinstance(one, bool) or bool in types):
             continue
         raise RecipeError(f"--config {path}: '{key}': must be {words}, not {one!r}")

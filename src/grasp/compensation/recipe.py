@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from grasp.core.fields import BatchSize, Count, CountFrom0, Place, Seed, SeqLen, Share, check_fields, flag
+from grasp.core.fields import BatchSize, Count, CountFrom0, Place, Seed, SeqLen, Share, check, check_fields, flag, hints
 from grasp.errors import RecipeError, did_you_mean
 
 TRAIN = ("factors", "layers", "lora")
@@ -110,7 +110,9 @@ def make_recipe(preset: str | None, fields: dict[str, Any]) -> Recipe:
     for name in fields:
         if name not in known:
             raise RecipeError(f"{_named(name)}: grasp recover has no such field{did_you_mean(name, known)}")
-    return Recipe(**{**PRESETS[preset or "paper"], **fields})
+    kinds = hints(Recipe)
+    given = {name: check(name, value, kinds[name]) for name, value in fields.items()}
+    return Recipe(**{**PRESETS[preset or "paper"], **given})
 
 
 def _named(field: str) -> str:

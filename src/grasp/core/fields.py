@@ -63,9 +63,9 @@ def check_fields(record: Any) -> None:
 
     Raises `RecipeError`: the flag, the value, what is allowed.
     """
-    hints = _hints(type(record))
+    kinds = hints(type(record))
     for one in dataclasses.fields(record):
-        value = check(one.name, getattr(record, one.name), hints[one.name])
+        value = check(one.name, getattr(record, one.name), kinds[one.name])
         words = one.metadata["words"]
         if words and value is not None and value not in words:
             raise RecipeError(f"{named(one.name)} {value}: unknown; allowed: {', '.join(words)}{did_you_mean(value, words)}")
@@ -79,7 +79,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def begin(*args: P.args, **options: P.kwargs) -> R:
         given = signature.bind(*args, **options)
-        for name, kind in _hints(function).items():
+        for name, kind in hints(function).items():
             if name in given.arguments and _declares(kind):
                 given.arguments[name] = check(name, given.arguments[name], kind)
         return function(*given.args, **given.kwargs)
@@ -101,7 +101,7 @@ def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError:
-        raise RecipeError(f"{shown} {_short(value)}: must be {allowed(kind)}") from None
+        raise RecipeError(f"{shown} {shortened(value)}: must be {allowed(kind)}") from None
 
 
 LISTS = (tuple, list, Sequence)
@@ -129,7 +129,7 @@ def expanded(shown: str, value: Any) -> Any:
         return value
     text = os.fspath(value)
     if isinstance(text, str) and "\0" in text:
-        raise RecipeError(f"{shown} {_short(text)}: holds a NUL character, which no path can")
+        raise RecipeError(f"{shown} {shortened(text)}: holds a NUL character, which no path can")
     home = os.path.expanduser(text)
     return value if home == text else type(value)(home)  # type: ignore[call-arg]
 
@@ -139,13 +139,15 @@ def named(field: str) -> str:
     return field.upper() if field in ("model", "out", "source") else "DIR" if field == "checkpoint" else "--" + field.replace("_", "-")
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as an error names it: on one line, and no longer than a line."""
     text = repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
     return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
 
 
 @functools.cache
-def _hints(of: Any) -> dict[str, Any]:
+def hints(of: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields or a function's arguments, ranges and all."""
     return typing.get_type_hints(of, include_extras=True)
 
 

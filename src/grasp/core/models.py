@@ -142,6 +142,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as failure:
         raise RecipeError(
             f"--device {name}: {str(failure).splitlines()[0]}; try cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"

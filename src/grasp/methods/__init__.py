@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-import typing
 from typing import Any
 
+from grasp.core.fields import check, hints, shortened
 from grasp.errors import RecipeError, did_you_mean
 from grasp.methods.base import Method
 
@@ -38,8 +38,8 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
             owners = [other for other, cls in methods.items() if name in {field.name for field in dataclasses.fields(cls)}]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
-    hints = typing.get_type_hints(methods[method])
-    return methods[method](**{name: _fitting(name, str(hints[name]), value) for name, value in fields.items()})
+    kinds = hints(methods[method])
+    return methods[method](**{name: check(name, _fitting(name, str(kinds[name]), value), kinds[name]) for name, value in fields.items()})
 
 
 def _fitting(name: str, kind: str, value: Any) -> Any:
@@ -52,4 +52,5 @@ def _fitting(name: str, kind: str, value: Any) -> Any:
     try:
         return tuple(int(word) for word in words)
     except ValueError:
-        raise RecipeError(f"--{name.replace('_', '-')} {','.join(words)}: not a list of whole numbers; write it like 21,22,25") from None
+        given = shortened(",".join(words))
+        raise RecipeError(f"--{name.replace('_', '-')} {given}: not a list of whole numbers; write it like 21,22,25") from None

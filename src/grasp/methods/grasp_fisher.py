@@ -28,7 +28,7 @@ from torch import Tensor
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
-from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag
+from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
 from grasp.core.records import Allocation, Attribution, Calibration, Curvature, Statistics
@@ -108,7 +108,7 @@ class GraspFisher(Method):
         if indices:
             object.__setattr__(self, "layers", tuple(str(int(layer)) for layer in self.layers))
         elif self.layers not in (("all",), ("bi",)):
-            raise RecipeError(f"--layers {','.join(self.layers)}: allowed: all, bi, or indices such as 21,22,25")
+            raise RecipeError(f"--layers {shortened(','.join(self.layers))}: allowed: all, bi, or indices such as 21,22,25")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise RecipeError(f"--layers {','.join(self.layers)}: name at least one layer, and none twice")
         if (self.num_layers is not None) != (self.layers == ("bi",)):
