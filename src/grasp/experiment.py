@@ -58,7 +58,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "speed": {"batch_sizes": list[BatchSize], "prompt_len": NumTokens, "new_tokens": NumTokens, "rounds": Rounds, "compile": bool},
 }  # fmt: skip
 COMMAND_LINE = {"device": "--device", "trust_remote_code": "--trust-remote-code"}
-MOST_CELLS = 10_000
+MOST_CELLS = 1_000
 DEFAULTS = {"data": "pydoc", "num_samples": 64, "seq_len": 512, "seed": 0}
 VERSION = 1
 """Counts up where the meaning of a cell changes, so that old rows are not taken for new ones."""
@@ -170,7 +170,7 @@ def _cells(path: Path, number: int, entry: dict[str, Any], calibration: Mapping[
     """The cells of one [[methods]] table: one, or one for every combination of its sweep."""
     where = f"{path}: methods table {number}"
     name, label, sweep = entry.pop("method", None), entry.pop("label", None), entry.pop("sweep", {})
-    if name not in available():
+    if not isinstance(name, str) or name not in available():
         raise RecipeError(f"{where}: method {name!r} is unknown; allowed: {', '.join(available())}{did_you_mean(str(name), available())}")
     if label is not None and not isinstance(label, str):
         raise RecipeError(f"{where}: label = {label!r}: must be text")

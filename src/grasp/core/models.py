@@ -27,6 +27,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.hub import reachable
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES, place_low_rank
+from grasp.core.opening import opening
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ EMBEDDED = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@opening
 def load_model(
     source: str,
     *,

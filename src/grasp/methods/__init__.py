@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from typing import Any
@@ -12,6 +13,7 @@ from grasp.errors import RecipeError, did_you_mean
 from grasp.methods.base import Method
 
 
+@functools.cache
 def available() -> dict[str, type[Method]]:
     """Name -> method class, of every file in this folder."""
     found: dict[str, type[Method]] = {}
