@@ -16,8 +16,8 @@ import click
 
 from grasp import __version__
 from grasp.core.children import end_with_parent
-from grasp.errors import GraspError, Interrupted
-from grasp.flags import MethodCommand, RecipeCommand, Words, read_config, shared
+from grasp.errors import GraspError, Interrupted, in_words
+from grasp.flags import MethodCommand, Place, RecipeArgument, RecipeCommand, RecipeOption, Words, read_config, shared
 from grasp.interruption import as_interrupts
 
 
@@ -48,13 +48,13 @@ def cli() -> None:
 
 
 @cli.command(cls=MethodCommand, short_help="Compress MODEL and save it in OUT.")
-@click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", default="grasp-fisher", show_default=True, help="Compression method (see `grasp methods`).")
-@click.option("--num-samples", type=int, default=64, show_default=True, help="Number of calibration blocks.")
-@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
+@click.argument("model", cls=RecipeArgument)
+@click.argument("out", type=Place())
+@click.option("--method", cls=RecipeOption, default="grasp-fisher", show_default=True, help="Compression method (see `grasp methods`).")
+@click.option("--num-samples", cls=RecipeOption, type=int, default=64, show_default=True, help="Number of calibration blocks.")
+@click.option("--seq-len", cls=RecipeOption, type=int, default=512, show_default=True, help="Tokens in a block.")
 @click.option(
-    "--config", type=click.Path(path_type=Path), is_eager=True, callback=read_config, expose_value=False,
+    "--config", type=Place(), is_eager=True, callback=read_config, expose_value=False,
     help="Recipe: a .toml file of these flags, or the grasp.json of a checkpoint. Flags given here win.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, its size, memory, time and expected perplexity; write nothing.")
@@ -77,7 +77,7 @@ def compress(model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=Path("grasp-inspect.png"),
     show_default=True,
     help="Picture to write.",
@@ -92,8 +92,8 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
 
 
 @cli.command(cls=RecipeCommand, short_help="Train a compressed checkpoint DIR briefly; save it in OUT.")
-@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="DIR", type=Place())
+@click.argument("out", type=Place())
 @click.option(
     "--data", required=True,
     help="Training text: Alpaca columns or chat messages (.json, .jsonl), plain text, a named set (see `grasp data`); several, separated by commas, are mixed.",
@@ -117,7 +117,7 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
 
 @cli.command(short_help="Write checkpoint DIR in the format of another runtime.")
 @click.argument("checkpoint", metavar="DIR")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=Place())
 @click.option(
     "--format", required=True, metavar="dense|onnx|openvino",
     help="dense: ordinary checkpoint, low-rank matrices multiplied out, no smaller; onnx: for onnxruntime; openvino: for openvino-genai.",
@@ -135,7 +135,7 @@ def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: An
 
 @cli.command(short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
 @click.argument("model", metavar="DIR")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=Place())
 @click.option(
     "--bits", type=int, required=True, help="8 or 4, for every linear of the decoder layers, dense or low-rank. 4: not pivoted pairs."
 )
@@ -158,7 +158,7 @@ def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) 
     help="Texts, separated by commas: named sets (their test split), files, or NAME=PATH for a local copy of a named set. Default, alone: pydoc.",
 )  # fmt: skip
 @click.option("--tasks", metavar="TASK,...", help="Tasks that lm-eval knows, or commonsense (the paper's seven).")
-@click.option("--task-data", type=click.Path(path_type=Path), help="Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz].")
+@click.option("--task-data", type=Place(), help="Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz].")
 @click.option("--limit", type=int, help="Only the first so many examples of a task.")
 @click.option("--num-fewshot", type=int, help="Examples shown before each question; default: the task's own.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Requests of tasks run at once.")
@@ -168,7 +168,7 @@ def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) 
 @click.option("--stride", type=int, help="Step between blocks; default: --seq-len, no overlap.")
 @click.option("--num-blocks", type=int, help="Only the first so many blocks; default: all.")
 @click.option("--rolling", is_flag=True, help="Every token of every document counts, as in lm-eval's wikitext.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this .json file, for grasp report.")
+@click.option("-o", "--output", type=Place(), help="Write the results to this .json file, for grasp report.")
 @shared("text_field", "device", "dtype", "trust")
 def evaluate(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL: perplexity with the protocol that makes the number, tasks through lm-eval, greedy text; with --against DENSE, all of
@@ -186,7 +186,7 @@ def evaluate(model: str, output: Path | None, as_json: bool, quiet: bool, **opti
 @click.option("--new-tokens", type=int, default=128, show_default=True, help="Tokens decoded after it.")
 @click.option("--rounds", type=int, default=5, show_default=True, help="Measured rounds, after one of warm-up.")
 @click.option("--compile", is_flag=True, help="Measure the models under torch.compile.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the results to this .json file, for grasp report.")
+@click.option("-o", "--output", type=Place(), help="Write the results to this .json file, for grasp report.")
 @shared("device", "dtype", "trust")
 def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prefill and decode speed, latencies, memory and the share of the machine's memory bandwidth that decoding reaches. With --against
@@ -195,27 +195,27 @@ def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options
 
 
 @cli.command(short_help="Compare methods as an EXPERIMENT.toml says.")
-@click.argument("experiment", type=click.Path(path_type=Path))
+@click.argument("experiment", type=Place())
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="Results file; default: results/NAME.json. Finished cells in it are not run again.",
 )
 @click.option("--dry-run", is_flag=True, help="List the cells, and which of them are finished.")
 @click.option("--cell", hidden=True)
-@shared()
-def compare(experiment: Path, output: Path | None, dry_run: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
+@shared("device", "trust")
+def compare(experiment: Path, output: Path | None, dry_run: bool, cell: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Many methods, one calibration, one accounting, one evaluation: one table. Interrupted, it goes on where it stopped; a failed cell
     is a row that says why."""
     if cell is not None:
         end_with_parent()
-    _commands().compare(experiment, output, dry_run, cell, as_json, quiet)
+    _commands().compare(experiment, output, dry_run, cell, options, as_json, quiet)
 
 
 @cli.command(short_help="Make one HTML page of results and checkpoints.")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="Page to write.")
+@click.argument("paths", nargs=-1, required=True, type=Place(), metavar="PATH...")
+@click.option("-o", "--output", type=Place(), default=Path("report.html"), show_default=True, help="Page to write.")
 @shared()
 def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) -> None:
     """One HTML page that opens offline: tables, plots, text side by side. PATH: a checkpoint, a results file, or a folder of them."""
@@ -240,12 +240,12 @@ def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Place(),
     default=Path("demo-output"),
     show_default=True,
     help="Directory for the results.",
 )
-@click.option("--measure", type=click.Path(path_type=Path), hidden=True)
+@click.option("--measure", type=Place(), hidden=True)
 @shared()
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:
     """Compress SmolLM2-135M-Instruct by the paper's method, save, reload in a new process, and measure it beside the dense model
@@ -334,7 +334,9 @@ def _run(debug: bool, received: list[int]) -> None:
         _fail(f"{how}; {left}", 128 + (received[0] if received else signal.SIGINT), debug)
     except BrokenPipeError:
         sys.exit(1)
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if isinstance(error, (SystemExit, GeneratorExit)):
+            raise
         if received:  # a terminal that is closed cannot be written to
             sys.exit(128 + received[0])
         _unexpected(error, debug)
@@ -342,7 +344,8 @@ def _run(debug: bool, received: list[int]) -> None:
 
 def _unexpected(error: BaseException, debug: bool) -> typing.NoReturn:
     """A defect of ours, or something no one has met yet."""
-    _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
+    said, status = in_words(error)
+    _fail(f"{said}{' (--debug shows where)' if status == 1 else ''}", status, debug)
 
 
 def _fail(message: str, status: int, debug: bool) -> typing.NoReturn:

@@ -131,7 +131,7 @@ LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Say what `compress` would do, what it would cost, and, where the method can tell, what perplexity to expect."""
     everything = dict(options)
-    for name in ("data", "seed", "text_field"):
+    for name in ("data", "text_field"):
         options.pop(name, None)
     dtype, num_samples, seq_len = options.get("dtype"), options["num_samples"], options["seq_len"]
     check_destination(out, 0, model)
@@ -236,9 +236,9 @@ def bench(model: str, output: Path | None, options: dict[str, Any], as_json: boo
     finish(results, output, as_json)
 
 
-def compare(path: Path, output: Path | None, dry: bool, cell: str | None, as_json: bool, quiet: bool) -> None:
-    """Run an experiment, list its cells, or (in a child process) run one."""
-    asked = experiment.read_experiment(path)
+def compare(path: Path, output: Path | None, dry: bool, cell: str | None, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Run an experiment, list its cells, or (in a child process) run one. `options`: device and trust."""
+    asked = experiment.read_experiment(path, **options)
     if cell is not None:
         with progress_bars(quiet) as bars:
             emit(comparison.run_cell(comparison.cell_of(asked, cell), bars).to_json())

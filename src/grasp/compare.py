@@ -20,7 +20,7 @@ from grasp.core.models import load_model
 from grasp.core.provenance import Clock, machine, versions
 from grasp.core.results import Result, Results
 from grasp.core.sweep import Progress, silent
-from grasp.errors import CheckpointError, GraspError, RecipeError
+from grasp.errors import CheckpointError, GraspError, RecipeError, in_words
 from grasp.evaluation.bench import bench
 from grasp.experiment import Cell, Experiment
 
@@ -66,7 +66,7 @@ def run_cell(cell: Cell, progress: Progress = silent) -> Result:
         return _failed(cell, str(problem))
     except Exception as failure:
         logger.debug("cell %s", cell.key, exc_info=True)
-        return _failed(cell, f"unexpected {type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
+        return _failed(cell, in_words(failure)[0])
 
 
 def _run(cell: Cell, progress: Progress) -> Result:
@@ -108,7 +108,8 @@ def _shown(cell: Cell) -> dict[str, object]:
 
 def _run_apart(path: Path, cell: Cell, quiet: bool) -> Result:
     """A cell in a new process; whatever ends that process is the row's error."""
-    command = [sys.executable, "-m", "grasp", "compare", str(path), "--cell", cell.key, *(["--quiet"] if quiet else [])]
+    granted = [*cell.granted, *(["--quiet"] if quiet else [])]
+    command = [sys.executable, "-m", "grasp", "compare", str(path), "--cell", cell.key, *granted]
     child = run_child(command)
     if child.returncode == 130:
         raise KeyboardInterrupt

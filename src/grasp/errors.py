@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -32,6 +33,18 @@ class NumericsError(GraspError):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a signal, where something is left: says what, and how to go on."""
+
+
+def in_words(failure: BaseException) -> tuple[str, int]:
+    """(one line, exit status) for an exception that is none of ours: 2 where the machine or a path is at fault, 1 for a defect."""
+    said = " ".join(str(failure).split())[:300]
+    if isinstance(failure, OSError) and failure.filename is not None and failure.strerror:
+        return f"{os.fsdecode(failure.filename)}: {failure.strerror}", 2
+    if isinstance(failure, MemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    ):
+        return f"not enough memory ({said or 'none left'}); fewer or shorter blocks (--num-samples, --seq-len, --batch-size) need less", 2
+    return f"unexpected {type(failure).__name__}: {said}", 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from grasp.core.decoder import Decoder
+from grasp.core.fields import NumSamples, PathLike, Seed, SeqLen, checked
 from grasp.core.models import load_model
 from grasp.methods import make
 from grasp.methods.base import Method, Plan
@@ -54,20 +55,22 @@ def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / min(times)
 
 
+@checked
 def dry_run(
-    model: str,
+    model: PathLike,
     *,
     method: str,
-    num_samples: int,
-    seq_len: int,
+    num_samples: NumSamples,
+    seq_len: SeqLen,
+    seed: Seed = 0,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> tuple[Decoder, Method, Plan]:
-    """What `compress` would do, from the model's shapes alone: no weights are read."""
+    """What `compress` would do, from the model's shapes alone: no weights are read. `seed` is only checked."""
     chosen = make(method, fields)
-    decoder = load_model(model, empty=True, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    decoder = load_model(str(model), empty=True, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     check_lengths(decoder, num_samples, seq_len)
     chosen.check(decoder)
     return decoder, chosen, chosen.plan(decoder)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grasp.core.decoder import Decoder
+from grasp.core.fields import IS_PATH, NumSamples, Seed, SeqLen, checked
 from grasp.core.linalg import svd
 from grasp.core.models import open_model
 from grasp.core.records import Calibration, Redundancy
@@ -29,13 +30,14 @@ class Inspection:
     calibration: Calibration
 
 
+@checked
 def inspect(
-    model: str | Path | PreTrainedModel | Decoder,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
     *,
     data: str = DEFAULT_DATA,
-    num_samples: int = 32,
-    seq_len: int = DEFAULT_SEQ_LEN,
-    seed: int = 0,
+    num_samples: NumSamples = 32,
+    seq_len: SeqLen = DEFAULT_SEQ_LEN,
+    seed: Seed = 0,
     text_field: str | None = None,
     angular: bool = False,
     spectra: bool = True,

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import PreTrainedModel
 
 from grasp.core.decoder import Decoder
+from grasp.core.fields import IS_PATH, BatchSize, Count, NumFewshot, NumTokens, PathLike, Rounds, SeqLen, checked
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
 from grasp.core.provenance import machine, versions
@@ -23,7 +24,7 @@ from grasp.errors import RecipeError
 from grasp.evaluation.bench import bench as time_models
 from grasp.evaluation.blocks import Blocks, blocks_of
 from grasp.evaluation.fidelity import check_same_tokens, fidelity
-from grasp.evaluation.generation import agreement, continuations
+from grasp.evaluation.generation import agreement, check_room, continuations
 from grasp.evaluation.perplexity import perplexity
 from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
 from grasp.stages.calibration import check_lengths, sources
@@ -51,21 +52,22 @@ class Evaluation:
         return Results(rows, f"evaluation of {self.result.model}", " ".join(sys.argv), versions(), machine())
 
 
+@checked
 def evaluate(
-    model: str | Path | PreTrainedModel | Decoder,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
     *,
-    against: str | Path | PreTrainedModel | Decoder | None = None,
+    against: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH] | None = None,
     ppl: str | Sequence[str] = (),
     tasks: str | Sequence[str] = (),
-    task_data: str | Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
+    task_data: PathLike | None = None,
+    limit: Count | None = None,
+    num_fewshot: NumFewshot | None = None,
+    batch_size: BatchSize = 8,
     generate: bool = False,
-    new_tokens: int = 64,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    num_blocks: int | None = None,
+    new_tokens: NumTokens = 64,
+    seq_len: SeqLen | None = None,
+    stride: NumTokens | None = None,
+    num_blocks: Count | None = None,
     rolling: bool = False,
     text_field: str | None = None,
     tokenizer: Any = None,
@@ -89,8 +91,8 @@ def evaluate(
     Raises:
         GraspError: what a user can get wrong, before anything is measured; a non-finite block is an error, never skipped.
     """
-    names = _names(ppl) or ([] if tasks or generate else ["pydoc"])
-    chosen, folder = _names(tasks), None if task_data is None else Path(os.path.expandvars(task_data))
+    names = _names("--ppl", ppl) or ([] if tasks or generate else ["pydoc"])
+    chosen, folder = _names("--tasks", tasks), None if task_data is None else Path(os.path.expandvars(task_data))
     if chosen:
         check_tasks(chosen, folder, num_fewshot=num_fewshot, limit=limit)
     elif folder is not None:
@@ -104,6 +106,8 @@ def evaluate(
     if reference is not None:
         check_same_tokens(decoder, reference)
 
+    if generate:
+        check_room(decoder, new_tokens)
     pair = _Pair(decoder, reference, progress, calibration or {})
     for blocks in cuts:
         pair.read(blocks)
@@ -114,14 +118,15 @@ def evaluate(
     return pair.evaluation(texts)
 
 
+@checked
 def bench(
-    model: str | Path | PreTrainedModel | Decoder,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
     *,
-    against: str | Path | PreTrainedModel | Decoder | None = None,
-    batch_sizes: Sequence[int] = (1,),
-    prompt_len: int = 512,
-    new_tokens: int = 128,
-    rounds: int = 5,
+    against: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH] | None = None,
+    batch_sizes: Sequence[BatchSize] = (1,),
+    prompt_len: NumTokens = 512,
+    new_tokens: NumTokens = 128,
+    rounds: Rounds = 5,
     compile: bool = False,
     tokenizer: Any = None,
     device: str | None = None,
@@ -135,6 +140,9 @@ def bench(
     """
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
     reference = None if against is None else open_model(against, None, device, dtype, trust_remote_code)
+    for one in (decoder, reference):
+        if one is not None:
+            one.check_finite()
     models = {"dense": reference, "model": decoder} if reference is not None else {"model": decoder}
     found = time_models(
         models, batch_sizes=batch_sizes, prompt_len=prompt_len, new_tokens=new_tokens, rounds=rounds, compile=compile, progress=progress
@@ -248,9 +256,9 @@ def _path(name: str) -> Path:
     return Path(name.rpartition("=")[2]).expanduser().absolute()
 
 
-def _names(value: str | Iterable[str]) -> list[str]:
+def _names(flag: str, value: str | Iterable[str]) -> list[str]:
     """The names in a comma-separated list, or in any other."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
     if "" in names and names != [""]:
-        raise RecipeError(f"'{value}': an empty name in the list; write it like wikitext2,my.txt")
+        raise RecipeError(f"{flag} '{value}': an empty name in the list; write it like wikitext2,my.txt")
     return [name for name in names if name]

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import apply
+from grasp.core.fields import IS_PATH, NumSamples, PathLike, Seed, SeqLen, checked
 from grasp.core.models import open_model
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
@@ -65,15 +66,16 @@ class Compression:
         return 1 - self.parameters_after / self.parameters_before
 
 
+@checked
 def compress(
-    model: str | Path | PreTrainedModel | Decoder,
-    out: str | Path | None = None,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    out: PathLike | None = None,
     *,
     method: str | Method = DEFAULT_METHOD,
     data: str | Calibration = DEFAULT_DATA,
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    seq_len: int = DEFAULT_SEQ_LEN,
-    seed: int = 0,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    seq_len: SeqLen = DEFAULT_SEQ_LEN,
+    seed: Seed = 0,
     text_field: str | None = None,
     tokenizer: Any = None,
     device: str | None = None,
@@ -183,15 +185,16 @@ class Prediction:
         return math.exp(self.loss + self.rises[ratio])
 
 
+@checked
 def predict(
-    model: str | Path | PreTrainedModel | Decoder,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
     ratios: Sequence[float],
     *,
     method: str | Method = DEFAULT_METHOD,
     data: str | Calibration = DEFAULT_DATA,
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    seq_len: int = DEFAULT_SEQ_LEN,
-    seed: int = 0,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    seq_len: SeqLen = DEFAULT_SEQ_LEN,
+    seed: Seed = 0,
     text_field: str | None = None,
     tokenizer: Any = None,
     device: str | None = None,

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize, apply
+from grasp.core.fields import IS_PATH, PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import NAMES
@@ -55,9 +56,10 @@ class Quantization:
         return self.decoder.model
 
 
+@checked
 def quantize(
-    model: str | Path | PreTrainedModel | Decoder,
-    out: str | Path | None = None,
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    out: PathLike | None = None,
     *,
     bits: int,
     scheme: str = "weight-only",

@@ -32,6 +32,7 @@ from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_beside, check_destination, name_of
 from grasp.core.extras import need
+from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
@@ -65,9 +66,10 @@ class Recovery:
         return dict(self.manifest["recovery"]["best"])
 
 
+@checked
 def recover(
-    checkpoint: str | Path,
-    out: str | Path,
+    checkpoint: PathLike,
+    out: PathLike,
     *,
     data: str,
     preset: str | None = None,

@@ -73,8 +73,8 @@ def _perplexities(rows: tuple[Result, ...]) -> None:
             label,
             short(s.name),
             f"{s.value:.3f}",
-            f"{s.protocol.get('word_perplexity', float('nan')):.2f}",
-            f"{s.protocol.get('bits_per_byte', float('nan')):.4f}",
+            f"{s.protocol.get('word_perplexity') or float('nan'):.2f}",
+            f"{s.protocol.get('bits_per_byte') or float('nan'):.4f}",
         )
         for label, s in lines
     ]
@@ -90,7 +90,7 @@ def protocol_line(score: Score) -> str:
     p = score.protocol
     return (
         f"blocks of {p.get('seq_len')}, stride {p.get('stride')}, BOS {p.get('bos')}, text {p.get('join')}; "
-        f"{p.get('num_blocks'):,} blocks, {p.get('num_tokens'):,} tokens counted, {p.get('dtype')}"
+        f"{p.get('num_blocks') or 0:,} blocks, {p.get('num_tokens') or 0:,} tokens counted, {p.get('dtype')}"
     )
 
 

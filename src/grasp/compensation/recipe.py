@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from grasp.core.fields import flag
+from msgspec import Meta
+
+from grasp.core.fields import BatchSize, Count, CountFrom0, Place, Seed, SeqLen, Share, check, check_fields, flag, hints
 from grasp.errors import RecipeError, did_you_mean
 
 TRAIN = ("factors", "layers", "lora")
@@ -14,6 +16,7 @@ OBJECTIVES = ("lm", "distill", "layer")
 STARTS = ("keep", "least-squares")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "bfloat16", "float32")
+Rank = Annotated[int, Meta(ge=1, le=65_536)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,56 +26,43 @@ class Recipe:
     train: str = flag("factors", "What is trained: the factors of the low-rank matrices; all of the layers that hold them (of a model with layers removed: all that are left); or LoRA adapters on every matrix, merged at the end.", words=TRAIN)  # fmt: skip
     objective: str = flag("lm", "lm: cross-entropy of the answers. distill: KL divergence from the dense model's predictions. layer: the dense model's hidden states behind every edited layer.", words=OBJECTIVES)  # fmt: skip
     start: str | None = flag(None, "keep: the factors as they are. least-squares: output factors solved for the dense outputs first. Default: least-squares for --objective layer, else keep.", words=STARTS)  # fmt: skip
-    teacher: str | None = flag(None, "The dense MODEL for distill, layer and least-squares. Default: the model that was compressed.")
-    temperature: float = flag(1.0, "[distill] Softens both predictions.")
-    lm_weight: float = flag(0.0, "[distill] Share of the answers' cross-entropy in the loss, 0 to 1.")
-    teacher_cache: str | None = flag(None, "[distill] Folder that keeps the teacher's most likely tokens: computed once, read by every later run on the same rows.", recipe=False)  # fmt: skip
-    top_k: int = flag(64, "[distill] Tokens a position that --teacher-cache keeps; the rest counts as one.")
+    teacher: Place | None = flag(None, "The dense MODEL for distill, layer and least-squares. Default: the model that was compressed.")
+    temperature: Annotated[float, Meta(ge=0.01, le=1_000)] = flag(1.0, "[distill] Softens both predictions.")
+    lm_weight: Annotated[float, Meta(ge=0, le=1)] = flag(0.0, "[distill] Share of the answers' cross-entropy in the loss, 0 to 1.")
+    teacher_cache: Place | None = flag(None, "[distill] Folder that keeps the teacher's most likely tokens: computed once, read by every later run on the same rows.", recipe=False)  # fmt: skip
+    top_k: Rank = flag(64, "[distill] Tokens a position that --teacher-cache keeps; the rest counts as one.")
     offload_teacher: bool = flag(False, "[distill, layer] Keep the teacher's weights outside the device and bring them in layer by layer.", recipe=False)  # fmt: skip
-    lora_rank: int = flag(256, "[lora] Rank of the adapters.")
-    lora_alpha: int = flag(16, "[lora] Scale of the adapters, over their rank.")
-    lora_dropout: float = flag(0.05, "[lora] Dropout in front of the adapters.")
+    lora_rank: Rank = flag(256, "[lora] Rank of the adapters.")
+    lora_alpha: Rank = flag(16, "[lora] Scale of the adapters, over their rank.")
+    lora_dropout: Share = flag(0.05, "[lora] Dropout in front of the adapters.")
     keep_adapter: bool = flag(False, "[lora] Do not merge: OUT is the checkpoint as it was, OUT/adapter a peft adapter for it.")
-    epochs: float = flag(1.0, "Passes over the data.")
-    max_steps: int | None = flag(None, "Stop after so many steps; of several texts each then gives an equal share.")
-    batch_size: int = flag(32, "Rows a step, over all processes.")
-    micro_batch: int = flag(4, "Rows at once on one device; the rest of a batch is accumulated.", recipe=False)
-    learning_rate: float | None = flag(
+    epochs: Annotated[float, Meta(gt=0, le=1_000)] = flag(1.0, "Passes over the data.")
+    max_steps: Annotated[int, Meta(ge=1, le=10_000_000)] | None = flag(
+        None, "Stop after so many steps; of several texts each then gives an equal share."
+    )
+    batch_size: BatchSize = flag(32, "Rows a step, over all processes.")
+    micro_batch: BatchSize = flag(4, "Rows at once on one device; the rest of a batch is accumulated.", recipe=False)
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = flag(
         3e-4, "Highest learning rate of AdamW. With --preset quick: 1e-3, or 1e-4 where a tenth of all numbers or more is trained."
     )
-    warmup_steps: int = flag(100, "Steps until it is reached; at most a tenth of all.")
+    warmup_steps: CountFrom0 = flag(100, "Steps until it is reached; at most a tenth of all.")
     schedule: str = flag("linear", "What follows the warm-up.", words=SCHEDULES)
-    weight_decay: float = flag(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = flag(1.0, "Longest gradient; 0: no limit.")
-    max_length: int = flag(256, "Tokens of a row. Longer answers are cut, longer texts go on in the next row.")
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = flag(0.0, "AdamW's weight decay.")
+    max_grad_norm: Annotated[float, Meta(ge=0, le=1e6)] = flag(1.0, "Longest gradient; 0: no limit.")
+    max_length: SeqLen = flag(256, "Tokens of a row. Longer answers are cut, longer texts go on in the next row.")
     pad: bool = flag(False, "One example a row, padded. Default: several, packed, which do not see one another.")
-    held_out: int = flag(64, "Examples (or rows of text) kept out of training, whose loss is watched.")
-    eval_every: int | None = flag(
+    held_out: Count = flag(64, "Examples (or rows of text) kept out of training, whose loss is watched.")
+    eval_every: Count | None = flag(
         None, "Steps between looks at the held-out loss, each of which saves the state too. Default: a tenth of all."
     )
     precision: str = flag(
         "auto", "bfloat16: products in bfloat16, trained weights in float32. auto: where the device has it.", words=PRECISIONS
     )
     gradient_checkpointing: bool = flag(False, "Less memory for activations, about a third more time.", recipe=False)
-    seed: int = flag(0, "Draws the held-out examples, the order and the adapters' start.")
+    seed: Seed = flag(0, "Draws the held-out examples, the order and the adapters' start.")
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            words, value = one.metadata["words"], getattr(self, one.name)
-            if words and value is not None and value not in words:
-                raise RecipeError(f"{_named(one.name)} {value}: unknown; allowed: {', '.join(words)}{did_you_mean(str(value), words)}")
-        for name in ("batch_size", "micro_batch", "lora_rank", "lora_alpha", "top_k", "held_out", "max_steps", "eval_every"):
-            self._at_least(name, 1)
-        self._at_least("max_length", 2)
-        for name in ("learning_rate", "temperature", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise RecipeError(f"{_named(name)} {getattr(self, name)}: must be above 0")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
-            self._at_least(name, 0)
-        if not 0 <= self.lm_weight <= 1:
-            raise RecipeError(f"--lm-weight {self.lm_weight}: must be from 0 to 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise RecipeError(f"--lora-dropout {self.lora_dropout}: must be at least 0 and below 1")
+        check_fields(self)
         if self.keep_adapter and self.train != "lora":
             raise RecipeError(f"--keep-adapter: --train {self.train} makes no adapter; leave it out or use --train lora")
         if self.teacher_cache is not None and self.objective != "distill":
@@ -81,11 +71,6 @@ class Recipe:
             )
         if self.lm_weight and self.objective != "distill":
             raise RecipeError(f"--lm-weight {self.lm_weight}: only --objective distill mixes two losses")
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise RecipeError(f"{_named(name)} {value}: must be {least} or more")
 
     @property
     def begins(self) -> str:
@@ -127,7 +112,9 @@ def make_recipe(preset: str | None, fields: dict[str, Any]) -> Recipe:
     for name in fields:
         if name not in known:
             raise RecipeError(f"{_named(name)}: grasp recover has no such field{did_you_mean(name, known)}")
-    return Recipe(**{**PRESETS[preset or "paper"], **fields})
+    kinds = hints(Recipe)
+    given = {name: check(name, value, kinds[name]) for name, value in fields.items()}
+    return Recipe(**{**PRESETS[preset or "paper"], **given})
 
 
 def _named(field: str) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination
+from grasp.core.fields import PathLike, checked
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
 from grasp.core.proof import answer, prove
@@ -56,7 +57,8 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, besid
         (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
-def load(source: str | os.PathLike[str], **options: Any) -> Checkpoint:
+@checked
+def load(source: PathLike, **options: Any) -> Checkpoint:
     """Load a checkpoint, or any other MODEL; options as for `load_model`.
 
     The dense matrices are never built: peak memory is that of the small model. Raises `CheckpointError` for a damaged or

@@ -1,14 +1,170 @@
-"""Dataclass fields that are flags too: what `--help`, the docs and a saved recipe say about them comes from the field."""
+"""Values from outside: what a flag, a field or an argument may hold is declared once, in its type, and checked in one place.
+
+    num_samples: NumSamples = 64            an argument of a function that is `@checked`
+    ratio: Share | None = flag(None, "...") a field of a dataclass whose `__post_init__` calls `check_fields`
+
+The command line, keyword arguments, recipes and experiments all come through here, so none of them lets in what the others refuse.
+NaN and infinities lie in no range. Paths are text in which `~` is the home folder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import inspect
+import numbers
+import os
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from grasp.errors import RecipeError, did_you_mean
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+Share = Annotated[float, Meta(ge=0, lt=1)]
+NumSamples = Annotated[int, Meta(ge=1, le=1_000_000)]
+NumTokens = Annotated[int, Meta(ge=1, le=1 << 24)]
+SeqLen = Annotated[int, Meta(ge=2, le=1 << 24)]
+"""Models of ten million positions exist; none of more."""
+Seed = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+"""Numpy's range, which is the smallest of those that are seeded."""
+NumLayers = Annotated[int, Meta(ge=0, le=10_000)]
+RankMultiple = Annotated[int, Meta(ge=1, le=65_536)]
+BatchSize = Annotated[int, Meta(ge=1, le=65_536)]
+Rounds = Annotated[int, Meta(ge=1, le=10_000)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+"""Of rows, blocks or steps."""
+CountFrom0 = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+"""The same, or 0."""
+NumFewshot = Annotated[int, Meta(ge=0, le=1_000)]
+
+IS_PATH = "path"
+Place = Annotated[str, IS_PATH]
+"""A file or folder; in a field of a dataclass."""
+PathLike = Annotated[str | Path, IS_PATH]
+"""A file or folder; in an argument of a function."""
 
 
 def flag(default: Any, help: str, recipe: bool = True, words: tuple[str, ...] = ()) -> Any:
     """A field with the text that `--help` and the docs show for it.
 
-    `recipe` False: about this machine, not about the result. `words`: the values it may take, where they are few.
+    `recipe` False: about this machine, not about the result; no recipe may set it. `words`: the values it may take, where they are few.
     """
     return dataclasses.field(default=default, metadata={"help": help, "recipe": recipe, "words": words})
+
+
+def check_fields(record: Any) -> None:
+    """Check every field of a dataclass against its type and its words; whole numbers become floats, and lists tuples, where the type says so.
+
+    Raises `RecipeError`: the flag, the value, what is allowed.
+    """
+    kinds = hints(type(record))
+    for one in dataclasses.fields(record):
+        value = check(one.name, getattr(record, one.name), kinds[one.name])
+        words = one.metadata["words"]
+        if words and value is not None and value not in words:
+            raise RecipeError(f"{named(one.name)} {value}: unknown; allowed: {', '.join(words)}{did_you_mean(value, words)}")
+        object.__setattr__(record, one.name, value)
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose arguments are checked before it begins: those with a range (`Annotated[..., Meta]`), and paths."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def begin(*args: P.args, **options: P.kwargs) -> R:
+        given = signature.bind(*args, **options)
+        for name, kind in hints(function).items():
+            if name in given.arguments and _declares(kind):
+                given.arguments[name] = check(name, given.arguments[name], kind)
+        return function(*given.args, **given.kwargs)
+
+    return begin
+
+
+def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
+    """`value` as `kind` has it. Raises `RecipeError` with `shown`, or else the flag `--name`, in front."""
+    shown = shown or named(name)
+    plain, is_path = _parts(kind)
+    if is_path:
+        return expanded(shown, value)
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # numpy's
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, (list, tuple)) and typing.get_origin(plain) in LISTS:
+        found = [check(name, one, typing.get_args(plain)[0], shown) for one in value]
+        return found if typing.get_origin(plain) is list else tuple(found)
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise RecipeError(f"{shown} {shortened(value)}: must be {allowed(kind)}") from None
+
+
+LISTS = (tuple, list, Sequence)
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a table"}
+
+
+def allowed(kind: Any) -> str:
+    """What a type takes, in words: "a whole number from 1 to 64", "a number at least 0 and below 1"."""
+    plain, _ = _parts(kind)
+    if typing.get_origin(plain) in LISTS:
+        return f"a list, each of it {allowed(typing.get_args(plain)[0])}"
+    said = WORDS.get(plain, getattr(plain, "__name__", str(plain)))
+    bounds = next((one for one in getattr(_only(kind), "__metadata__", ()) if isinstance(one, Meta)), None)
+    if bounds is None:
+        return said
+    if plain is int:
+        return f"{said} from {bounds.ge:,} to {bounds.le:,}"
+    limits = (("at least", bounds.ge), ("above", bounds.gt), ("at most", bounds.le), ("below", bounds.lt))
+    return " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+
+
+def expanded(shown: str, value: Any) -> Any:
+    """A path with `~` put in; whatever is no path comes back as it is. Raises `RecipeError` for a path that no file can have."""
+    if not isinstance(value, (str, os.PathLike)):
+        return value
+    text = os.fspath(value)
+    if isinstance(text, str) and "\0" in text:
+        raise RecipeError(f"{shown} {shortened(text)}: holds a NUL character, which no path can")
+    home = os.path.expanduser(text)
+    return value if home == text else type(value)(home)  # type: ignore[call-arg]
+
+
+def named(field: str) -> str:
+    """The flag of a field, or what `--help` calls an argument."""
+    return field.upper() if field in ("model", "out", "source") else "DIR" if field == "checkpoint" else "--" + field.replace("_", "-")
+
+
+def shortened(value: Any) -> str:
+    """A value as an error names it: on one line, and no longer than a line."""
+    text = repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
+    return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
+
+
+@functools.cache
+def hints(of: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields or a function's arguments, ranges and all."""
+    return typing.get_type_hints(of, include_extras=True)
+
+
+def _only(kind: Any) -> Any:
+    """`kind` without "or None"."""
+    return next((one for one in typing.get_args(kind) if one is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
+
+
+def _parts(kind: Any) -> tuple[Any, bool]:
+    """(the plain type, whether it is a path)."""
+    inner = _only(kind)
+    marks: Iterable[Any] = getattr(inner, "__metadata__", ())
+    return (typing.get_args(inner)[0] if marks else inner), IS_PATH in marks
+
+
+def _declares(kind: Any) -> bool:
+    """Whether a type says more than Python's own."""
+    plain, is_path = _parts(kind)
+    inner = typing.get_args(plain)[0] if typing.get_origin(plain) in LISTS else kind
+    return is_path or any(isinstance(one, Meta) for one in getattr(_only(inner), "__metadata__", ()))

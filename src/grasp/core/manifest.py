@@ -1,28 +1,145 @@
-"""`grasp.json`, the manifest beside the weights of a checkpoint: how the model was made, and in which format it is stored."""
+"""`grasp.json`, the manifest beside the weights of a checkpoint: how the model was made, and in which format it is stored.
+
+What other parts of grasp read of it is declared below and checked when it is read. Further entries are kept as they are.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta, Struct
+
+from grasp.core import documents
 from grasp.errors import CheckpointError
 
 MANIFEST = "grasp.json"
 FORMAT_VERSION = 3
 """As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no torch."""
 
+Index = Annotated[int, Meta(ge=0, le=100_000)]
+Number = Annotated[int, Meta(ge=0)]
+
+
+class _Head(Struct):
+    format_version: Number
+
+
+class _Model(Struct):
+    source: str
+    family: str
+    num_layers: Index
+    dtype: str
+
+
+class _Method(Struct):
+    name: str
+    paper: str = ""
+
+
+class _Parameters(Struct):
+    before: Annotated[int, Meta(ge=1)]
+    after: Annotated[int, Meta(ge=1)]
+    ratio: float
+
+
+class _Calibration(Struct):
+    source: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    ids_sha256: str
+    text_sha256: str = ""
+
+
+class _Prediction(Struct):
+    loss_before: float
+    loss_rise: float
+    perplexity_ratio: float
+
+
+class _Recipe(Struct):
+    model: str
+
+
+class _Factorize(Struct, tag_field="edit", tag="factorize"):
+    path: str
+    rank: Number
+    kept: list[Number] | None = None
+    score: str = ""
+    scores: list[float] | None = None
+    singular_values: list[float] | None = None
+    predicted_loss: float | None = None
+    pivoted: bool = False
+
+
+class _Drop(Struct, tag_field="edit", tag="drop"):
+    layer: Index
+
+
+class _Text(Struct):
+    sources: dict[str, Any] | list[str]
+    tokens: Number
+
+
+class _Training(Struct):
+    train: str
+    objective: str
+    batch_size: Number
+
+
+class _Look(Struct):
+    step: Number
+    held_out_loss: float | None = None
+
+
+class _Recovery(Struct):
+    recipe: _Training
+    data: _Text
+    steps: Number
+    trained_parameters: Number
+    curve: Annotated[list[_Look], Meta(min_length=1)]
+    best: _Look
+    seconds: dict[str, float]
+    checkpoint: str = ""
+    command: str = ""
+    before: _Recovery | None = None
+
+
+class _Quantization(Struct):
+    scheme: str
+    matrices: Number
+    share: float
+    bytes_before: Number
+    bytes_after: Number
+    checkpoint: str
+    command: str
+    group_size: Number | None = None
+
+
+class _Manifest(_Head):
+    model: _Model
+    method: _Method
+    parameters: _Parameters
+    edits: list[_Factorize | _Drop]
+    versions: dict[str, str]
+    recipe: _Recipe | None = None
+    calibration: _Calibration | None = None
+    redundancy: dict[str, dict[str, float]] | None = None
+    prediction: _Prediction | None = None
+    recovery: _Recovery | None = None
+    quantization: _Quantization | None = None
+    seconds: dict[str, float] | None = None
+
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The contents of `grasp.json`. Raises `CheckpointError` where it is missing, damaged or of a newer format."""
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = int(manifest["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise CheckpointError(f"{path}: cannot be read ({failure}); the checkpoint is damaged") from failure
+    path, hint = directory / MANIFEST, "the checkpoint is damaged"
+    manifest: dict[str, Any] = documents.read_json(path, hint=hint)
+    version = documents.check(path, manifest, _Head, hint).format_version
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {version} was written by a newer grasp, this one reads up to {FORMAT_VERSION}; run `pip install -U grasp-llm`"
         )
+    documents.check(path, manifest, _Manifest, hint)
     return manifest

@@ -31,6 +31,7 @@ from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
+from grasp.core.opening import opening
 from grasp.core.seal import warn_of_changes
 from grasp.core.writing import whole
 from grasp.errors import CheckpointError, ModelError, RecipeError, did_you_mean
@@ -41,6 +42,7 @@ EMBEDDED = "smollm2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@opening
 def load_model(
     source: str,
     *,
@@ -218,6 +220,8 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as failure:
         raise RecipeError(
             f"--device {name}: {str(failure).splitlines()[0]}; try cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"

@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
+from grasp.core import documents
 from grasp.core.score import Score
 from grasp.core.writing import whole_file
 from grasp.errors import CheckpointError
@@ -91,6 +94,61 @@ class Result:
         return cls(**values)
 
 
+class _Score(Struct):
+    """A score as it is written: its protocol beside its value. Typed is what a table prints."""
+
+    name: str
+    value: float
+    unit: str
+    stderr: float | None = None
+    interval: tuple[float, float] | None = None
+    word_perplexity: float | None = None
+    bits_per_byte: float | None = None
+    num_blocks: int | None = None
+    num_tokens: int | None = None
+    batch_size: int | None = None
+    prompt_len: int | None = None
+    new_tokens: int | None = None
+    rounds: int | None = None
+    threads: int | None = None
+    low: float | None = None
+    high: float | None = None
+    p95: float | None = None
+
+
+class _Row(Struct, forbid_unknown_fields=True):
+    """A `Result` as it is written."""
+
+    label: str
+    model: str
+    method: str = ""
+    fields: dict[str, Any] = {}
+    parameters: int | None = None
+    num_bytes: int | None = None
+    ratio: float | None = None
+    scores: tuple[_Score, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    seconds: dict[str, float] = {}
+    peak_memory: int | None = None
+    notes: tuple[str, ...] = ()
+    error: str = ""
+    key: str = ""
+
+
+class _Head(Struct):
+    kind: str
+    format_version: int
+
+
+class _File(_Head):
+    rows: list[_Row]
+    title: str | None = ""
+    command: str | None = ""
+    versions: dict[str, str] | None = None
+    machine: dict[str, Any] | None = None
+    about: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Results:
     """A results file: rows, and where they come from."""
@@ -115,18 +173,13 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Results:
         """Read a results file. Raises `CheckpointError` where it is damaged, something else, or of a newer format."""
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as failure:
-            raise CheckpointError(f"{path}: cannot be read ({failure})") from failure
+        found, hint = documents.read_json(path), "the file is damaged"
         if not isinstance(found, dict) or found.get("kind") != KIND:
             raise CheckpointError(f"{path}: is no results file of grasp; grasp eval, bench, compare and demo write them")
-        if int(found.get("format_version", 0)) > FORMAT_VERSION:
+        if documents.check(path, found, _Head, hint).format_version > FORMAT_VERSION:
             raise CheckpointError(f"{path}: written by a newer grasp; run `pip install -U grasp-llm`")
-        try:
-            rows = tuple(Result.from_json(row) for row in found["rows"])
-        except (KeyError, TypeError, ValueError) as failure:
-            raise CheckpointError(f"{path}: the file is damaged: {failure!r}") from failure
+        documents.check(path, found, _File, hint)
+        rows = tuple(Result.from_json(row) for row in found["rows"])
         text, table = (lambda key: str(found.get(key) or "")), (lambda key: dict(found.get(key) or {}))
         return cls(rows, text("title"), text("command"), table("versions"), table("machine"), table("about"))
 

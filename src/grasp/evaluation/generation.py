@@ -31,8 +31,7 @@ PROMPTS = (
 @torch.no_grad()
 def greedy(model: Decoder, prompt: str, new_tokens: int) -> Generation:
     """The greedy continuation of a prompt: the most likely token each time, until the model ends or `new_tokens` are written."""
-    if model.tokenizer is None:
-        raise RecipeError("--generate: needs the model's tokenizer")
+    assert model.tokenizer is not None
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)
     ends = model.tokenizer.eos_token_id
     output = model.model.generate(
@@ -49,8 +48,7 @@ def continuations(
     model: Decoder, prompts: Sequence[str] = PROMPTS, new_tokens: int = 64, progress: Progress = silent
 ) -> tuple[tuple[Generation, ...], tuple[Score, ...]]:
     """Greedy continuations of all prompts; their mean repetition and mean length in tokens."""
-    if new_tokens < 1:
-        raise RecipeError(f"--new-tokens {new_tokens}: must be 1 or more")
+    check_room(model, new_tokens, prompts)
     found = []
     for number, prompt in enumerate(prompts):
         progress("greedy text", number, len(prompts))
@@ -62,6 +60,17 @@ def continuations(
         Score("generation", sum(one.num_tokens for one in found) / len(found), "tokens", protocol),
     )
     return tuple(found), scores
+
+
+def check_room(model: Decoder, new_tokens: int, prompts: Sequence[str] = PROMPTS) -> None:
+    """Raise `RecipeError` where a continuation would be longer than the model reads."""
+    if model.tokenizer is None:
+        raise RecipeError("--generate: needs the model's tokenizer")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    room = None if limit is None else limit - max(len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    if new_tokens < 1 or (room is not None and new_tokens > room):
+        reads = "" if room is None else f", since the model reads {limit} tokens, a prompt among them"
+        raise RecipeError(f"--new-tokens {new_tokens}: must be from 1 to {'what fits' if room is None else room}{reads}")
 
 
 def agreement(mine: Sequence[Generation], dense: Sequence[Generation]) -> Score:

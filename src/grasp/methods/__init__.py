@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from typing import Any
 
+from grasp.core.fields import check, hints, shortened
 from grasp.errors import RecipeError, did_you_mean
 from grasp.methods.base import Method
 
 
+@functools.cache
 def available() -> dict[str, type[Method]]:
     """Name -> method class, of every file in this folder."""
     found: dict[str, type[Method]] = {}
@@ -37,19 +40,19 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
             owners = [other for other, cls in methods.items() if name in {field.name for field in dataclasses.fields(cls)}]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
-    return methods[method](**{name: _fitting(name, str(known[name].type), value) for name, value in fields.items()})
+    kinds = hints(methods[method])
+    return methods[method](**{name: check(name, _fitting(name, str(kinds[name]), value), kinds[name]) for name, value in fields.items()})
 
 
 def _fitting(name: str, kind: str, value: Any) -> Any:
-    """`value` as the field has it: lists, and "a,b" for several words, become tuples; whole numbers may stand for shares."""
-    if "tuple" in kind and value is not None:
-        words = [str(word).strip() for word in (value.split(",") if isinstance(value, str) else value)]
-        if "tuple[int" not in kind:
-            return tuple(words)
-        try:
-            return tuple(int(word) for word in words)
-        except ValueError:
-            raise RecipeError(
-                f"--{name.replace('_', '-')} {','.join(words)}: not a list of whole numbers; write it like 21,22,25"
-            ) from None
-    return float(value) if "float" in kind and isinstance(value, int) else value
+    """`value` as the field has it: lists, and "a,b" for several words, become tuples."""
+    if "tuple" not in kind or not isinstance(value, (str, list, tuple)):
+        return value
+    words = [str(word).strip() for word in (value.split(",") if isinstance(value, str) else value)]
+    if "tuple[int" not in kind:
+        return tuple(words)
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        given = shortened(",".join(words))
+        raise RecipeError(f"--{name.replace('_', '-')} {given}: not a list of whole numbers; write it like 21,22,25") from None

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit
-from grasp.core.fields import flag
+from grasp.core.fields import NumLayers, Share, check_fields, flag
+from grasp.core.layer import Linear
 from grasp.core.records import Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
 from grasp.errors import RecipeError
@@ -41,6 +42,9 @@ class Method(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def check(self, model: Decoder) -> None:
         """Raise `RecipeError` where the fields do not fit the model. Called before any work is done."""
@@ -77,21 +81,18 @@ class Method(ABC):
 class LayerMethod(Method):
     """Base of the methods that edit chosen decoder layers: the most redundant ones, as many as asked for, or those named."""
 
-    ratio: float | None = flag(None, "Share of ALL parameters to remove; the number of layers follows.")
-    num_layers: int | None = flag(None, "Edit this many layers, the most redundant ones.")
+    ratio: Share | None = flag(None, "Share of ALL parameters to remove; the number of layers follows.")
+    num_layers: NumLayers | None = flag(None, "Edit this many layers, the most redundant ones.")
     layers: tuple[int, ...] | None = flag(None, "Edit these layers, e.g. 21,22,25.")
     angular: bool = flag(False, "Choose one contiguous span by angular distance at the last token instead of block influence.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {"--ratio": self.ratio, "--num-layers": self.num_layers, "--layers": self.layers}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
             said = f"got {' and '.join(given)}" if given else "none was given"
             raise RecipeError(f"--method {self.name}: say how much to compress with one of {', '.join(sizes)}; {said}")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise RecipeError(f"--ratio {self.ratio}: the share of all parameters to remove must be at least 0 and below 1")
-        if self.num_layers is not None and self.num_layers < 0:
-            raise RecipeError(f"--num-layers {self.num_layers}: must be 0 or more")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise RecipeError(f"--layers {','.join(map(str, self.layers))}: a layer is named twice")
         if self.layers == ():
@@ -115,6 +116,13 @@ class LayerMethod(Method):
     def redundancy(self, stats: Statistics) -> Redundancy:
         """The scores that the choice of layers goes by."""
         return angular_distance(stats) if self.angular else block_influence(stats)
+
+
+def check_rank_multiple(multiple: int, linears: Sequence[Linear]) -> None:
+    """Raise `RecipeError` where no rank of these matrices is a multiple but 0."""
+    largest = max((min(linear.shape) for linear in linears), default=multiple)
+    if multiple > largest:
+        raise RecipeError(f"--rank-multiple {multiple}: no matrix of the model has so large a rank; at most {largest}")
 
 
 def ratio_unreachable(ratio: float, largest: float, hint: str) -> RecipeError:

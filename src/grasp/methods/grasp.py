@@ -18,20 +18,21 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar, get_args
 
 import torch
+from msgspec import Meta
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
-from grasp.core.fields import flag
+from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, break_even_rank, factors, svd
 from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
-from grasp.errors import RecipeError, did_you_mean
-from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
+from grasp.errors import RecipeError
+from grasp.methods.base import LayerMethod, Plan, check_rank_multiple, ratio_unreachable
 from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
 from grasp.stages.attribution import NEEDS_GROUP_GRAD, NEEDS_WEIGHT_GRAD, SCORES, attribute
 from grasp.stages.statistics import GroupGrad, WeightGrad
@@ -49,13 +50,19 @@ class Grasp(LayerMethod):
     name: ClassVar[str] = "grasp"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
 
-    retain_ratio: float | None = flag(None, "Share of each replaced matrix's parameters to keep (default 0.1).")
-    threshold_ratio: float | None = flag(None, "Instead: keep the smallest set of groups that holds this share of a matrix's score.")
-    score: str = flag("taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".")
+    retain_ratio: Share | None = flag(None, "Share of each replaced matrix's parameters to keep (default 0.1).")
+    threshold_ratio: Annotated[float, Meta(gt=0, le=1)] | None = flag(
+        None, "Instead: keep the smallest set of groups that holds this share of a matrix's score."
+    )
+    score: str = flag("taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".", words=SCORES)
     iterative: bool = flag(False, "Sweep again after each layer's MLP and attention, last layer first.")
     projections: tuple[str, ...] = flag(("all",), "Matrices to replace: all, attention, mlp, or roles such as q,k,v,o,gate,up,down.")
-    rank_multiple: int = flag(1, "Round ranks down to a multiple of this, e.g. 8 for hardware.")
-    sigma_split: str = flag("both", "Which factor holds the singular values: both (square roots), left (out) or right (in).")
+    rank_multiple: RankMultiple = flag(1, "Round ranks down to a multiple of this, e.g. 8 for hardware.")
+    sigma_split: str = flag(
+        "both",
+        "Which factor holds the singular values: both (square roots), left (out) or right (in).",
+        words=get_args(SigmaSplit),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,18 +70,6 @@ class Grasp(LayerMethod):
             raise RecipeError("--retain-ratio and --threshold-ratio both say how many groups to keep; give one")
         if self.ratio is not None and self.threshold_ratio is not None:
             raise RecipeError("--ratio fixes the size, --threshold-ratio lets it follow from the scores; give one")
-        if self.retain_ratio is not None and not 0 <= self.retain_ratio < 1:
-            raise RecipeError(f"--retain-ratio {self.retain_ratio}: must be at least 0 and below 1")
-        if self.threshold_ratio is not None and not 0 < self.threshold_ratio <= 1:
-            raise RecipeError(f"--threshold-ratio {self.threshold_ratio}: must be above 0 and at most 1")
-        if self.score not in SCORES:
-            raise RecipeError(f"--score {self.score}: unknown; allowed: {', '.join(SCORES)}{did_you_mean(self.score, SCORES)}")
-        if self.sigma_split not in get_args(SigmaSplit):
-            raise RecipeError(
-                f"--sigma-split {self.sigma_split}: unknown; allowed: {', '.join(get_args(SigmaSplit))}{did_you_mean(self.sigma_split, get_args(SigmaSplit))}"
-            )
-        if self.rank_multiple < 1:
-            raise RecipeError(f"--rank-multiple {self.rank_multiple}: must be 1 or more")
 
     @property
     def _retain_ratio(self) -> float:
@@ -82,7 +77,7 @@ class Grasp(LayerMethod):
 
     def check(self, model: Decoder) -> None:
         self.check_layers(model, most=model.num_layers)
-        model.linears(0, self.projections)
+        check_rank_multiple(self.rank_multiple, model.linears(0, self.projections))
         if self.ratio is not None:
             self._for_ratio(model, range(model.num_layers))
 

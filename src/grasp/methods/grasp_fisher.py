@@ -28,14 +28,14 @@ from torch import Tensor
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
 from grasp.core.families import select
-from grasp.core.fields import flag
+from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
 from grasp.core.records import Allocation, Attribution, Calibration, Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.core.sweep import Collector
-from grasp.errors import RecipeError, did_you_mean
-from grasp.methods.base import Method, Plan, ratio_unreachable
+from grasp.errors import RecipeError
+from grasp.methods.base import Method, Plan, check_rank_multiple, ratio_unreachable
 from grasp.stages import budget as budgets
 from grasp.stages.basis import BASES, Groups, groups, over_cores
 from grasp.stages.curvature import Curvatures
@@ -76,52 +76,43 @@ class GraspFisher(Method):
     name: ClassVar[str] = "grasp-fisher"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
 
-    ratio: float | None = flag(None, "Share of ALL parameters to remove.")
+    ratio: Share | None = flag(None, "Share of ALL parameters to remove.")
     layers: tuple[str, ...] = flag(("all",), "Layers to edit: all, bi (the --num-layers most redundant ones), or indices such as 21,22,25.")
-    num_layers: int | None = flag(None, "Edit this many layers, the most redundant ones.")
-    retain_ratio: float | None = flag(None, "Instead of --ratio: share of the chosen matrices' parameters to keep.")
-    basis: str = flag("fisher", "Metric of the decomposition: plain, input or fisher.")
+    num_layers: NumLayers | None = flag(None, "Edit this many layers, the most redundant ones.")
+    retain_ratio: Share | None = flag(None, "Instead of --ratio: share of the chosen matrices' parameters to keep.")
+    basis: str = flag("fisher", "Metric of the decomposition: plain, input or fisher.", words=BASES)
     score: str = flag(
-        "magnitude", "Importance of a singular group: magnitude (its share of the loss in the Fisher basis), taylor or random."
+        "magnitude",
+        "Importance of a singular group: magnitude (its share of the loss in the Fisher basis), taylor or random.",
+        words=SCORES,
     )
-    allocation: str = flag("global", "Ranks: uniform (one share for all), per-layer (one share a layer) or global (one budget).")
-    budget: str = flag("params", "What the share is of: params, bytes, or latency (decode time measured here, of the chosen matrices).")
-    storage: str = flag("pivoted", "How a product is stored: pivoted (rank² fewer numbers) or pair (two thin matrices).")
+    allocation: str = flag(
+        "global", "Ranks: uniform (one share for all), per-layer (one share a layer) or global (one budget).", words=ALLOCATIONS
+    )
+    budget: str = flag(
+        "params", "What the share is of: params, bytes, or latency (decode time measured here, of the chosen matrices).", words=BUDGETS
+    )
+    storage: str = flag("pivoted", "How a product is stored: pivoted (rank² fewer numbers) or pair (two thin matrices).", words=STORAGES)
     projections: tuple[str, ...] = flag(("all",), "Matrices to replace: all, attention, mlp, or roles such as q,k,v,o,gate,up,down.")
     exclude: tuple[str, ...] = flag((), "Matrices to leave alone, by role or name, e.g. k,v.")
-    rank_multiple: int = flag(1, "Round ranks down to a multiple of this, e.g. 8 for hardware.")
-    scratch: str | None = flag(None, "Keep the statistics in files in this folder, not in memory (for large models).", recipe=False)
+    rank_multiple: RankMultiple = flag(1, "Round ranks down to a multiple of this, e.g. 8 for hardware.")
+    scratch: Place | None = flag(None, "Keep the statistics in files in this folder, not in memory (for large models).", recipe=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name, value in (("--ratio", self.ratio), ("--retain-ratio", self.retain_ratio)) if value is not None]
         if len(given) != 1:
             said = "got both" if given else "none was given"
             raise RecipeError(f"--method {self.name}: say how much to compress with one of --ratio, --retain-ratio; {said}")
-        for name, share in (("--ratio", self.ratio), ("--retain-ratio", self.retain_ratio)):
-            if share is not None and not 0 <= share < 1:
-                raise RecipeError(f"{name} {share}: must be at least 0 and below 1")
-        for name, value, allowed in (
-            ("--basis", self.basis, BASES),
-            ("--score", self.score, SCORES),
-            ("--allocation", self.allocation, ALLOCATIONS),
-            ("--budget", self.budget, BUDGETS),
-            ("--storage", self.storage, STORAGES),
-        ):
-            if value not in allowed:
-                raise RecipeError(f"{name} {value}: unknown; allowed: {', '.join(allowed)}{did_you_mean(value, allowed)}")
-        if self.rank_multiple < 1:
-            raise RecipeError(f"--rank-multiple {self.rank_multiple}: must be 1 or more")
-        indices = all(layer.isascii() and layer.isdecimal() for layer in self.layers)
+        indices = all(layer.isascii() and layer.isdecimal() and len(layer) < 10 for layer in self.layers)
         if indices:
             object.__setattr__(self, "layers", tuple(str(int(layer)) for layer in self.layers))
         elif self.layers not in (("all",), ("bi",)):
-            raise RecipeError(f"--layers {','.join(self.layers)}: allowed: all, bi, or indices such as 21,22,25")
+            raise RecipeError(f"--layers {shortened(','.join(self.layers))}: allowed: all, bi, or indices such as 21,22,25")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise RecipeError(f"--layers {','.join(self.layers)}: name at least one layer, and none twice")
         if (self.num_layers is not None) != (self.layers == ("bi",)):
             raise RecipeError("--num-layers and --layers bi go together (for the paper's method: --method grasp --num-layers ...)")
-        if self.num_layers is not None and self.num_layers < 0:
-            raise RecipeError(f"--num-layers {self.num_layers}: must be 0 or more")
 
     def check(self, model: Decoder) -> None:
         for layer in self.layers:
@@ -129,6 +120,7 @@ class GraspFisher(Method):
                 raise RecipeError(f"--layers {layer}: the model has layers 0 to {model.num_layers - 1}")
         if self.num_layers is not None and self.num_layers > len(model.kept):
             raise RecipeError(f"--num-layers {self.num_layers}: the model has {len(model.kept)} layers")
+        check_rank_multiple(self.rank_multiple, self._linears(model, model.kept[:1]))
         if self.ratio is None or self.budget == "latency":
             return
         cost, linears = self._cost(model), self._linears(model, self._any_layers(model))

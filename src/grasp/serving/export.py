@@ -26,6 +26,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
+from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
@@ -71,9 +72,10 @@ class Export:
     notes: tuple[str, ...]
 
 
+@checked
 def export(
-    checkpoint: str | Path,
-    out: str | Path,
+    checkpoint: PathLike,
+    out: PathLike,
     *,
     format: str,
     dtype: str | None = None,
