@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from grasp.core.models import DTYPES
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
 from grasp.serving import export as exporting
-from grasp.stages.text import FILE_TYPES, NAMED
+from grasp.stages.enough import only_pydoc
+from grasp.stages.files import FILE_TYPES
+from grasp.stages.text import NAMED
 from grasp.tables import check_output, finish, show_results
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
@@ -48,15 +51,21 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
         ("checkpoint", str(out)),
     ]
     table("", ("", ""), rows, left=2)
+    _say_notes(result.manifest["notes"])
     if as_json:
         emit(
             {
                 "path": str(out),
                 "manifest": str(out / MANIFEST),
                 "bytes": bytes_on_disk(out),
-                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds")},
+                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds", "notes")},
             }
         )
+
+
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(f"[yellow]note[/yellow] {plain(note)}")
 
 
 def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -165,6 +174,8 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
             lines,
             left=0,
         )
+    notes = tuple(filter(None, [only_pydoc(everything["data"])])) if expected is None else expected.notes
+    _say_notes(notes)
     if as_json:
         emit(
             {
@@ -173,6 +184,7 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
                 "seconds": cost.seconds,
                 "memory_bytes": cost.memory,
                 **dataclasses.asdict(plan),
+                "notes": notes,
                 **({} if expected is None else {"loss": expected.loss}),
                 **({} if expected is None else {"expected_perplexity": {ratio: expected.perplexity(ratio) for ratio in expected.rises}}),
             }
