@@ -99,6 +99,7 @@ def evaluate(
     length = seq_len or min(DEFAULT_SEQ_LEN, getattr(decoder.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN)
     check_lengths(decoder, 1, length if seq_len is None else seq_len)
     fields = fields_of(names, text_field) if names else []
+    decoder.progress = progress
     if chosen or generate:
         decoder.check_vocabulary()
     texts = [

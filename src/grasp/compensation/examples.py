@@ -77,6 +77,8 @@ def read_examples(model: Decoder, source: Source, *, max_length: int, text_field
 def _turns(row: Any, number: int, where: str) -> Mapping[str, Any] | None:
     """The row where it asks and answers (Alpaca's columns or chat messages), None where it is plain text."""
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not all(isinstance(message, dict) for message in row["messages"]):
+            raise DataError(f"{where}: row {number}: a message is not an object with role and content")
         return row
     if isinstance(row, dict) and "instruction" in row and "output" in row:
         return {name: cell_text(row.get(name), number, where) or "" for name in ("instruction", "input", "output")}
@@ -136,8 +138,6 @@ def _chat(model: Decoder, messages: Sequence[Mapping[str, Any]], number: int, wh
         found = through_template(model.tokenizer, some, number, where, tokenize=True, return_dict=True, **options)["input_ids"]
         return model.begun(list(found))
 
-    if not all(isinstance(message, Mapping) for message in messages):
-        raise DataError(f"{where}: row {number}: a message is not an object with role and content")
     ids = template(messages)
     asked = [False] * len(ids)
     for place, message in enumerate(messages):

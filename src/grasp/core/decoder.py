@@ -70,7 +70,7 @@ class Decoder:
         tokens are enough. Raises `DataError` for ids that the model does not have."""
         if self.tokenizer is None:
             raise DataError("text needs a tokenizer, and this model has none; give a `Calibration` of token ids")
-        return tokenise(self.tokenizer, text, special=self.block_bos is None, rows=num_rows(self.model), most=most)
+        return tokenise(self.tokenizer, text, special=self.block_bos is None, rows=num_rows(self.model), most=most, progress=self.progress)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts, and as the model needs them to begin."""

@@ -14,30 +14,35 @@ import numpy
 import torch
 from torch import Tensor
 
+from grasp.core.sweep import Progress, silent
 from grasp.errors import DataError
 
-PIECE, OVERLAP = 1 << 20, 4096
+PIECE, OVERLAP = 1 << 18, 4096
 """Characters of a piece, and how many more are read on both sides of it."""
-LONG = 4 * PIECE
+LONG = 16 * PIECE
 """Characters of a text above which it is tokenised in pieces."""
 AGREE = 32
 """Tokens that must be equal behind a place where pieces are joined."""
 
 
-def tokenise(tokenizer: Any, text: str, *, special: bool, rows: int, most: int | None = None) -> Tensor:
+def tokenise(tokenizer: Any, text: str, *, special: bool, rows: int, most: int | None = None, progress: Progress = silent) -> Tensor:
     """The ids (num_tokens,) int64 of a text, the special tokens of the tokenizer's own around them where `special`.
 
     `rows`: how many ids the model can read. `most`: enough tokens; of a long text nothing is read that is not needed for them.
     Raises `DataError` for an id that the model cannot read.
     """
     found, count = [], 0
-    for ids in _pieces(tokenizer, text, special):
+    for number, ids in enumerate(_pieces(tokenizer, text, special)):
+        if number:
+            progress("reading text", number, len(text) // PIECE + 1)
         part = numpy.asarray(ids, dtype=numpy.int32)
         check_ids(tokenizer, part, rows)
         found.append(part)
         count += len(part)
         if most is not None and count >= most:
             break
+    if len(found) > 1:
+        progress("reading text", len(text) // PIECE + 1, len(text) // PIECE + 1)
     return torch.from_numpy(numpy.concatenate(found)).long()
 
 
