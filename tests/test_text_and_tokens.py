@@ -6,10 +6,12 @@ import logging
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import grasp
+from grasp.cli import cli
 from grasp.compensation.examples import read_examples
 from grasp.core import tokens
 from grasp.core.bos import EVERY_BLOCK, block_bos
@@ -369,10 +371,11 @@ def test_too_few_tokens_are_told_as_they_were_measured(samples, told):
     assert (told in note and "--num-samples 57 at --seq-len 512" in note) if told else note == ""
 
 
-def test_few_tokens_and_the_default_text_are_noted(model_directory, text_file, tmp_path):
+def test_few_tokens_and_the_default_text_are_noted(model_directory, text_file, tmp_path, caplog):
     done = grasp.compress(model_directory, tmp_path / "out", ratio=0.1, num_samples=2, seq_len=64)
     few, pydoc = done.manifest["notes"]
     assert few.startswith("128 calibration tokens are few") and "1,600 would do: --num-samples 25" in few and pydoc == only_pydoc("pydoc")
+    assert few in caplog.text and pydoc in caplog.text
     card = (tmp_path / "out" / "README.md").read_text()
     assert few in card and pydoc in card
     assert predict(model_directory, [0.1], ratio=0.1, num_samples=2, seq_len=64).notes == (few, pydoc)
@@ -392,3 +395,25 @@ def test_models_in_two_formats_are_not_compared_without_a_word(decoder, tokenize
 def test_offline_the_test_file_is_suggested_for_a_perplexity(name, file):
     pytest.importorskip("datasets")
     refused(lambda: read_text(name, split="test"), f"--ppl {name}={'path/to/' + file}")
+
+
+def test_a_dry_run_says_what_its_forecast_is_worth(model_directory, tmp_path):
+    """The forecast from 2 x 64 tokens was a rise of 0.000, without a word; the real one was 1.57 nats."""
+    asked = [
+        "compress",
+        model_directory,
+        str(tmp_path / "out"),
+        "--ratio",
+        "0.1",
+        "--num-samples",
+        "2",
+        "--seq-len",
+        "64",
+        "--dry-run",
+        "--json",
+    ]
+    outcome = CliRunner().invoke(cli, asked)
+    assert outcome.exit_code == 0, outcome.output
+    few, pydoc = json.loads(outcome.stdout.splitlines()[-1])["notes"]
+    said = " ".join(outcome.stderr.split())
+    assert few in said and pydoc in said and "1,600 would do" in few

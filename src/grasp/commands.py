@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
         ("checkpoint", str(out)),
     ]
     table("", ("", ""), rows, left=2)
-    _say_notes(result.manifest["notes"])
     if as_json:
         emit(
             {
@@ -61,11 +59,6 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
                 **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds", "notes")},
             }
         )
-
-
-def _say_notes(notes: Iterable[str]) -> None:
-    for note in notes:
-        say(f"[yellow]note[/yellow] {plain(note)}")
 
 
 def recover(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -175,7 +168,8 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
             left=0,
         )
     notes = tuple(filter(None, [only_pydoc(everything["data"])])) if expected is None else expected.notes
-    _say_notes(notes)
+    for note in notes:
+        say(f"[yellow]note[/yellow] {plain(note)}")
     if as_json:
         emit(
             {

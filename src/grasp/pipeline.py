@@ -108,8 +108,6 @@ def compress(
 
     needs = chosen.needs(decoder)
     notes = calibration_notes(decoder, data, needs)
-    for note in notes:
-        logger.warning(note)
     stats = decoder.sweep(data, needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
@@ -134,6 +132,8 @@ def compress(
     }
     if out is not None:
         save(decoder, Path(out), manifest, model_card(manifest, Path(out).name))
+    for note in notes:
+        logger.warning(note)
     return Compression(decoder, manifest, before, after, None if out is None else Path(out))
 
 
