@@ -16,7 +16,8 @@ from grasp.cli import cli
 from grasp.core.families import FAMILIES
 from grasp.core.results import Result, Results
 from grasp.methods import available
-from grasp.stages.text import FILE_TYPES, NAMED
+from grasp.stages.files import FILE_TYPES
+from grasp.stages.text import NAMED
 
 OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
     Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md", "serving.md")

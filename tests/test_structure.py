@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "errors": set(),
     "_register": {"core.modeling_grasp"},
     "core": {"core", "errors"},
-    "stages": {"core", "errors", "stages.statistics", "stages.text"},
+    "stages": {"core", "errors", "stages.statistics", "stages.text", "stages.files", "stages.curvature"},
     "methods": {"core", "errors", "stages", "methods.base"},
     "evaluation": {"core", "errors", "evaluation"},
     "report": {"core", "errors", "report"},

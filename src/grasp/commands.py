@@ -22,7 +22,9 @@ from grasp.errors import Interrupted
 from grasp.methods import available
 from grasp.report.plots import check_picture, spectra
 from grasp.serving import export as exporting
-from grasp.stages.text import FILE_TYPES, NAMED
+from grasp.stages.enough import only_pydoc
+from grasp.stages.files import FILE_TYPES
+from grasp.stages.text import NAMED
 from grasp.tables import check_output, finish, show_results
 from grasp.terminal import emit, megabytes, plain, progress_bars, say, table
 
@@ -56,7 +58,7 @@ def compress(model: str, out: Path, options: dict[str, Any], as_json: bool, quie
                 "path": str(out),
                 "manifest": str(out / MANIFEST),
                 "bytes": bytes_on_disk(out),
-                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds")},
+                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds", "notes")},
             }
         )
 
@@ -170,6 +172,9 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
             lines,
             left=0,
         )
+    notes = tuple(filter(None, [only_pydoc(everything["data"])])) if expected is None else expected.notes
+    for note in notes:
+        say(f"[yellow]note[/yellow] {plain(note)}")
     if as_json:
         emit(
             {
@@ -178,6 +183,7 @@ def dry_run(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet
                 "seconds": cost.seconds,
                 "memory_bytes": cost.memory,
                 **dataclasses.asdict(plan),
+                "notes": notes,
                 **({} if expected is None else {"loss": expected.loss}),
                 **({} if expected is None else {"expected_perplexity": {ratio: expected.perplexity(ratio) for ratio in expected.rises}}),
             }

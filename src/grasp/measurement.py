@@ -28,7 +28,7 @@ from grasp.evaluation.generation import agreement, check_room, continuations
 from grasp.evaluation.perplexity import perplexity
 from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
 from grasp.stages.calibration import check_lengths, sources
-from grasp.stages.text import read_text
+from grasp.stages.text import fields_of, read_text
 
 DEFAULT_SEQ_LEN = 2048
 """The block length of GPTQ's and SVD-LLM's protocol."""
@@ -100,7 +100,13 @@ def evaluate(
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
     length = seq_len or min(DEFAULT_SEQ_LEN, getattr(decoder.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN)
     check_lengths(decoder, 1, length if seq_len is None else seq_len)
-    texts = [read_text(name, split="test", text_field=text_field, tokenizer=decoder.tokenizer) for name in names]
+    fields = fields_of(names, text_field) if names else []
+    decoder.progress = progress
+    if chosen or generate:
+        decoder.check_vocabulary()
+    texts = [
+        read_text(name, split="test", text_field=field, tokenizer=decoder.tokenizer) for name, field in zip(names, fields, strict=True)
+    ]
     cuts = [blocks_of(decoder, text, seq_len=length, stride=stride, num_blocks=num_blocks, rolling_windows=rolling) for text in texts]
     reference = None if against is None else open_model(against, None, device, dtype, trust_remote_code)
     if reference is not None:
@@ -147,7 +153,7 @@ def bench(
     found = time_models(
         models, batch_sizes=batch_sizes, prompt_len=prompt_len, new_tokens=new_tokens, rounds=rounds, compile=compile, progress=progress
     )
-    rows = [_result(decoder, reference, found["model"], ())]
+    rows = [_result(decoder, reference, found["model"], (), _dtypes(decoder, reference))]
     if reference is not None:
         rows.insert(0, _result(reference, None, found["dense"], ()))
     return Results(tuple(rows), f"speed of {decoder.source}", " ".join(sys.argv), versions(), machine())
@@ -192,7 +198,9 @@ class _Pair:
     def evaluation(self, texts: Sequence[Text]) -> Evaluation:
         """Both rows."""
         manifest = _manifest(self.model.source)
-        notes = _leakage(self.calibration or manifest.get("calibration", {}), _trained_on(manifest), texts)
+        notes = _leakage(self.calibration or manifest.get("calibration", {}), _trained_on(manifest), texts) + _dtypes(
+            self.model, self.dense
+        )
         mine = _result(self.model, self.dense, self.mine, self.said, notes)
         return Evaluation(mine, None if self.dense is None else _result(self.dense, None, self.theirs, self.dense_said))
 
@@ -249,6 +257,17 @@ def _leakage(calibration: Mapping[str, Any], trained_on: Sequence[str], texts: S
         elif any(_path(text.name) == _path(one) for one in used):
             notes.append(f"{text.name}: LEAKAGE, the model was calibrated on this file, among others; the number is not a held-out one")
     return tuple(notes)
+
+
+def _dtypes(model: Decoder, dense: Decoder | None) -> tuple[str, ...]:
+    """Said where the two are computed in different number formats."""
+    mine, theirs = (str(one.model.dtype).removeprefix("torch.") if one is not None else "" for one in (model, dense))
+    if dense is None or mine == theirs:
+        return ()
+    return (
+        f"compared across number formats: {model.source or 'the model'} in {mine}, {dense.source or 'the dense model'} in {theirs}; a part of every "
+        f"difference, and of the speed, is the format's; give both one with --dtype {theirs}",
+    )
 
 
 def _path(name: str) -> Path:

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from transformers import PreTrainedModel
 
+from grasp.core.bos import AS_TOKENISED, EVERY_BLOCK
 from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
@@ -37,6 +38,7 @@ from grasp.methods import make
 from grasp.methods.base import Method
 from grasp.report.card import model_card
 from grasp.stages.calibration import calibrate, check_lengths
+from grasp.stages.enough import calibration_notes
 from grasp.stages.redundancy import describe_redundancy
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,9 @@ def compress(
         data = calibrate(decoder, data, num_samples=num_samples, seq_len=seq_len, seed=seed, text_field=text_field, progress=progress)
     clock.lap("calibration")
 
-    stats = decoder.sweep(data, chosen.needs(decoder), "statistics")
+    needs = chosen.needs(decoder)
+    notes = calibration_notes(decoder, data, needs)
+    stats = decoder.sweep(data, needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
 
@@ -124,16 +128,19 @@ def compress(
         "model": original,
         "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe()},
         "recipe": {name: value for name, value in recipe.items() if value is not None},
-        "calibration": {**data.to_json(), "loss_before": stats.loss},
+        "calibration": {**data.to_json(), "bos": AS_TOKENISED if decoder.block_bos is None else EVERY_BLOCK, "loss_before": stats.loss},
         "redundancy": redundancy,
         "edits": log,
         **_prediction(stats.loss, log),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "versions": versions(),
         "seconds": clock.laps,
+        "notes": list(notes),
     }
     if out is not None:
         save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
+    for note in notes:
+        logger.warning(note)
     return Compression(decoder, manifest, before, after, None if out is None else Path(out))
 
 
@@ -175,10 +182,11 @@ def _prediction(loss: float | None, log: list[dict[str, Any]]) -> dict[str, Any]
 @dataclass(frozen=True)
 class Prediction:
     """What a method expects on the calibration text itself, in nats a token: the loss now, and its rise at each ratio. Text that the
-    statistics have not seen loses more, the more so the fewer the tokens (docs/fisher.md)."""
+    statistics have not seen loses more, the more so the fewer the tokens (docs/fisher.md); `notes` say where they are too few."""
 
     loss: float
     rises: dict[float, float]
+    notes: tuple[str, ...] = ()
 
     def perplexity(self, ratio: float) -> float:
         """exp(loss + rise) at one of the ratios in `rises`."""
@@ -217,6 +225,8 @@ def predict(
     _check(chosen, decoder, None, data, num_samples, seq_len)
     if isinstance(data, str):
         data = calibrate(decoder, data, num_samples=num_samples, seq_len=seq_len, seed=seed, text_field=text_field, progress=progress)
-    stats = decoder.sweep(data, chosen.needs(decoder), "statistics")
+    needs = chosen.needs(decoder)
+    notes = calibration_notes(decoder, data, needs)
+    stats = decoder.sweep(data, needs, "statistics")
     assert stats.loss is not None
-    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios))
+    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios), notes)

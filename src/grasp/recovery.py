@@ -28,6 +28,7 @@ from grasp.compensation.rows import Collate, Rows, TrainingData, pack_or_pad, pr
 from grasp.compensation.teacher import CachedTeacher, Teacher, check_teacher, offload, remember
 from grasp.compensation.trainable import bring_back, check_trainable, choose, numbers, settled, write_adapter
 from grasp.compensation.training import Look, Trained, arguments, number_of_steps, run_folder, run_of, train
+from grasp.core.bos import num_rows
 from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_beside, check_destination, name_of
@@ -44,7 +45,7 @@ from grasp.core.sweep import Progress, silent
 from grasp.errors import CheckpointError, GraspError, RecipeError
 from grasp.report.card import model_card
 from grasp.stages.calibration import check_lengths, sources
-from grasp.stages.text import read_source
+from grasp.stages.text import fields_of, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,9 @@ class _Job:
         packed = pack_or_pad(decoder, recipe.pad)
         needed = None if recipe.max_steps is None else recipe.max_steps * recipe.batch_size
         every = recipe.objective != "lm"
-        found = [read_examples(decoder, read_source(name, split="train", text_field=text_field), max_length=recipe.max_length, text_field=text_field)
-                 for name in sources(data)]  # fmt: skip
+        names = sources(data)
+        found = [read_examples(decoder, read_source(name, split="train", text_field=field), max_length=recipe.max_length, text_field=field)
+                 for name, field in zip(names, fields_of(names, text_field), strict=True)]  # fmt: skip
         told = prepare(
             found,
             max_length=recipe.max_length,
@@ -172,6 +174,7 @@ class _Job:
             seed=recipe.seed,
         )
         pad = getattr(decoder.tokenizer, "pad_token_id", None) or 0
+        pad = pad if pad < num_rows(decoder.model) else 0  # it is masked, but looked up
         teacher = _teacher(recipe, decoder, manifest, device, options) if recipe.needs_teacher else None
         job = cls(recipe, manifest, decoder, dtype, told, Collate(packed, pad), teacher, progress, clock)
         clock.lap("load")

@@ -13,7 +13,7 @@ from typing import Any
 
 from grasp.core.decoder import Decoder
 from grasp.errors import DataError
-from grasp.stages.text import Source, row_text
+from grasp.stages.text import Source, cell_text, is_missing, row_texts, through_template
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ def read_examples(model: Decoder, source: Source, *, max_length: int, text_field
     """Every row of `source` as at most `max_length` tokens. Raises `DataError` where nothing is left to learn from."""
     if model.tokenizer is None:
         raise DataError(f"{source.where}: text needs a tokenizer, and this checkpoint has none")
-    turns = [_turns(row, source.where) if text_field is None else None for row in source.rows]
+    turns = [_turns(row, number, source.where) if text_field is None else None for number, row in enumerate(source.rows, start=1)]
     if not any(turn is not None for turn in turns):
-        text = source.join.join(row_text(row, source.where, text_field, model.tokenizer) for row in source.rows)
+        text = source.join.join(row_texts(source, text_field, model.tokenizer))
         found = Examples(source.name, _blocks(model, text, max_length))
     else:
         found = _answers(model, source, turns, max_length)
@@ -74,24 +74,27 @@ def read_examples(model: Decoder, source: Source, *, max_length: int, text_field
     return found
 
 
-def _turns(row: Any, where: str) -> Mapping[str, Any] | None:
+def _turns(row: Any, number: int, where: str) -> Mapping[str, Any] | None:
     """The row where it asks and answers (Alpaca's columns or chat messages), None where it is plain text."""
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        if not all(isinstance(message, dict) for message in row["messages"]):
+            raise DataError(f"{where}: row {number}: a message is not an object with role and content")
         return row
     if isinstance(row, dict) and "instruction" in row and "output" in row:
-        if not all(isinstance(row.get(name) or "", str) for name in ("instruction", "input", "output")):
-            raise DataError(f"{where}: a row's instruction, input or output is not text")
-        return row
+        return {name: cell_text(row.get(name), number, where) or "" for name in ("instruction", "input", "output")}
     return None
 
 
 def _answers(model: Decoder, source: Source, turns: Sequence[Mapping[str, Any] | None], max_length: int) -> Examples:
     """Examples of rows that ask and answer; all rows must be of that kind."""
     examples, without, cut, cut_away = [], 0, 0, 0
-    for row in turns:
+    for number, row in enumerate(turns, start=1):
+        if row is None and _is_empty(source.rows[number - 1]):
+            without += 1
+            continue
         if row is None:
             raise DataError(f"{source.where}: some rows have instruction and output, or messages, and some have not; give one kind a file")
-        example = _chat(model, row["messages"], source.where) if "messages" in row else _alpaca(model, row)
+        example = _chat(model, row["messages"], number, source.where) if "messages" in row else _alpaca(model, row)
         if not any(example.asked):
             without += 1
             continue
@@ -104,48 +107,48 @@ def _answers(model: Decoder, source: Source, turns: Sequence[Mapping[str, Any] |
     return Examples(source.name, examples, without, cut, cut_away)
 
 
+def _is_empty(row: Any) -> bool:
+    """Whether a row says nothing: null, or columns that are all null."""
+    if isinstance(row, dict):
+        return ("messages" in row and row["messages"] is None) or all(map(is_missing, row.values()))
+    return is_missing(row)
+
+
 def _alpaca(model: Decoder, row: Mapping[str, Any]) -> Example:
     """Alpaca's prompt, then the answer and an end-of-sequence token. They are tokenised apart, so that no token holds both."""
-    answer = (row["output"] or "").strip()
+    answer = row["output"].strip()
     if not answer:
         return Example([], [])
-    prompt = (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format(instruction=row["instruction"], input=row.get("input"))
+    prompt = (PROMPT_WITH_INPUT if row["input"] else PROMPT).format(instruction=row["instruction"], input=row["input"])
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    asked_for = tokenizer(prompt, verbose=False).input_ids
-    given = tokenizer(answer, add_special_tokens=False, verbose=False).input_ids
+    asked_for, given = model.encode(prompt), model.encode(answer, special=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if asked_for[-1:] == end:  # some tokenizers end every text by themselves
         asked_for = asked_for[:-1]
     return Example(asked_for + given + end, [False] * len(asked_for) + [True] * len(given + end))
 
 
-def _chat(model: Decoder, messages: Sequence[Mapping[str, Any]], where: str) -> Example:
+def _chat(model: Decoder, messages: Sequence[Mapping[str, Any]], number: int, where: str) -> Example:
     """A chat through the template; what the assistant says is asked for. A turn's place is where the template of the chat up to it ends."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: has chat messages, but the model's tokenizer has no chat template; name a plain --text-field")
-    try:
-        ids = _template(tokenizer, messages)
-        asked = [False] * len(ids)
-        for place, message in enumerate(messages):
-            if message["role"] == "assistant" and str(message["content"]).strip():
-                start, end = _template(tokenizer, messages[:place], add_generation_prompt=True), _template(tokenizer, messages[: place + 1])
-                if ids[: len(start)] != start or ids[: len(end)] != end:
-                    raise DataError(
-                        f"{where}: the chat template rewrites earlier turns, so answers cannot be told from prompts; give Alpaca columns or plain text"
-                    )
-                asked[len(start) : len(end)] = [True] * (len(end) - len(start))
-    except DataError:
-        raise
-    except Exception as failure:  # a template is a program of the model's; it may fail in any way
-        raise DataError(f"{where}: the chat template fails on a row: {' '.join(str(failure).split())[:200]}") from failure
-    return Example(ids, [False, *asked[1:]])
 
+    def template(some: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        if not some:
+            return []
+        found = through_template(model.tokenizer, some, number, where, tokenize=True, return_dict=True, **options)["input_ids"]
+        return model.begun(list(found))
 
-def _template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)["input_ids"]) if messages else []
+    ids = template(messages)
+    asked = [False] * len(ids)
+    for place, message in enumerate(messages):
+        if message.get("role") == "assistant" and str(message.get("content") or "").strip():
+            start, end = template(messages[:place], add_generation_prompt=True), template(messages[: place + 1])
+            if ids[: len(start)] != start or ids[: len(end)] != end:
+                raise DataError(
+                    f"{where}: row {number}: the chat template rewrites earlier turns, so answers cannot be told from prompts; give Alpaca columns or plain text"
+                )
+            asked[len(start) : len(end)] = [True] * (len(end) - len(start))
+    return Example(ids, [False, *asked[1:]] if ids else [])
 
 
 def _blocks(model: Decoder, text: str, max_length: int) -> list[Example]:

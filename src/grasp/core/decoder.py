@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grasp.core.bos import block_bos, num_rows
 from grasp.core.families import Family, find_family, select
 from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
 from grasp.core.linalg import wide
+from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.modeling_grasp import auto_classes
 from grasp.core.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
+from grasp.core.tokens import check_ids, tokenise
 from grasp.errors import DataError, ModelError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -76,23 +79,45 @@ class Decoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
+    @cached_property
     def block_bos(self) -> int | None:
-        """The token every block of text must begin with, for families that need one; else None."""
-        try:
-            needed = self.family.bos_per_block
-        except ModelError:
-            needed = False
-        return self.tokenizer.bos_token_id if needed and self.tokenizer is not None else None
+        """The token every block of text must begin with, for models that need one; else None. Found out once, before any edit."""
+        manifest = read_manifest(Path(self.source)) if self.source and (Path(self.source) / MANIFEST).is_file() else {}
+        return block_bos(self.model, self.tokenizer, self.config, manifest.get("calibration", {}).get("bos"))
 
-    def tokenize(self, text: str) -> Tensor:
-        """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them."""
+    def tokenize(self, text: str, most: int | None = None) -> Tensor:
+        """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them. `most`: so many
+        tokens are enough. Raises `DataError` for ids that the model does not have."""
         if self.tokenizer is None:
             place = f"{self.source} has no tokenizer files" if self.source else "this model has none"
             raise DataError(
                 f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)"
             )
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=self.block_bos is None, verbose=False).input_ids[0]
+        return tokenise(self.tokenizer, text, special=self.block_bos is None, rows=num_rows(self.model), most=most, progress=self.progress)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts, and as the model needs them to begin."""
+        if self.tokenizer is None:
+            raise DataError("text needs a tokenizer, and this model has none")
+        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        return self.begun(ids) if special else self.known(ids)
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Ids of a whole text, with the token in front that the model needs there, where it is missing."""
+        bos = self.block_bos
+        return self.known(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
+
+    def check_vocabulary(self) -> None:
+        """Raise `DataError` where the tokenizer's own vocabulary is larger than the model's, as that of another model may be. Tokens that
+        were added to it count only where a text holds them: some models' tokenizers name more of those than the model has."""
+        if self.tokenizer is not None:
+            added = set(self.tokenizer.get_added_vocab().values())
+            self.known([max((token for token in self.tokenizer.get_vocab().values() if token not in added), default=0)])
+
+    def known(self, ids: list[int]) -> list[int]:
+        """The ids. Raises `DataError` for one that the model does not have."""
+        check_ids(self.tokenizer, ids, num_rows(self.model))
+        return ids
 
     def layer(self, index: int) -> Layer:
         """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""

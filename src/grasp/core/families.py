@@ -23,10 +23,7 @@ Matrices = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the module path of the list of decoder layers, and the linears of a layer in their order of use.
-
-    `bos_per_block`: the model needs its beginning-of-sequence token in front of every block it reads (Gemma).
-    """
+    """One row: the module path of the list of decoder layers, and the linears of a layer in their order of use."""
 
     name: str
     model_types: tuple[str, ...]
@@ -34,7 +31,6 @@ class Family:
     attention: Matrices
     mlp: Matrices
     notes: str = ""
-    bos_per_block: bool = False
 
     @property
     def matrices(self) -> Matrices:
@@ -45,8 +41,8 @@ _QKVO: Matrices = tuple((r, f"self_attn.{r}_proj") for r in "qkvo")
 _GATED: Matrices = tuple((r, f"mlp.{r}_proj") for r in ("gate", "up", "down"))
 
 
-def _llama_like(name: str, *model_types: str, notes: str = "", bos_per_block: bool = False) -> Family:
-    return Family(name, model_types, "model.layers", _QKVO, _GATED, notes, bos_per_block)
+def _llama_like(name: str, *model_types: str, notes: str = "") -> Family:
+    return Family(name, model_types, "model.layers", _QKVO, _GATED, notes)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -54,8 +50,8 @@ FAMILIES: tuple[Family, ...] = (
     _llama_like("Mistral", "mistral", notes="sliding window"),
     _llama_like("Qwen2", "qwen2", notes="q/k/v biases, max_window_layers"),
     _llama_like("Qwen3", "qwen3", notes="q/k norms"),
-    _llama_like("Gemma 2", "gemma2", notes="post-norms, alternating window, soft-capped logits", bos_per_block=True),
-    _llama_like("Gemma 3", "gemma3_text", notes="post-norms, q/k norms, alternating window", bos_per_block=True),
+    _llama_like("Gemma 2", "gemma2", notes="post-norms, alternating window, soft-capped logits"),
+    _llama_like("Gemma 3", "gemma3_text", notes="post-norms, q/k norms, alternating window"),
     Family(
         "Phi-3",
         ("phi3",),

@@ -75,7 +75,12 @@ class Text:
     @property
     def sha256(self) -> str:
         """Hash of the whole."""
-        return hashlib.sha256(self.whole.encode("utf-8", "replace")).hexdigest()
+        digest = hashlib.sha256()
+        for number, row in enumerate(self.rows):
+            digest.update(self.join.encode() if number else b"")
+            for start in range(0, len(row), 1 << 20):  # encoded whole, a large text would be in memory twice
+                digest.update(row[start : start + (1 << 20)].encode("utf-8", "replace"))
+        return digest.hexdigest()
 
     @property
     def rule(self) -> str:

@@ -7,6 +7,8 @@ Two protocols:
   `stride` tokens only.
 - `rolling` (lm-eval's `wikitext`): every token of every document counts. A document starts after one prefix token; each later window of
   `seq_len` tokens predicts as many new ones as fit, with one token of context or, in the last window, more.
+
+A model that needs its beginning-of-sequence token (`grasp.core.bos`) gets it before every block or window; lm-eval gives it to the first.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.records import Text
+from grasp.core.tokens import LONG
 from grasp.errors import DataError, RecipeError
 
 
@@ -45,17 +48,16 @@ def blocks_of(
     if rolling_windows:
         if stride is not None:
             raise RecipeError("--rolling sets its own stride; leave out --stride")
-        documents = [model.tokenize(row) for row in text.rows if row.strip()]
-        found = rolling(documents, _prefix(model), name=text.name, seq_len=seq_len, num_blocks=num_blocks)
-        covered = "".join(row for row in text.rows if row.strip())
-        words, count = sum(len(row.split()) for row in text.rows), sum(len(document) for document in documents)
+        rows, documents = _documents(model, text, None if num_blocks is None else num_blocks * seq_len)
+        found = rolling(documents, _prefix(model), name=text.name, seq_len=seq_len, num_blocks=num_blocks, bos=model.block_bos)
+        covered = "".join(rows)
+        words, count = sum(len(row.split()) for row in rows), sum(len(document) for document in documents)
     else:
-        tokens = model.tokenize(text.whole)
+        tokens = model.tokenize(text.whole, None if num_blocks is None else max(num_blocks, 0) * seq_len)
         found = cut(tokens, name=text.name, seq_len=seq_len, stride=stride, num_blocks=num_blocks, bos=model.block_bos)
         body = len(found.ids[0]) - (model.block_bos is not None)
         count = (len(found.ids) - 1) * found.protocol["stride"] + body  # tokens from the first to the last that is covered
-        assert model.tokenizer is not None
-        covered = str(model.tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        covered = _decoded(model, tokens[:count])
         words = len(covered.split())
     return Blocks(
         found.name,
@@ -65,6 +67,28 @@ def blocks_of(
         count / max(words, 1),
         count / max(len(covered.encode("utf-8", "replace")), 1),
     )
+
+
+def _documents(model: Decoder, text: Text, most: int | None) -> tuple[list[str], list[Tensor]]:
+    """The rows that are not blank, and their tokens; of a long text no more of them than hold `most` tokens."""
+    rows, documents, tokens, read = list[str](), list[Tensor](), 0, 0
+    for row in text.rows:
+        if not row.strip():
+            continue
+        ids = model.tokenize(row, most)
+        cut_short = most is not None and len(row) > LONG
+        rows.append(_decoded(model, ids) if cut_short else row)
+        documents.append(ids)
+        tokens, read = tokens + len(ids), read + len(row)
+        if most is not None and tokens >= most and read > LONG:
+            break
+    return rows, documents
+
+
+def _decoded(model: Decoder, ids: Tensor) -> str:
+    """The text that tokens stand for."""
+    assert model.tokenizer is not None
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def cut(
@@ -91,22 +115,27 @@ def cut(
     return Blocks(name, tuple(ids), tuple(fresh), protocol)
 
 
-def rolling(documents: Sequence[Tensor], prefix: int, *, name: str, seq_len: int, num_blocks: int | None = None) -> Blocks:
-    """Windows over whole documents, each (num_tokens,), so that every token is predicted once; `prefix` comes before the first."""
+def rolling(
+    documents: Sequence[Tensor], prefix: int, *, name: str, seq_len: int, num_blocks: int | None = None, bos: int | None = None
+) -> Blocks:
+    """Windows over whole documents, each (num_tokens,), so that every token is predicted once; `prefix` comes before the first, and `bos`,
+    where a model needs it, before every later window in place of a token."""
     _check_count(num_blocks)
     ids, fresh = [], []
     for document in documents:
         stream = torch.cat([torch.tensor([prefix]), document])
         done = 0
         while done < len(document):
-            more = min(len(document) - done, seq_len)
+            more = min(len(document) - done, seq_len - (bos is not None and done > 0))
             end = done + more + 1  # in `stream`, where every token sits one place later
-            ids.append(stream[max(end - seq_len - 1, 0) : end])
+            window = stream[max(end - seq_len - 1, 0) : end]
+            ids.append(window if bos is None or end <= seq_len + 1 else torch.cat([torch.tensor([bos]), window[1:]]))
             fresh.append(more)
             done += more
     if not ids:
         raise DataError(f"{name}: holds no tokens")
-    protocol = {"seq_len": seq_len, "stride": "rolling", "bos": f"token {prefix} before every document"}
+    place = "document" if bos is None else "document and window"
+    protocol = {"seq_len": seq_len, "stride": "rolling", "bos": f"token {prefix} before every {place}"}
     return Blocks(name, tuple(ids[:num_blocks]), tuple(fresh[:num_blocks]), protocol)
 
 

@@ -31,14 +31,15 @@ PROMPTS = (
 @torch.no_grad()
 def greedy(model: Decoder, prompt: str, new_tokens: int) -> Generation:
     """The greedy continuation of a prompt: the most likely token each time, until the model ends or `new_tokens` are written."""
-    assert model.tokenizer is not None
-    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)
+    if model.tokenizer is None:
+        raise RecipeError("--generate: needs the model's tokenizer")
+    ids = torch.tensor([model.encode(prompt)], device=model.device)
     ends = model.tokenizer.eos_token_id
     output = model.model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, num_beams=1,
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
         max_new_tokens=new_tokens, pad_token_id=0 if ends is None else ends,
     )  # fmt: skip
-    written: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    written: list[int] = output[0, ids.shape[1] :].tolist()
     return Generation(
         prompt, str(model.tokenizer.decode(written, skip_special_tokens=True)), len(written), repetition(written), len(written) < new_tokens
     )

@@ -89,7 +89,10 @@ def run_tasks(
         jobs = _prepare(tasks, task_data, num_fewshot, limit, seed)
         # a copy of the tokenizer, since lm-eval gives it a padding token where it has none
         wrap = importlib.import_module("lm_eval.models.huggingface").HFLM
-        harness = wrap(pretrained=model.model, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size)
+        tokenizer = copy.deepcopy(model.tokenizer)
+        if model.block_bos is not None and tokenizer("a").input_ids[:1] != [model.block_bos]:
+            tokenizer.add_bos_token = True  # the model needs what its tokenizer's files leave out
+        harness = wrap(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
         for job in jobs:
             for name, task in job.loaded["tasks"].items():
                 fit_to_model(task, name, harness)

@@ -94,6 +94,7 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         body.append(
             f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token, perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
         )
+    body += [f"| note | {note} |" for note in manifest.get("notes", ())]
     if dropped:
         body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
     if "recovery" in manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.results import KIND, Results
 from grasp.errors import CheckpointError
+from grasp.report.bounds import LIMITS, bounded, shortened
 
 ALLOWED = (
     "a checkpoint (a directory with grasp.json), a results file (of grasp eval, bench, compare or demo), or a directory that holds some"
@@ -78,7 +80,7 @@ class Checkpoint:
         """Raises `CheckpointError` where the manifest is damaged."""
         manifest = read_manifest(directory)
         try:
-            return cls._of(directory, manifest)
+            return cls._of(directory, shortened(manifest, LIMITS[1][0], sys.maxsize))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as failure:
             raise CheckpointError(f"{directory / MANIFEST}: the manifest is damaged: {failure!r}; make the checkpoint again") from failure
 
@@ -165,7 +167,7 @@ def gather(paths: Sequence[Path]) -> Material:
             places.setdefault(place.resolve(), place)
     if not places:
         raise CheckpointError(f"PATH: nothing was given; give {ALLOWED}")
-    files = tuple((place, Results.read(place)) for place in places.values() if place.is_file())
+    files = tuple((place, bounded(Results.read(place))) for place in places.values() if place.is_file())
     return Material(files, tuple(Checkpoint.read(place) for place in places.values() if place.is_dir()))
 
 

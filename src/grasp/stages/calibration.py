@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from grasp.core.bos import num_rows
 from grasp.core.decoder import Decoder
 from grasp.core.records import Calibration
 from grasp.core.sweep import Progress, silent
 from grasp.errors import DataError, NumericsError
-from grasp.stages.text import read_text
+from grasp.stages.text import fields_of, read_text
 
 
 def calibrate(
@@ -38,14 +39,15 @@ def calibrate(
     if num_samples < len(names):
         raise DataError(f"--num-samples {num_samples}: too few for {len(names)} texts; give at least one block a text")
     shares = [num_samples // len(names) + (place < num_samples % len(names)) for place in range(len(names))]
-    parts = [_draw(model, name, share, seq_len, seed, text_field, progress) for name, share in zip(names, shares, strict=True)]
+    fields = fields_of(names, text_field)
+    parts = [_draw(model, *one, seq_len, seed, progress) for one in zip(names, shares, fields, strict=True)]
     if len(parts) == 1:
         return parts[0]
     hashes = hashlib.sha256(" ".join(part.text_hash for part in parts).encode()).hexdigest()
     return Calibration(torch.cat([part.ids for part in parts]), data, seed, text_hash=hashes)
 
 
-def _draw(model: Decoder, data: str, num_samples: int, seq_len: int, seed: int, text_field: str | None, progress: Progress) -> Calibration:
+def _draw(model: Decoder, data: str, num_samples: int, text_field: str | None, seq_len: int, seed: int, progress: Progress) -> Calibration:
     """`num_samples` blocks of one text."""
     generator = torch.Generator().manual_seed(seed)
     if data == "self":
@@ -82,9 +84,7 @@ def check_lengths(model: Decoder, num_samples: int, seq_len: int, flag: str = "-
 @torch.no_grad()
 def _sample_from(model: Decoder, num_samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
     """Blocks that the model writes itself, temperature 1, end-of-sequence forbidden so that blocks are whole."""
-    begin = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
-    if begin is None:
-        raise DataError("--data self: the model has no beginning-of-sequence token to start from; use --data pydoc or a file")
+    begin = _first_token(model)
     batch, blocks = 16, []
     with torch.random.fork_rng():  # leaves the caller's random state as it was
         torch.manual_seed(seed)
@@ -110,3 +110,12 @@ def _sample_from(model: Decoder, num_samples: int, seq_len: int, seed: int, prog
             blocks.append(block)
     progress("sampling text from the model", num_samples, num_samples)
     return torch.cat(blocks).cpu()
+
+
+def _first_token(model: Decoder) -> int:
+    """What text begins with: the beginning-of-sequence token, or else the first of the end-of-sequence tokens, of which there may be several."""
+    for value in (model.block_bos, model.config.bos_token_id, model.config.eos_token_id, getattr(model.tokenizer, "eos_token_id", None)):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, int) and 0 <= first < num_rows(model.model):
+            return first
+    raise DataError("--data self: the model has no beginning-of-sequence token to start from; use --data pydoc or a file")
