@@ -99,8 +99,7 @@ def compress(
     Raises:
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
-    chosen = make(method, fields)
-    clock = Clock()
+    chosen, clock = make(method, fields), Clock()
     if out is not None:
         check_destination(Path(out), 0, model)
     decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
