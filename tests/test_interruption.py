@@ -359,3 +359,16 @@ def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file
     done = command(*words)
     assert done.status == 0 and f"removed {scratch}" in done.err and os.listdir(tmp_path) == ["out"]
     assert json.loads((tmp_path / "out" / "grasp.json").read_text())["edits"]
+
+
+def test_a_disk_that_is_full_before_the_first_state_is_kept(checkpoint, text_file, tmp_path, monkeypatch):
+    """There is nothing to go on from, and it is not promised."""
+    from grasp.compensation import trainer
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    done = command("recover", checkpoint, tmp_path / "out", "--data", text_file, *TRAIN)
+    assert "the state of step 0 cannot be written" in done.err and "nothing was left behind" in done.err and "--resume" not in done.err
+    assert done.status == 2 and list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def remember(
     return CachedTeacher(place, temperature)
 
 
+def _mapped(path: Path, dtype: str, shape: tuple[int, int]) -> Any:
+    """An array in a file that has its room on the disk: one with holes would end the process when the disk is full."""
+    made = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return made
+
+
 @torch.no_grad()
 def _write(
     teacher: Teacher, sets: Sequence[Rows], collate: Collate, folder: Path, k: int, temperature: float, batch: int, progress: Progress
@@ -117,8 +127,7 @@ def _write(
     starts = numpy.concatenate(([0], numpy.cumsum(counts)))
     numpy.save(folder / "starts.npy", starts, allow_pickle=False)
     shape = (int(starts[-1]), k)
-    tokens: Any = numpy.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype="int32", shape=shape)
-    logs: Any = numpy.lib.format.open_memmap(folder / "logs.npy", mode="w+", dtype="float16", shape=shape)
+    tokens, logs = _mapped(folder / "tokens.npy", "int32", shape), _mapped(folder / "logs.npy", "float16", shape)
     for first in range(0, len(items), batch):
         progress("asking the teacher", first, len(items))
         found = {name: tensor.to(teacher.decoder.device) for name, tensor in collate(items[first : first + batch]).items()}

@@ -118,7 +118,7 @@ class Compensation(Trainer):
             return
         state = trained_state(self.model)
         if self.args.should_save:
-            with said_plainly(folder, self.state.global_step):
+            with said_plainly(Path(self.args.output_dir), self.state.global_step):
                 scratch = folder.with_name(f"{BEST}.new")
                 scratch.mkdir(parents=True, exist_ok=True)
                 save_file(state, scratch / TRAINED)
@@ -174,14 +174,14 @@ class Compensation(Trainer):
 
 
 @contextmanager
-def said_plainly(folder: Path, step: int) -> Iterator[None]:
-    """Turns a failure to write into one line that says what is kept."""
+def said_plainly(run: Path, step: int) -> Iterator[None]:
+    """Turns a failure to write into one line that says what is kept in the folder of the run."""
     try:
         yield
     except (OSError, SafetensorError) as failure:
-        raise CheckpointError(
-            f"{folder}: the state of step {step} cannot be written: {failure}; those before it are kept: make room and go on with --resume"
-        ) from failure
+        kept = "those before it are kept: make room and go on with --resume"
+        said = kept if last_state(run) is not None else "nothing was left behind: make room and begin again"
+        raise CheckpointError(f"{run}: the state of step {step} cannot be written: {failure}; {said}") from failure
 
 
 class Shown(TrainerCallback):
