@@ -340,9 +340,10 @@ def __getattr__(name: str) -> type:
     base: Any = None if name.startswith("__") else getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    known = auto_classes(base.config_class) if isinstance(base.config_class, type) else {}
+    kind: Any = base
+    known = auto_classes(kind.config_class) if isinstance(kind.config_class, type) else {}
     auto = next((auto for auto, found in known.items() if found is base), AUTO_CLASSES[0])
-    marks = {"__module__": __name__, "__doc__": base.__doc__, "_auto_class": auto, "carries_grasp": True}
+    marks: dict[str, Any] = {"__module__": __name__, "__doc__": base.__doc__, "_auto_class": auto, "carries_grasp": True}
     return type(
         name, (base,), {**marks, "is_custom_code": classmethod(lambda cls: False)}
     )  # so its weights are renamed as transformers' are
