@@ -88,8 +88,7 @@ def load_model(
         raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
     if gguf:
         strip_quantization_marks(model)
-    if path.is_dir():
-        warn_of_changes(path)
+    warn_of_changes(path)
     decoder = Decoder(model.to(target), tokenizer, source)
     if dequantize and getattr(config, "quantization_config", None) and not gguf:
         ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
