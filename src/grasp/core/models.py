@@ -89,8 +89,7 @@ def load_model(
     _check_weights(source, model, info)
     if gguf:
         strip_quantization_marks(model)
-    if not gguf and path.is_dir():
-        warn_of_changes(path)
+    warn_of_changes(path)
     decoder = Decoder(model.to(target), tokenizer, source)
     decoder.beside = beside
     if dequantize and getattr(config, "quantization_config", None) and not gguf:

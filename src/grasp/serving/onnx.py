@@ -7,6 +7,7 @@ The graph comes from transformers' own exporter. Inputs and outputs bear the nam
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -38,8 +39,7 @@ def answer(folder: Path, ids: Tensor) -> Tensor | None:
     """The logits (rows, tokens, vocabulary) that onnxruntime computes for `ids`; None where it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    import onnxruntime
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
