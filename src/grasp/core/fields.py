@@ -24,7 +24,8 @@ from msgspec import Meta
 
 from grasp.errors import RecipeError, did_you_mean
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Share = Annotated[float, Meta(ge=0, lt=1)]
 NumSamples = Annotated[int, Meta(ge=1, le=1_000_000)]

@@ -16,7 +16,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from grasp.core.decoder import Decoder
 from grasp.errors import CheckpointError, GraspError
 
-P, D = ParamSpec("P"), TypeVar("D", bound=Decoder)
+P = ParamSpec("P")
+D = TypeVar("D", bound=Decoder)
 
 READERS = {
     "configuration_auto.py": "config.json",
