@@ -66,7 +66,15 @@ def manifest() -> dict:
         "curve": [{"step": 0, "held_out_loss": 5.0}, {"step": 10, "held_out_loss": 4.0}], "best": {"step": 10, "held_out_loss": 4.0},
         "seconds": {"training": 1.0},
     }  # fmt: skip
-    rounded = {"scheme": "int8", "matrices": 3, "share": 0.5, "bytes_before": 9, "bytes_after": 5, "checkpoint": "a", "command": "grasp quantize a b"}
+    rounded = {
+        "scheme": "int8",
+        "matrices": 3,
+        "share": 0.5,
+        "bytes_before": 9,
+        "bytes_after": 5,
+        "checkpoint": "a",
+        "command": "grasp quantize a b",
+    }
     made["edits"] = [*made["edits"][:1], {"edit": "drop", "layer": 3}]
     return {"format_version": 3, **made, "recovery": {**trained, "before": trained}, "quantization": rounded}
 
@@ -106,7 +114,21 @@ SCORES = (
     *(Score(name, 2.0, unit, SPEED) for name, unit in (("prefill", "tokens/s"), ("decode", "tokens/s"), ("time to first token", "s"), ("token latency", "s"), ("roofline share", "share"))),
     Score("peak memory", 5.0, "bytes", {}),
 )  # fmt: skip
-ROW = Result("a", "made/a", "grasp", {"ratio": 0.1}, 100, 400, 0.2, SCORES, (Generation("Say", "x", 1, 0.5, True),), {"load": 1.0}, 7, ("n",), key="k")
+ROW = Result(
+    "a",
+    "made/a",
+    "grasp",
+    {"ratio": 0.1},
+    100,
+    400,
+    0.2,
+    SCORES,
+    (Generation("Say", "x", 1, 0.5, True),),
+    {"load": 1.0},
+    7,
+    ("n",),
+    key="k",
+)
 
 
 def test_results_with_something_wrong_in_them(tmp_path, monkeypatch):
@@ -166,7 +188,7 @@ def test_an_experiment_with_something_wrong_in_it(tmp_path):
     assert refused > 200
 
 
-@pytest.mark.parametrize("line", ['trust_remote_code = true', 'device = "cuda"'])
+@pytest.mark.parametrize("line", ["trust_remote_code = true", 'device = "cuda"'])
 def test_an_experiment_grants_nothing(line, tmp_path):
     path = tmp_path / "e.toml"
     path.write_text(line + '\nmodel = "x"\n[[methods]]\nmethod = "shortgpt"\nnum_layers = 1\n')
@@ -191,7 +213,9 @@ def test_the_command_line_grants_them_to_every_cell_and_its_process(tmp_path):
     assert all(cell.granted == ["--trust-remote-code"] and cell.loading["trust_remote_code"] for cell in trusted.cells)
     assert [cell.key for cell in trusted.cells] == [cell.key for cell in plain.cells]  # what may run, not what is computed
     there = read_experiment(path, device="cpu")
-    assert all(cell.granted == ["--device", "cpu"] for cell in there.cells) and not {c.key for c in there.cells} & {c.key for c in plain.cells}
+    assert all(cell.granted == ["--device", "cpu"] for cell in there.cells) and not {c.key for c in there.cells} & {
+        c.key for c in plain.cells
+    }
 
 
 def test_a_dry_run_refuses_what_the_run_would(tmp_path):

@@ -137,7 +137,11 @@ def test_a_value_out_of_bounds_is_one_line_before_a_model_is_loaded(verb, name, 
     out = (tmp_path / "out",) if "out" in FLAGS[verb] else ()
     data = ("--data", text_file) if "--data" in FLAGS[verb] else ("--ppl", text_file) if verb == "eval" else ()
     needed = {"export": ("--format", "dense"), "quantize": ("--bits", "8"), "compress": SMALL, "inspect": SMALL}.get(verb, ())
-    size = (*PAPER.split(),) if verb == "compress" and name in ("--data", "--seed", "--num-samples", "--seq-len", "--device", "--dtype") else ()
+    size = (
+        (*PAPER.split(),)
+        if verb == "compress" and name in ("--data", "--seed", "--num-samples", "--seq-len", "--device", "--dtype")
+        else ()
+    )
     beside = (*data, *needed, *size, *FLAGS[verb][name].beside.split())
     for value in FLAGS[verb][name].refused:
         error = command(verb, model_directory, *out, *beside, f"{name}={value}").error
@@ -241,7 +245,9 @@ def test_a_value_of_the_wrong_kind_in_a_recipe(line, said, model_directory, tmp_
     config.write_text(line)
     size = () if "num_layers" in line or "ratio" in line or "layers" in line else ("--num-layers", "1")
     given = ("--method", "grasp", *size) if "data" in line or "model" in line else size
-    error = command("compress", "--config", config, *(("--dry-run",) if "model" in line else (model_directory,)), tmp_path / "out", *given).error
+    error = command(
+        "compress", "--config", config, *(("--dry-run",) if "model" in line else (model_directory,)), tmp_path / "out", *given
+    ).error
     assert said in error and "unexpected" not in error
 
 
@@ -300,9 +306,13 @@ def test_a_sweep_is_counted_before_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(itertools, "product", lambda *_: pytest.fail("the cells were made"))
     path = tmp_path / "e.toml"
     values = ", ".join(f"0.{n:03}" for n in range(1, 257))
-    path.write_text(f'model = "x"\n[[methods]]\nmethod = "grasp"\n[methods.sweep]\nratio = [{values}]\nretain_ratio = [{values}]\nseed = [{", ".join(map(str, range(256)))}]\n')
+    path.write_text(
+        f'model = "x"\n[[methods]]\nmethod = "grasp"\n[methods.sweep]\nratio = [{values}]\nretain_ratio = [{values}]\nseed = [{", ".join(map(str, range(256)))}]\n'
+    )
     outcome = command("compare", path, "--dry-run", "-o", tmp_path / "r.json")
-    assert outcome.error == f"{path}: methods table 1: its sweep brings the cells to 16,777,216; at most 1,000 are allowed, sweep fewer values"
+    assert (
+        outcome.error == f"{path}: methods table 1: its sweep brings the cells to 16,777,216; at most 1,000 are allowed, sweep fewer values"
+    )
 
 
 def test_as_many_cells_as_there_may_be(tmp_path, monkeypatch):

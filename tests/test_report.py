@@ -118,7 +118,7 @@ def material(tmp_path_factory):
             {"step": 0, "loss": 5.0, "held_out_loss": 5.5},
             {"step": 10, "loss": 4.0, "held_out_loss": None},
             {"step": 20, "loss": float("nan")},
-        ]
+        ],
     }
     manifest["edits"].append({"edit": "drop", "layer": 3})
     manifest["recipe"]["model"] = "tiny"
@@ -341,7 +341,11 @@ def test_a_checkpoint_alone_has_a_table(material, tmp_path, monkeypatch):
         ("a/grasp.json", '{"format_version": 99}', "newer grasp"),
         ("a/results.json", "{", "cannot be read"),
         ("b.json", '{"rows": []}', "is no results file"),
-        ("b.json", '{"kind": "grasp-results", "format_version": 1, "rows": [{"label": "a"}]}', "rows[0]: Object missing required field `model`"),
+        (
+            "b.json",
+            '{"kind": "grasp-results", "format_version": 1, "rows": [{"label": "a"}]}',
+            "rows[0]: Object missing required field `model`",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line_with_the_path(tmp_path, name, content, message):

@@ -36,7 +36,9 @@ def in_words(failure: BaseException) -> tuple[str, int]:
     said = " ".join(str(failure).split())[:300]
     if isinstance(failure, OSError) and failure.filename is not None and failure.strerror:
         return f"{os.fsdecode(failure.filename)}: {failure.strerror}", 2
-    if isinstance(failure, MemoryError) or any(words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory")):
+    if isinstance(failure, MemoryError) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    ):
         return f"not enough memory ({said or 'none left'}); fewer or shorter blocks (--num-samples, --seq-len, --batch-size) need less", 2
     return f"unexpected {type(failure).__name__}: {said}", 1
 

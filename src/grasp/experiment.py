@@ -92,7 +92,6 @@ class Cell:
         files = [_digest(path, path.stat().st_mtime_ns, path.stat().st_size) for text in texts if (path := _file(text)).is_file()]
         return hashlib.sha256(json.dumps([VERSION, values, files], sort_keys=True).encode()).hexdigest()[:16]
 
-
     @property
     def granted(self) -> list[str]:
         """The flags of the command line that a process of its own must be given again."""
@@ -176,7 +175,9 @@ def _cells(path: Path, number: int, entry: dict[str, Any], calibration: Mapping[
         raise RecipeError(f"{where}: label = {label!r}: must be text")
     written = {f.name for f in dataclasses.fields(available()[name]) if not f.metadata["recipe"]} & {*entry, *sweep}
     for key in written:
-        raise RecipeError(f"{where}: '{key}': only the command line may say --{key.replace('_', '-')}, not an experiment; take the line out")
+        raise RecipeError(
+            f"{where}: '{key}': only the command line may say --{key.replace('_', '-')}, not an experiment; take the line out"
+        )
     for combination in itertools.product(*sweep.values()):
         varied = dict(zip(sweep, combination, strict=True))
         asked = {**entry, **varied}

@@ -37,7 +37,9 @@ class Recipe:
     lora_dropout: Share = flag(0.05, "[lora] Dropout in front of the adapters.")
     keep_adapter: bool = flag(False, "[lora] Do not merge: OUT is the checkpoint as it was, OUT/adapter a peft adapter for it.")
     epochs: Annotated[float, Meta(gt=0, le=1_000)] = flag(1.0, "Passes over the data.")
-    max_steps: Annotated[int, Meta(ge=1, le=10_000_000)] | None = flag(None, "Stop after so many steps; of several texts each then gives an equal share.")
+    max_steps: Annotated[int, Meta(ge=1, le=10_000_000)] | None = flag(
+        None, "Stop after so many steps; of several texts each then gives an equal share."
+    )
     batch_size: BatchSize = flag(32, "Rows a step, over all processes.")
     micro_batch: BatchSize = flag(4, "Rows at once on one device; the rest of a batch is accumulated.", recipe=False)
     learning_rate: Annotated[float, Meta(gt=0, le=10)] | None = flag(

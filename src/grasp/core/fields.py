@@ -24,7 +24,8 @@ from msgspec import Meta
 
 from grasp.errors import RecipeError, did_you_mean
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Share = Annotated[float, Meta(ge=0, lt=1)]
 NumSamples = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -63,7 +64,8 @@ def check_fields(record: Any) -> None:
 
     Raises `RecipeError`: the flag, the value, what is allowed.
     """
-    kinds = hints(type(record))
+    kind: Any = type(record)
+    kinds = hints(kind)
     for one in dataclasses.fields(record):
         value = check(one.name, getattr(record, one.name), kinds[one.name])
         words = one.metadata["words"]

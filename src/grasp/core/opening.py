@@ -16,7 +16,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from grasp.core.decoder import Decoder
 from grasp.errors import CheckpointError, GraspError
 
-P, D = ParamSpec("P"), TypeVar("D", bound=Decoder)
+P = ParamSpec("P")
+D = TypeVar("D", bound=Decoder)
 
 READERS = {
     "configuration_auto.py": "config.json",
@@ -57,5 +58,7 @@ def of_a_library(failure: BaseException) -> bool:
 def _where(source: str, failure: BaseException) -> str:
     """The file that was being read, where that can be told."""
     names = [Path(frame.filename).name for frame in traceback.extract_tb(failure.__traceback__)]
-    found = next((what for name in names if (what := READERS.get(name))), "the tokenizer's files" if "tokenization_utils_base.py" in names else "")
+    found = next(
+        (what for name in names if (what := READERS.get(name))), "the tokenizer's files" if "tokenization_utils_base.py" in names else ""
+    )
     return f" from {found}" if found and Path(source).expanduser().is_dir() else ""

@@ -51,7 +51,9 @@ class Grasp(LayerMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
 
     retain_ratio: Share | None = flag(None, "Share of each replaced matrix's parameters to keep (default 0.1).")
-    threshold_ratio: Annotated[float, Meta(gt=0, le=1)] | None = flag(None, "Instead: keep the smallest set of groups that holds this share of a matrix's score.")
+    threshold_ratio: Annotated[float, Meta(gt=0, le=1)] | None = flag(
+        None, "Instead: keep the smallest set of groups that holds this share of a matrix's score."
+    )
     score: str = flag("taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".", words=SCORES)
     iterative: bool = flag(False, "Sweep again after each layer's MLP and attention, last layer first.")
     projections: tuple[str, ...] = flag(("all",), "Matrices to replace: all, attention, mlp, or roles such as q,k,v,o,gate,up,down.")
