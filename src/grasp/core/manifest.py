@@ -93,13 +93,18 @@ class _Look(Struct):
     held_out_loss: float | None = None
 
 
+class _Best(Struct):
+    step: Number
+    held_out_loss: float
+
+
 class _Recovery(Struct):
     recipe: _Training
     data: _Text
     steps: Number
     trained_parameters: Number
     curve: Annotated[list[_Look], Meta(min_length=1)]
-    best: _Look
+    best: _Best
     seconds: dict[str, float]
     checkpoint: str = ""
     command: str = ""
