@@ -86,7 +86,7 @@ def test_a_default_that_is_named_is_the_same_cell(write):
     ("old", "new", "said"),
     [
         ("num_samples = 2", "num_sample = 2", ["[calibration]", "num_sample", "did you mean 'num_samples'"]),
-        ("num_samples = 2", 'num_samples = "two"', ["num_samples = 'two'", "must be int"]),
+        ("num_samples = 2", 'num_samples = "two"', ["num_samples = two", "must be a whole number"]),
         ("seq_len = 32", "seq_len = true", ["[evaluation]", "seq_len = True"]),
         ('title = "Sizes"', 'titel = "Sizes"', ["titel", "did you mean 'title'"]),
         ('method = "grasp"', 'method = "grasps"', ["methods table 2", "grasps", "did you mean 'grasp'"]),

@@ -83,14 +83,14 @@ MISTAKES = {
     "--layers 0,-1": ["--layers -1", "0 to 3"],
     "--layers 1,1": ["twice"],
     "--num-layers 5": ["4 layers"],
-    "--num-layers -1": ["0 or more"],
+    "--num-layers -1": ["a whole number from 0 to"],
     "--ratio 1": ["--ratio 1.0", "below 1"],
     "--ratio 1.5": ["below 1"],
     "--ratio -0.1": ["at least 0"],
     "--ratio nan": ["at least 0 and below 1"],
     "--num-layers 1 --retain-ratio 1.2": ["--retain-ratio 1.2", "below 1"],
     "--num-layers 1 --threshold-ratio 0": ["--threshold-ratio 0", "above 0"],
-    "--num-layers 1 --rank-multiple 0": ["--rank-multiple 0", "1 or more"],
+    "--num-layers 1 --rank-multiple 0": ["--rank-multiple 0", "a whole number from 1 to"],
     "--num-layers 1 --ratio 0.1": ["--num-layers", "--ratio", "one of"],
     "": ["--ratio", "--num-layers", "--layers", "none was given"],
     "--num-layers 1 --score talyor": ["--score talyor", "taylor-per-sample", "did you mean 'taylor'?"],
@@ -99,7 +99,7 @@ MISTAKES = {
     "--num-layers 1 --sigma-split lfet": ["--sigma-split lfet", "both, left, right", "did you mean 'left'?"],
     "--num-layers 1 --dtype flaot32": ["--dtype flaot32", "bfloat16", "did you mean 'float32'?"],
     "--num-layers 1 --device cdua": ["--device cdua", "cpu", "did you mean 'cuda'?"],
-    "--num-layers 1 --num-samples 0": ["--num-samples 0", "1 or more"],
+    "--num-layers 1 --num-samples 0": ["--num-samples 0", "a whole number from 1 to"],
     "--num-layers 1 --seq-len 500": ["--seq-len 500", "2 to 128"],
     "--num-layers 1 --data pydco": ["--data pydco", "wikitext2", "did you mean 'pydoc'?"],
     "--method grasp-fisher": ["--method grasp-fisher", "--ratio", "--retain-ratio", "none was given"],
@@ -113,7 +113,7 @@ MISTAKES = {
     "--method grasp-fisher --retain-ratio 0.1 --layers bi --num-layers 5": ["--num-layers 5", "4 layers"],
     "--method grasp-fisher --ratio 0.1 --basis fischer": ["--basis fischer", "plain, input, fisher", "did you mean 'fisher'?"],
     "--method grasp-fisher --ratio 0.1 --exclude gaet": ["--exclude", "'gaet'", "did you mean 'gate'?"],
-    "--method grasp-fisher --ratio 0.1 --rank-multiple 0": ["--rank-multiple 0", "1 or more"],
+    "--method grasp-fisher --ratio 0.1 --rank-multiple 0": ["--rank-multiple 0", "a whole number from 1 to"],
 }
 
 
@@ -324,7 +324,7 @@ def test_weights_of_a_newer_grasp(checkpoint, text_file, tmp_path):
 def test_a_damaged_manifest(content, checkpoint, tmp_path):
     damaged = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
     (damaged / "grasp.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"grasp\.json: cannot be read .*damaged"):
+    with pytest.raises(CheckpointError, match=r"grasp\.json: .*damaged"):
         grasp.load(damaged)
 
 

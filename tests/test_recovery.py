@@ -286,7 +286,7 @@ def test_a_cache_of_the_teacher_is_made_once(checkpoints, alpaca, tmp_path, monk
         ({"preset": "fast"}, "--preset fast: unknown"),
         ({"lr": 1e-3}, "--lr: grasp recover has no such field"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: must be above 0"),
-        ({"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0: must be a whole number from 1 to"),
         ({"max_length": 4096}, "--max-length 4096: must be from 2 to 512"),
         ({"keep_adapter": True}, "--keep-adapter: --train factors makes no adapter"),
         ({"teacher_cache": "x"}, "--teacher-cache: --objective lm reads no teacher's predictions"),

@@ -215,10 +215,15 @@ def _result(
     manifest = _manifest(model.source)
     method = dict(manifest.get("method", {}))
     size = model.num_parameters()
-    ratio = manifest.get("parameters", {}).get("ratio") if dense is None else 1 - size / dense.num_parameters()
+    removed = manifest.get("parameters", {}).get("ratio")
+    ratio = (None if removed is None else float(removed)) if dense is None else 1 - size / dense.num_parameters()
     label = Path(model.source).name or type(model.model).__name__
     fields = {key: value for key, value in method.items() if key not in ("name", "paper")}
-    name, seconds, told = str(method.get("name", "")), dict(manifest.get("seconds", {})), manifest.get("recovery")
+    name, seconds, told = (
+        str(method.get("name", "")),
+        {step: float(taken) for step, taken in manifest.get("seconds", {}).items()},
+        manifest.get("recovery"),
+    )
     if "quantization" in manifest:
         fields |= {"quantization": manifest["quantization"]["scheme"]}
     if told:  # the paper's star: trained after compression

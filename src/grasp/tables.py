@@ -12,6 +12,8 @@ from grasp.terminal import emit, megabytes, plain, say, table
 
 MEASURES = ("perplexity", "perplexity ratio", "nats/token", "top-1 agreement", "repetition", "tokens", "same beginning")
 """Units that have a table of their own; all others are metrics of tasks, or speeds."""
+TIMED = ("prefill", "decode", "time to first token", "token latency", "roofline share")
+"""What the table of speeds shows of a model at each batch size."""
 SPEEDS = ("tokens/s", "s", "ratio", "bytes", "share")
 
 
@@ -131,9 +133,13 @@ def _tasks(rows: tuple[Result, ...]) -> None:
 
 def _speeds(rows: tuple[Result, ...]) -> None:
     """A table a batch size: one line a measure, one column a model; then what it was measured under, and memory."""
-    timed = [row for row in rows if row.score("tokens/s", "decode") and "batch_size" in row.score("tokens/s", "decode").protocol]  # type: ignore[union-attr]
+    timed = [row for row in rows if _is_timed(row)]
     for batch in sorted({s.protocol["batch_size"] for row in timed for s in row.scores if s.name == "decode"}):
-        found = [{s.name: s for s in row.scores if s.protocol.get("batch_size") == batch} for row in timed]
+        here = {row.label: {s.name: s for s in row.scores if s.protocol.get("batch_size") == batch} for row in timed}
+        here = {label: one for label, one in here.items() if set(TIMED) <= one.keys()}
+        found = list(here.values())
+        if not found:
+            continue
         ratios = {name.partition(" ")[0]: _spread(score, 2) for name, score in found[-1].items() if score.unit == "ratio"}
         lines = [
             ("prefill, tokens/s", *(_spread(one["prefill"], 0) for one in found), ratios.get("prefill", "")),
@@ -145,7 +151,7 @@ def _speeds(rows: tuple[Result, ...]) -> None:
         say("")
         table(
             f"batch size {batch}: medians, in brackets lowest and highest",
-            ("", *(row.label for row in timed), "ratio" if ratios else ""),
+            ("", *here, "ratio" if ratios else ""),
             lines,
         )
     if not timed:
@@ -158,6 +164,18 @@ def _speeds(rows: tuple[Result, ...]) -> None:
     kinds = ("parameter bytes", "bytes on disk", "peak memory")
     say("")
     table("", ("", *(row.label for row in timed)), [(kind, *(_bytes(row, kind) for row in timed)) for kind in kinds])
+
+
+def _is_timed(row: Result) -> bool:
+    """Whether a row holds all that the table of speeds shows; one from a file may not."""
+    found = {score.name: score.protocol for score in row.scores if score.name in TIMED}
+    spreads = all(
+        {"batch_size", "low", "high"} <= {key for key, value in found.get(name, {}).items() if value is not None}
+        for name in ("prefill", "decode")
+    )
+    setting = ("device", "dtype", "threads", "attention", "low_rank", "compile", "prompt_len", "new_tokens", "rounds")
+    known = all(found.get("decode", {}).get(key) is not None for key in setting)
+    return spreads and known and found.get("token latency", {}).get("p95") is not None
 
 
 def _latency(score: Score) -> str:

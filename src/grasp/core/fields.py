@@ -64,7 +64,8 @@ def check_fields(record: Any) -> None:
 
     Raises `RecipeError`: the flag, the value, what is allowed.
     """
-    kinds = hints(type(record))
+    kind: Any = type(record)
+    kinds = hints(kind)
     for one in dataclasses.fields(record):
         value = check(one.name, getattr(record, one.name), kinds[one.name])
         words = one.metadata["words"]

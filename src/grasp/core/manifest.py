@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from grasp.core import documents
 from grasp.errors import CheckpointError
@@ -34,7 +34,7 @@ class _Model(Struct):
 
 class _Method(Struct):
     name: str
-    paper: str = ""
+    paper: str
 
 
 class _Parameters(Struct):
@@ -93,13 +93,18 @@ class _Look(Struct):
     held_out_loss: float | None = None
 
 
+class _Best(Struct):
+    step: Number
+    held_out_loss: float
+
+
 class _Recovery(Struct):
     recipe: _Training
     data: _Text
     steps: Number
     trained_parameters: Number
     curve: Annotated[list[_Look], Meta(min_length=1)]
-    best: _Look
+    best: _Best
     seconds: dict[str, float]
     checkpoint: str = ""
     command: str = ""
@@ -123,13 +128,13 @@ class _Manifest(_Head):
     parameters: _Parameters
     edits: list[_Factorize | _Drop]
     versions: dict[str, str]
-    recipe: _Recipe | None = None
-    calibration: _Calibration | None = None
-    redundancy: dict[str, dict[str, float]] | None = None
-    prediction: _Prediction | None = None
-    recovery: _Recovery | None = None
-    quantization: _Quantization | None = None
-    seconds: dict[str, float] | None = None
+    recipe: _Recipe | UnsetType = UNSET
+    calibration: _Calibration | UnsetType = UNSET
+    redundancy: dict[str, dict[str, float]] | UnsetType = UNSET
+    prediction: _Prediction | UnsetType = UNSET
+    recovery: _Recovery | UnsetType = UNSET
+    quantization: _Quantization | UnsetType = UNSET
+    seconds: dict[str, float] | UnsetType = UNSET
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

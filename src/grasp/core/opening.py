@@ -31,7 +31,7 @@ def opening(load: Callable[Concatenate[str, P], D]) -> Callable[Concatenate[str,
     """A loader of models that raises nothing but `GraspError` for what the files hold, and tries the tokenizer once."""
 
     @functools.wraps(load)
-    def begin(source: str, *args: P.args, **options: P.kwargs) -> D:
+    def begin(source: str, /, *args: P.args, **options: P.kwargs) -> D:
         try:
             decoder = load(source, *args, **options)
             if decoder.tokenizer is not None:

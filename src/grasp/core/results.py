@@ -89,7 +89,11 @@ class Result:
         """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` where it is none."""
         values = dict(found)
         values["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
-        values["generations"] = tuple(Generation(**one) for one in values.get("generations", ()))
+        values["generations"] = tuple(
+            Generation(**{**one, "repetition": float(one.get("repetition", 0))}) for one in values.get("generations", ())
+        )
+        values["ratio"] = None if values.get("ratio") is None else float(values["ratio"])
+        values["seconds"] = {name: float(value) for name, value in values.get("seconds", {}).items()}  # JSON knows no whole floats
         values["notes"] = tuple(values.get("notes", ()))
         return cls(**values)
 

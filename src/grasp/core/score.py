@@ -35,4 +35,5 @@ class Score:
         """The inverse of `to_json`."""
         rest = dict(found)
         name, value, unit, stderr, interval = (rest.pop(key, None) for key in ("name", "value", "unit", "stderr", "interval"))
-        return cls(str(name), float(value), str(unit), rest, stderr, None if interval is None else (interval[0], interval[1]))
+        between = None if interval is None else (float(interval[0]), float(interval[1]))
+        return cls(str(name), float(value), str(unit), rest, None if stderr is None else float(stderr), between)

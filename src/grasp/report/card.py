@@ -26,7 +26,7 @@ def _recovered(told: dict[str, Any]) -> list[str]:
     return [
         f"| then trained | {told['trained_parameters']:,} numbers ({recipe['train']}), objective {recipe['objective']}, {told['steps']:,} steps of {recipe['batch_size']} rows |",
         f"| training text | {', '.join(told['data']['sources'])}: {told['data']['tokens']:,} tokens |",
-        f"| held-out loss | {first['held_out_loss']:.4f} → {best['held_out_loss']:.4f} |",
+        f"| held-out loss | {first.get('held_out_loss') or float('nan'):.4f} → {best['held_out_loss']:.4f} |",
     ]
 
 
