@@ -58,6 +58,11 @@ FAMILY_ROWS: dict[str, Row] = {
     "gpt2": Row("GPT2Config", {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}, tied=True, biased=True),
     "opt": Row("OPTConfig", {"hidden_size": WIDTH, "ffn_dim": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": WIDTH}, tied=True, biased=True),
 }  # fmt: skip
+MANIFEST = {
+    "model": {"source": "tiny", "family": "Llama", "num_layers": LAYERS, "dtype": "float32"},
+    "method": {"name": "grasp", "paper": ""}, "parameters": {"before": 2, "after": 1, "ratio": 0.5}, "edits": [], "versions": {},
+}  # fmt: skip
+"""The least that a manifest holds."""
 BIASED = [name for name, row in FAMILY_ROWS.items() if row.biased]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import close
 from conftest import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +59,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]{flag})
 folder = sys.argv[2]
 with torch.no_grad():
-    equal = torch.equal(model(input_ids=torch.load(folder + "/ids.pt")).logits, torch.load(folder + "/logits.pt"))
+    equal = torch.allclose(model(input_ids=torch.load(folder + "/ids.pt")).logits, torch.load(folder + "/logits.pt"), atol=1e-5)
 kind = type(model.model.layers[0].mlp.up_proj).__name__ + type(model.model.layers[1].mlp.up_proj).__name__
 model.save_pretrained(sys.argv[3])
 print("RESULT", equal, "LowRankLinear" in kind, sum(p.numel() for p in model.parameters()), "grasp" in sys.modules)
@@ -68,7 +69,7 @@ NO_GRASP = "import importlib.abc\nclass No(importlib.abc.MetaPathFinder):\n    d
 
 @pytest.mark.parametrize(
     ("made", "before", "after", "flag"),
-    [("pivoted", "import grasp", "", ""), ("checkpoint", "", "import grasp", ""), ("checkpoint", "", "AutoModelForCausalLM.from_pretrained; import transformers.quantizers.auto; import grasp", ""), ("checkpoint", NO_GRASP, "", ", trust_remote_code=True"), ("pivoted", NO_GRASP, "", ", trust_remote_code=True")],
+    [("pivoted", "import grasp", "", ""), ("checkpoint", "", "import grasp", ""), pytest.param("checkpoint", "", "AutoModelForCausalLM.from_pretrained; import transformers.quantizers.auto; import grasp", "", marks=pytest.mark.slow), pytest.param("checkpoint", NO_GRASP, "", ", trust_remote_code=True", marks=pytest.mark.slow), ("pivoted", NO_GRASP, "", ", trust_remote_code=True")],
     ids=["grasp first", "grasp second", "grasp after quantizers", "no grasp, trust_remote_code", "no grasp, pivoted"],
 )  # fmt: skip
 def test_plain_transformers_loads_it(made, request, tmp_path, before, after, flag):
@@ -152,7 +153,7 @@ def test_rank_zero_keeps_the_bias(tmp_path, calibration):
     x = torch.randn(2, 32)
     assert torch.equal(block.mlp.c_fc(x), block.mlp.c_fc.bias.expand(2, -1))
     with torch.no_grad():
-        assert torch.equal(again(input_ids=calibration.ids).logits, result.model(input_ids=calibration.ids).logits)
+        assert close(again(input_ids=calibration.ids).logits, result.model(input_ids=calibration.ids).logits)
 
 
 def test_peft_lora_on_top(either, tmp_path):
@@ -195,11 +196,12 @@ def test_trainer_trains_it(either, tmp_path):
     factorised = next(m for m in again.modules() if isinstance(m, LowRankLinear))
     assert factorised.rank > 0
     with torch.no_grad():
-        assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        assert close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before)
     assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_torch_compile(either):
     model = grasp.load(either).model
     ids = torch.load(either.parent / "ids.pt")

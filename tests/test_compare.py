@@ -189,6 +189,7 @@ def grasp(*arguments: object, cwd: Path, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_a_row_and_an_interrupt_loses_nothing(write, tmp_path, monkeypatch):
     path = write(TWO)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and children would inherit that

@@ -1,5 +1,6 @@
 """Where things are written: what cannot be is said before any work is done, by every verb and by a dry run; what can be is filled."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MANIFEST
 from test_cli import SMALL, command
 
 import grasp
@@ -171,7 +173,7 @@ def no_work(monkeypatch):
 def checkpoint(model_directory, tmp_path_factory) -> str:
     """A model directory with a manifest, as far as `recover` looks before it loads."""
     path = Path(shutil.copytree(model_directory, tmp_path_factory.mktemp("checkpoint") / "small"))
-    (path / "grasp.json").write_text('{"format_version": 1, "edits": [], "model": {"num_layers": 4}}')
+    (path / "grasp.json").write_text(json.dumps({"format_version": 1, **MANIFEST}))
     return str(path)
 
 

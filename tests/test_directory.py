@@ -151,7 +151,7 @@ def experts(tokenizer, tmp_path) -> Path:
 def test_a_model_that_is_only_run_may_be_of_any_kind(experts, text_file, tmp_path):
     """`eval` and `bench` need no matrices."""
     for words in (
-        ("eval", experts, "--ppl", text_file, "--seq-len", "32", "--generate"),
+        ("eval", experts, "--ppl", text_file, "--seq-len", "32", "--generate", "--new-tokens", "8"),
         ("bench", experts, "--prompt-len", "8", "--new-tokens", "2", "--rounds", "1"),
     ):
         done = command(*words)

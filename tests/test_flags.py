@@ -104,6 +104,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
     "compare": {**ALL, "--trust-remote-code": FREE, "--device": FREE, "experiment": FREE, "--output": FREE, "--dry-run": FREE, "--cell": FREE},
     "report": {**ALL, "paths": FREE, "--output": FREE},
+    "verify": {**ALL, "checkpoint": FREE},
     "demo": {**ALL, "--output": FREE, "--measure": FREE},
     "methods": ALL, "families": ALL, "data": ALL,
 }  # fmt: skip

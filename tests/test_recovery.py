@@ -418,6 +418,7 @@ def command(*words: str, processes: int = 0) -> list[str]:
     return [sys.executable, *start, "recover", *words, "--quiet", "--device", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "train"),
     [
@@ -447,6 +448,7 @@ def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, t
     assert not list(tmp_path.glob("*.recovery"))
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(checkpoints, alpaca, tmp_path):
     flags = ["--data", alpaca, "--max-steps", "400", "--eval-every", "5", "--batch-size", "4", "--held-out", "8", "--precision", "float32"]
     words = [checkpoints["grasp"], str(tmp_path / "out"), *flags]
@@ -465,6 +467,7 @@ def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(checkpo
     assert refused.returncode == 2 and "was begun with max_steps 400, not 401" in refused.stderr and "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_command_as_a_user_calls_it(checkpoints, alpaca, tmp_path):
     flags = ["--data", alpaca, "--max-steps", "2", "--batch-size", "4", "--held-out", "8", "--precision", "float32", "--json"]
     done = subprocess.run(command(checkpoints["grasp"], str(tmp_path / "out"), *flags), check=False, capture_output=True, text=True)

@@ -46,7 +46,7 @@ def test_what_is_small_is_shown_as_it_is():
 
 
 def test_a_manifest_with_a_large_text_is_cut(tmp_path):
-    manifest = {"format_version": 3, "model": {"source": "m", "num_layers": 2}, "parameters": {"before": 9, "after": 8}, "edits": [],
+    manifest = {"format_version": 3, "model": {"source": "m", "family": "Llama", "num_layers": 2, "dtype": "float32"}, "parameters": {"before": 9, "after": 8, "ratio": 0.1}, "edits": [],
                 "method": {"name": "grasp", "paper": ""}, "recipe": {"model": LARGE}, "versions": {"x": LARGE}}  # fmt: skip
     (tmp_path / "grasp.json").write_text(json.dumps(manifest))
     assert len(json.dumps(Checkpoint.read(tmp_path).raw)) < 20_000

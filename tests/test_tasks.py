@@ -2,12 +2,15 @@
 
 import builtins
 import gzip
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
 import random
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -468,13 +471,13 @@ def test_the_hub_is_the_default_source(model, folder, monkeypatch):
 
 
 def test_without_lm_eval_the_way_out_is_named(monkeypatch, model):
-    def nowhere(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
     monkeypatch.setattr(tasks, "_index", tasks._index.__wrapped__)  # what other tests have read is kept
-    monkeypatch.setattr(importlib.metadata, "version", nowhere)
-    with pytest.raises(RecipeError, match=r"pip install 'grasp-llm\[tasks\]'"):
-        run_tasks(model, ["arc_easy"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(RecipeError, match=r"pip install 'grasp-llm\[tasks\]'"):
+            run_tasks(model, ["arc_easy"])
+    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
+    sys.modules["lm_eval"].__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9")
     with pytest.raises(RecipeError, match=r"needs lm-eval 0.4.13, 0.4.9 is installed"):
         check_tasks(["arc_easy"])

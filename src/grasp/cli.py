@@ -225,7 +225,7 @@ def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) ->
 
 
 @cli.command(short_help="Say whether checkpoint DIR is what grasp wrote.")
-@click.argument("checkpoint", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="DIR", type=Place())
 @shared()
 def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """Compare every file of DIR, weights too, with what grasp wrote. Exit status 0: nothing differs; 1: files changed, are gone or were
@@ -250,11 +250,14 @@ def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:
     """Compress SmolLM2-135M-Instruct by the paper's method, save, reload in a new process, and measure it beside the dense model
     and the model with the same layers removed."""
+    from grasp.core.destination import check_destination
     from grasp.terminal import say
 
     if measure is not None:
         end_with_parent()
-    elif not quiet:
+    else:
+        check_destination(output, 2_000_000_000)
+    if measure is None and not quiet:
         say("SmolLM2-135M-Instruct, compressed three ways, saved, loaded again and measured")
     _commands()
     from grasp import demo as script

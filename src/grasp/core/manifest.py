@@ -135,6 +135,7 @@ class _Manifest(_Head):
     recovery: _Recovery | UnsetType = UNSET
     quantization: _Quantization | UnsetType = UNSET
     seconds: dict[str, float] | UnsetType = UNSET
+    notes: list[str] | UnsetType = UNSET
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def check_savable(decoder: Decoder) -> None:
                 part, way_out = "the tokenizer", "give another one"
                 tokenizer.save_pretrained(folder)
     except Exception as failure:  # anything a class of the user's may raise
-        if isinstance(failure, OSError) and failure.errno in NO_ROOM:
-            return  # this folder's fault, not the model's
+        if (isinstance(failure, OSError) and failure.errno in NO_ROOM) or "(os error " in str(failure):
+            return  # this folder's fault (in the words of Python, or of a library in Rust), not the model's
         reason = textwrap.shorten(" ".join(str(failure).split()), 300, placeholder="…")
         raise ModelError(f"MODEL {name}: {part} could not be saved: {reason}; {way_out}") from failure
 
