@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -354,3 +356,20 @@ def test_the_public_api_writes_the_same_way(model_directory, text_file, tmp_path
     old = left(tmp_path, dead_process)
     grasp.compress(model_directory, tmp_path / "out", method="shortgpt", layers=(3,), data=text_file, num_samples=2, seq_len=16)
     assert not old.exists() and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_loading_needs_nothing_that_a_system_lacks(monkeypatch):
+    """Windows has neither such locks nor SIGHUP; a checkpoint loads there all the same."""
+    import importlib
+
+    from grasp import interruption
+    from grasp.core import partial as locks
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fcntl", None)
+        patch.delattr(signal, "SIGHUP")
+        assert importlib.reload(locks).fcntl is None and importlib.reload(interruption).SIGNALS == (signal.SIGTERM,)
+        with pytest.raises(OSError), locks.hold(Path("nowhere")):
+            raise OSError  # the block's own errors are not taken for a lack of locks
+    importlib.reload(locks)
+    importlib.reload(interruption)

@@ -9,10 +9,11 @@ machine since it was started, and only where the process is gone. What cannot be
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import importlib
 import logging
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -20,7 +21,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+try:
+    fcntl: Any = importlib.import_module("fcntl")
+except ImportError:  # Windows has no such locks: nothing is told of other runs there
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,8 @@ def hold(folder: Path) -> Iterator[None]:
     held = None
     try:
         with _unlockable():
+            if fcntl is None:
+                raise OSError("no locks on this system")
             held = os.open(folder, os.O_RDONLY)
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -143,7 +151,7 @@ def _claimed(path: Path) -> Iterator[State]:
 
 def _state(path: Path, descriptor: int, about: os.stat_result) -> State:
     found = PATTERN.fullmatch(path.name)
-    if found is None or about.st_uid != os.geteuid():
+    if found is None or fcntl is None or about.st_uid != os.geteuid():
         return "writing"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,4 +179,4 @@ def _machine() -> str:
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return hashlib.sha256(f"{os.uname().nodename} {boot}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{platform.node()} {boot}".encode()).hexdigest()[:8]
