@@ -22,10 +22,7 @@ from grasp.interruption import as_interrupts
 
 
 def _commands() -> Any:
-    """What the verbs show; imported when one runs, since it brings torch. Other libraries' bars stay off: ours show the same."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    for name in ("torchao", "torch.utils._pytree"):  # when imported, torchao tells of every kernel that this machine cannot run
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """What the verbs show; imported when one runs, since it brings torch."""
     from grasp.terminal import waiting
 
     with waiting("loading PyTorch", quiet="--quiet" in sys.argv):
@@ -45,6 +42,11 @@ def cli() -> None:
     grasp compress MODEL OUT --ratio 0.2   remove 20 % of all parameters
     grasp eval OUT --ppl pydoc             perplexity of the result
     """
+    # before a verb reads its flags, which may load torch: other libraries' bars stay off, since ours
+    # show the same, and torchao does not tell of every kernel that this machine cannot run
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @cli.command(cls=MethodCommand, short_help="Compress MODEL and save it in OUT.")
