@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import grasp
+from grasp import terminal
 from grasp.core.decoder import Decoder
 
 # On tiny tensors threads only wait for each other.
@@ -76,6 +77,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine: what a command says is compared line by line."""
+    monkeypatch.setattr(terminal, "BEAT", 3600.0)
 
 
 @pytest.fixture(params=list(FAMILY_ROWS))

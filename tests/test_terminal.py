@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from grasp import cli, terminal
+from grasp.terminal import BEAT
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_file_gets_lines_while_a_task_does_not_call(said, monkeypatch):
 
 
 def test_ten_seconds_never_pass_without_a_line():
-    assert terminal.BEAT < 10
+    assert BEAT < 10
 
 
 def test_quiet_says_nothing_and_a_terminal_gets_bars(said, monkeypatch):

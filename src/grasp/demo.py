@@ -68,8 +68,11 @@ def _run(output: Path, as_json: bool, quiet: bool) -> None:
             EMBEDDED, output / "removed", method="shortgpt", layers=layers,
             progress=_renamed(bars, "layers removed: {}"), **{**calibration, "num_samples": 1},
         )  # fmt: skip
-    pictures = [overview(made.manifest, output / "grasp.png"), overview(ours.manifest, output / "grasp-fisher.png")]
+        bars("drawing what every matrix kept", 0, 2)
+        pictures = [overview(made.manifest, output / "grasp.png"), overview(ours.manifest, output / "grasp-fisher.png")]
+        bars("drawing what every matrix kept", 2, 2)
     del made, ours
+    say("loading them again in a new process, to measure what a user of the checkpoints gets")
     results = _measure_in_new_process(output, quiet)
     results.write(output / "results.json")
     _show(results, layers)
