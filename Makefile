@@ -31,8 +31,8 @@ test: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
 # All but what only reads, prints or starts processes; a new file is in unless it is named here.
-NOT_NUMERICS = bench card cli compare destination experiment export faults flags integrations killed report results \
-  serving smollm2 structure tasks terminal
+NOT_NUMERICS = bench cli compare destination directory documents export faults flags integrations interruption \
+  recovery report report_size results seal serving smollm2 structure tasks terminal writing
 test-numerics: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
 
