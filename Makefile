@@ -30,9 +30,10 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
-# All but what only reads, prints or starts processes; a new file is in unless it is named here.
-NOT_NUMERICS = bench cli compare destination directory documents export faults flags integrations interruption \
-  recovery report report_size results seal serving smollm2 structure tasks terminal writing
+# All but what reads, prints, loads or starts processes; a new file is in unless it is named here.
+NOT_NUMERICS = bench checkpoint cli compare destination directory documents export faults flags integrations \
+  interruption proof recovery report report_size results seal serving smollm2 strict structure tasks terminal \
+  text_and_tokens wrappers writing
 test-numerics: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
 
