@@ -55,6 +55,7 @@ def only_pydoc(source: str) -> str:
     if source != "pydoc":
         return ""
     return (
-        "calibrated on pydoc, the Python reference: fine for a trial, poor for a model that reads other text; name --data: a file like what "
-        "the model will read, or wikitext2, c4"
+        "calibrated on pydoc, the Python reference: fine for a trial, poor for a model that reads other text (on smollm2 2.6 times the "
+        "perplexity on WikiText-2, and 2.0 times on PTB, of a calibration on WikiText-2); name --data: a file like what the model will "
+        "read, or wikitext2, c4"
     )
