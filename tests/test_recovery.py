@@ -477,3 +477,12 @@ def test_the_command_as_a_user_calls_it(checkpoints, alpaca, tmp_path):
     assert "held-out loss" in done.stderr and "Traceback" not in done.stderr and "Warning" not in done.stderr
     again = subprocess.run(command(checkpoints["grasp"], str(tmp_path / "out"), *flags), check=False, capture_output=True, text=True)
     assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("grasp: error: OUT ")
+
+
+def test_adapters_need_a_dense_matrix(tmp_path, dense, text_file):
+    """A checkpoint of low-rank pairs throughout: said before any work, with what trains them."""
+    out = tmp_path / "pairs"
+    grasp.compress(dense, out, method="grasp", layers=(0, 1, 2, 3), retain_ratio=0.5, data=text_file, num_samples=2, seq_len=32)
+    with pytest.raises(grasp.GraspError, match="--train lora: every matrix .* is a low-rank pair already.*--train factors"):
+        grasp.recover(out, tmp_path / "better", data=text_file, train="lora", max_length=32, max_steps=1)
+    assert not (tmp_path / "better").exists()

@@ -88,7 +88,8 @@ def report(model: Path, text: Path, here: Path) -> None:
 
 
 def recover(model: Path, text: Path, here: Path) -> None:
-    grasp("compress", model, here / "out", "--data", text, *SMALL)
+    some = ("--method", "grasp", "--num-layers", 1, "--retain-ratio", 0.2)  # LoRA needs dense matrices beside the pairs
+    grasp("compress", model, here / "out", "--data", text, *SMALL[:4], *some)
     for number, what in enumerate((["--train", "lora"], ["--objective", "distill"])):
         grasp("recover", here / "out", here / f"better{number}", "--data", text, "--max-length", 32, "--batch-size", 2,
               "--micro-batch", 2, "--max-steps", 2, *what)  # fmt: skip

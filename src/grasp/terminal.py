@@ -56,9 +56,11 @@ class Lines:
         self.task, self.done, self.total = task, done, total
 
     def _run(self) -> None:
-        while not self.over.wait(BEAT):
+        pause = BEAT / 4  # the first line comes early: what ran before this may have said nothing
+        while not self.over.wait(pause):
             if self.task:
                 say(plain(self.line()))
+                pause = BEAT
 
     def line(self) -> str:
         """What is done, how much of it, for how long, and how long it may still take."""

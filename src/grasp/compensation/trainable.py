@@ -58,6 +58,11 @@ def _pairs(decoder: Decoder) -> list[Any]:
 def check_trainable(decoder: Decoder, recipe: Recipe, dropped: int) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
     if _pairs(decoder):
+        if recipe.train == "lora" and not _targets(decoder, recipe):
+            raise RecipeError(
+                f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so none is left to put an adapter on; "
+                "use --train factors, which trains them, or --keep-adapter"
+            )
         return
     if not dropped:
         raise RecipeError(
@@ -86,13 +91,7 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     """`decoder.model` with fresh LoRA adapters."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name for _, name in decoder.family.matrices}
-    targets = [
-        f"{decoder.family.layers}.{index}.{name}"
-        for index, layer in enumerate(decoder.stack)
-        for name, module in layer.named_modules()
-        if name in names and (recipe.keep_adapter or not is_low_rank(module))
-    ]
+    targets = _targets(decoder, recipe)
     transposed = bool(targets) and not isinstance(decoder.model.get_submodule(targets[0]), nn.Linear)
     config = LoraConfig(
         r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets,
@@ -103,6 +102,17 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     wrapped = get_peft_model(decoder.model, config)
     torch.random.set_rng_state(state)
     return wrapped
+
+
+def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
+    """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept the pairs too."""
+    names = {name for _, name in decoder.family.matrices}
+    return [
+        f"{decoder.family.layers}.{index}.{name}"
+        for index, layer in enumerate(decoder.stack)
+        for name, module in layer.named_modules()
+        if name in names and (recipe.keep_adapter or not is_low_rank(module))
+    ]
 
 
 def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
