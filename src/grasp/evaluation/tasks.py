@@ -188,7 +188,7 @@ def _names(tasks: Sequence[str]) -> list[str]:
 @cache
 def _index() -> Mapping[str, Any]:
     """lm-eval's tasks and ours by name. Reading its 14,000 files takes ten seconds, so it is done once. Raises `RecipeError`."""
-    need("--tasks", "tasks", "lm_eval")
+    need("--tasks", "tasks", "lm_eval", "accelerate")
     found = importlib.metadata.version("lm_eval")
     if found != VERSION:
         raise RecipeError(f"--tasks: needs lm-eval {VERSION}, {found} is installed; run `pip install lm-eval=={VERSION}`")
