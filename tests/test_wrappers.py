@@ -101,7 +101,7 @@ def test_on_the_command_line_with_what_reads_pictures_taken_along(tmp_path, toke
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_processor_type": "Gemma3ImageProcessor"}'
     for words in (
         ("eval", tmp_path / "out", "--ppl", text_file, "--seq-len", "32"),
-        ("inspect", tmp_path / "model", "--data", text_file, *SMALL),
+        ("inspect", tmp_path / "model", "--data", text_file, "-o", tmp_path / "look.png", *SMALL),
     ):
         done = command(*words)
         assert done.status == 0, done.err
