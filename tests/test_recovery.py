@@ -483,6 +483,6 @@ def test_adapters_need_a_dense_matrix(tmp_path, dense, text_file):
     """A checkpoint of low-rank pairs throughout: said before any work, with what trains them."""
     out = tmp_path / "pairs"
     grasp.compress(dense, out, method="grasp", layers=(0, 1, 2, 3), retain_ratio=0.5, data=text_file, num_samples=2, seq_len=32)
-    with pytest.raises(grasp.GraspError, match="--train lora: every matrix .* is a low-rank pair already.*--train factors"):
+    with pytest.raises(grasp.GraspError, match=r"--train lora: every matrix .* is a low-rank pair already.*--train factors"):
         grasp.recover(out, tmp_path / "better", data=text_file, train="lora", max_length=32, max_steps=1)
     assert not (tmp_path / "better").exists()
