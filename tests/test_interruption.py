@@ -344,15 +344,21 @@ def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file
     """SIGTERM and SIGHUP clean up; after SIGKILL the next run does."""
     script = (
         "import sys, time, transformers\nfrom grasp.cli import main\n"
-        "def wait(self, folder, *_, **__):\n    print('now', flush=True)\n    time.sleep(100)\n"
+        "save = transformers.PreTrainedTokenizerBase.save_pretrained\n"
+        "def wait(self, folder, *_, **__):\n"
+        "    if '.partial-' not in str(folder):\n        return save(self, folder, *_, **__)\n"
+        "    print('now', flush=True)\n    time.sleep(100)\n"
         "transformers.PreTrainedTokenizerBase.save_pretrained = wait\nmain()\n"
     )
     words = ["compress", model_directory, str(tmp_path / "out"), "--method", "shortgpt", "--layers", "3", "--data", text_file, *SMALL]
-    child = subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "now\n"
-    [scratch] = partials(tmp_path)
-    child.send_signal(number)
-    _, said = child.communicate(timeout=60)
+    with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout.readline() == "now\n"
+            [scratch] = partials(tmp_path)
+            child.send_signal(number)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
     if number != signal.SIGKILL:
         assert child.returncode == 128 + number and f"{HOW[number]}; nothing was left behind" in said
         assert list(tmp_path.iterdir()) == []
