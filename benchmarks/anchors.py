@@ -1,10 +1,12 @@
-"""The paper's method on a real model, against the figures of an independent prototype: does the pipeline compute what it should?
+"""The paper's method on a real model, against the figures of an independent prototype: does the
+pipeline compute what it should?
 
     python benchmarks/anchors.py FOLDER [--seeds 0,1,2] [-o results/anchors.json]
 
-FOLDER holds WikiText-2 raw as `wiki.valid.raw` and `wiki.test.raw` (not part of this repository). Calibration: 32 blocks of 512 tokens of
-the validation split; perplexity: the first 24 blocks of 512 tokens of the test split, bfloat16. Model: smollm2. About six minutes a
-seed on two cores. Prints a table, writes JSON.
+FOLDER holds WikiText-2 raw as `wiki.valid.raw` and `wiki.test.raw` (not part of this repository).
+Calibration: 32 blocks of 512 tokens of the validation split; perplexity: the first 24 blocks of 512
+tokens of the test split, bfloat16. Model: smollm2. About six minutes a seed on two cores. Prints a
+table, writes JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ EXPECTED = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("-o", "--output", type=Path)
@@ -53,7 +57,8 @@ def main() -> int:
             }
         )
         print(
-            f"{name:22s} seed {seed}  {result.parameters:>11,}  perplexity {value:8.2f}  ({'inside' if inside else 'OUTSIDE'} {low:.1f} to {high:.1f})  layers {layers}",
+            f"{name:22s} seed {seed}  {result.parameters:>11,}  perplexity {value:8.2f} "
+            f" ({'inside' if inside else 'OUTSIDE'} {low:.1f} to {high:.1f})  layers {layers}",
             flush=True,
         )
 
@@ -64,11 +69,22 @@ def main() -> int:
         layers = sorted(edit["layer"] for edit in removed.manifest["edits"])
         measure("9 layers removed", seed, _bf16(removed), layers)
         for score in ("magnitude", "taylor"):
-            made = grasp.compress("smollm2", method="grasp", layers=tuple(layers), retain_ratio=0.1, score=score, **calibration)
+            made = grasp.compress(
+                "smollm2",
+                method="grasp",
+                layers=tuple(layers),
+                retain_ratio=0.1,
+                score=score,
+                **calibration,
+            )
             measure(f"{score}, r = 10 %", seed, _bf16(made), layers)
     if arguments.output:
         arguments.output.write_text(
-            json.dumps({"rows": rows, "versions": versions(), "command": "python " + " ".join(sys.argv)}, indent=1) + "\n"
+            json.dumps(
+                {"rows": rows, "versions": versions(), "command": "python " + " ".join(sys.argv)},
+                indent=1,
+            )
+            + "\n"
         )
     return 0 if all(row["inside"] for row in rows) else 1
 

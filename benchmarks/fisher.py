@@ -1,12 +1,17 @@
-"""`grasp-fisher` beside the paper's method, layer removal and plain SVD: sizes, switches, calibration tokens, other domains.
+"""`grasp-fisher` beside the paper's method, layer removal and plain SVD: sizes, switches,
+calibration tokens, other domains.
 
-    python benchmarks/fisher.py FOLDER [-o results/fisher.json] [--only sizes,switches,matrices,tokens,domains]
+    python benchmarks/fisher.py FOLDER [-o results/fisher.json] [--only
+    sizes,switches,matrices,tokens,domains]
 
-FOLDER holds `wikitext2_raw/wiki.valid.raw`, `wikitext2_raw/wiki.test.raw` and `ptb/ptb.valid.txt` (not part of this repository). Model:
-smollm2 in bfloat16, calibrated on WikiText-2 valid, 64 x 512 tokens unless said; perplexity on the first 24 blocks of 512 tokens of
-WikiText-2 test and, for sizes and domains, 12 of PTB valid. Rows that are in the output file already are not measured again. About two hours on one core.
+FOLDER holds `wikitext2_raw/wiki.valid.raw`, `wikitext2_raw/wiki.test.raw` and `ptb/ptb.valid.txt`
+(not part of this repository). Model: smollm2 in bfloat16, calibrated on WikiText-2 valid, 64 x 512
+tokens unless said; perplexity on the first 24 blocks of 512 tokens of WikiText-2 test and, for
+sizes and domains, 12 of PTB valid. Rows that are in the output file already are not measured again.
+About two hours on one core.
 
-One sweep serves all rows of a calibration set: the methods' own `needs` and `edits` are called as the driver calls them.
+One sweep serves all rows of a calibration set: the methods' own `needs` and `edits` are called as
+the driver calls them.
 """
 
 from __future__ import annotations
@@ -26,8 +31,8 @@ from grasp.core.edits import Edit, apply
 from grasp.core.models import load_model
 from grasp.core.provenance import versions
 from grasp.core.records import Calibration, Statistics
+from grasp.data.calibration import calibrate
 from grasp.methods import make
-from grasp.stages.calibration import calibrate
 from grasp.stages.statistics import WeightGrad
 
 SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -43,20 +48,28 @@ class Benchmark:
     def __init__(self, folder: Path, output: Path):
         self.wiki, self.ptb = folder / "wikitext2_raw", folder / "ptb" / "ptb.valid.txt"
         self.output = output
-        self.rows: dict[str, dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else {}
+        self.rows: dict[str, dict[str, Any]] = (
+            json.loads(output.read_text())["rows"] if output.exists() else {}
+        )
         self.sweeps: dict[Any, tuple[Calibration, Statistics]] = {}
 
     def ratio(self, size: int) -> float:
         return 1 - size / TOTAL
 
     def calibration(self, source: str, blocks: int, seed: int) -> tuple[Calibration, Statistics]:
-        """A calibration set and everything that any method here asks of it, from one sweep of the dense model."""
+        """A calibration set and everything that any method here asks of it, from one sweep of the
+        dense model.
+        """
         key = (source, blocks, seed)
         if key not in self.sweeps:
             decoder = load_model("smollm2", dtype="bfloat16")
             data = calibrate(decoder, source, num_samples=blocks, seq_len=512, seed=seed)
             collectors = make("grasp-fisher", {"ratio": 0.2}).needs(decoder)
-            collectors.append(WeightGrad(linear.path for layer in decoder.layers() for linear in layer.linears.values()))
+            collectors.append(
+                WeightGrad(
+                    linear.path for layer in decoder.layers() for linear in layer.linears.values()
+                )
+            )
             self.sweeps = {key: (data, decoder.sweep(data, collectors))}
         return self.sweeps[key]
 
@@ -66,13 +79,35 @@ class Benchmark:
             return
         decoder = load_model("smollm2", dtype="bfloat16")
         predicted = self._apply(decoder, edits(decoder))
-        row = {**facts, "parameters": decoder.num_parameters(), **({} if predicted is None else {"predicted_rise": predicted})}
-        row["wikitext2"] = grasp.evaluate(decoder, ppl=str(self.wiki / "wiki.test.raw"), seq_len=512, num_blocks=24).scores[0].value
+        row = {
+            **facts,
+            "parameters": decoder.num_parameters(),
+            **({} if predicted is None else {"predicted_rise": predicted}),
+        }
+        row["wikitext2"] = (
+            grasp.evaluate(
+                decoder, ppl=str(self.wiki / "wiki.test.raw"), seq_len=512, num_blocks=24
+            )
+            .scores[0]
+            .value
+        )
         if facts["section"] in BOTH_TEXTS:
-            row["ptb"] = grasp.evaluate(decoder, ppl=str(self.ptb), seq_len=512, num_blocks=12).scores[0].value
+            row["ptb"] = (
+                grasp.evaluate(decoder, ppl=str(self.ptb), seq_len=512, num_blocks=12)
+                .scores[0]
+                .value
+            )
         self.rows[name] = row
-        print(f"{name:60s} {row['parameters']:>11,} {row['wikitext2']:10.2f} {row.get('ptb', math.nan):10.2f}", flush=True)
-        text = {"rows": self.rows, "versions": versions(), "command": "python benchmarks/fisher.py FOLDER"}
+        print(
+            f"{name:60s} {row['parameters']:>11,} {row['wikitext2']:10.2f}"
+            f" {row.get('ptb', math.nan):10.2f}",
+            flush=True,
+        )
+        text = {
+            "rows": self.rows,
+            "versions": versions(),
+            "command": "python benchmarks/fisher.py FOLDER",
+        }
         self.output.write_text(json.dumps(text, indent=1) + "\n")
 
     @staticmethod
@@ -93,8 +128,16 @@ class Benchmark:
         allocation: tuple[str, ...] = ("global",),
         **fields: Any,
     ) -> None:
-        """Rows of `grasp-fisher` with these fields, at several ratios and allocations: decomposed once."""
-        label = ", ".join(["grasp-fisher", *(f"{key} {value}" for key, value in fields.items()), *([f"on {source}"] if source else [])])
+        """Rows of `grasp-fisher` with these fields, at several ratios and allocations: decomposed
+        once.
+        """
+        label = ", ".join(
+            [
+                "grasp-fisher",
+                *(f"{key} {value}" for key, value in fields.items()),
+                *([f"on {source}"] if source else []),
+            ]
+        )
         cells = {
             f"{section}: {label}, {ranks}, {blocks} blocks, seed {seed}, {size}": (ratio, ranks)
             for size, ratio in sizes.items()
@@ -103,21 +146,45 @@ class Benchmark:
         if all(name in self.rows for name in cells):
             return
         texts = {"wikitext2": str(self.wiki / "wiki.valid.raw"), "pydoc": "pydoc"}
-        data, stats = self.calibration(",".join(texts[name] for name in (source or "wikitext2").split("+")), blocks, seed)
+        data, stats = self.calibration(
+            ",".join(texts[name] for name in (source or "wikitext2").split("+")), blocks, seed
+        )
         method = make("grasp-fisher", {"ratio": 0.2, **fields})
         problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
-        facts = {"method": "grasp-fisher", "section": section, "blocks": blocks, "seed": seed, "source": source or "wikitext2", **fields}
+        facts = {
+            "method": "grasp-fisher",
+            "section": section,
+            "blocks": blocks,
+            "seed": seed,
+            "source": source or "wikitext2",
+            **fields,
+        }
         for name, (ratio, ranks) in cells.items():
             at = dataclasses.replace(method, ratio=ratio, allocation=ranks)  # type: ignore[call-arg]
-            self.row(name, lambda decoder, at=at: at.replacements(decoder, problem), ratio=ratio, allocation=ranks, **facts)
+            self.row(
+                name,
+                lambda decoder, at=at: at.replacements(decoder, problem),
+                ratio=ratio,
+                allocation=ranks,
+                **facts,
+            )
 
-    def other(self, section: str, method: str, ratio: float, blocks: int, seed: int, **fields: Any) -> None:
+    def other(
+        self, section: str, method: str, ratio: float, blocks: int, seed: int, **fields: Any
+    ) -> None:
         """A row of another method."""
         name = f"{section}: {method}, {blocks} blocks, seed {seed}, {ratio:.4f}"
         if name not in self.rows:
             data, stats = self.calibration(str(self.wiki / "wiki.valid.raw"), blocks, seed)
             chosen = make(method, {"ratio": ratio, **fields})
-            facts = {"method": method, "section": section, "ratio": ratio, "blocks": blocks, "seed": seed, **fields}
+            facts = {
+                "method": method,
+                "section": section,
+                "ratio": ratio,
+                "blocks": blocks,
+                "seed": seed,
+                **fields,
+            }
             self.row(name, lambda decoder: chosen.edits(decoder, data, stats), **facts)
 
 
@@ -139,7 +206,16 @@ def switches(bench: Benchmark) -> None:
     at = {"105.8 M": bench.ratio(ANCHORS["105.8 M"])}
     for score in ("taylor", "magnitude"):
         for basis in ("plain", "input", "fisher"):
-            bench.fisher("switches", at, 64, 0, score=score, basis=basis, storage="pair", allocation=("uniform", "per-layer", "global"))
+            bench.fisher(
+                "switches",
+                at,
+                64,
+                0,
+                score=score,
+                basis=basis,
+                storage="pair",
+                allocation=("uniform", "per-layer", "global"),
+            )
 
 
 def tokens(bench: Benchmark) -> None:
@@ -152,7 +228,9 @@ def tokens(bench: Benchmark) -> None:
 
 
 def matrices(bench: Benchmark) -> None:
-    """One matrix at a time: the smallest groups that are predicted to cost 0.005, 0.02 and 0.08 nats together, dropped."""
+    """One matrix at a time: the smallest groups that are predicted to cost 0.005, 0.02 and 0.08
+    nats together, dropped.
+    """
     data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0)
     method = make("grasp-fisher", {"ratio": 0.2, "storage": "pair"})
     problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
@@ -161,8 +239,15 @@ def matrices(bench: Benchmark) -> None:
         for rise in (0.005, 0.02, 0.08):
             rank = int((left > rise).sum())
             edit = method.replacement(linear, problem, rank)  # type: ignore[attr-defined]
-            facts = {"method": "grasp-fisher", "section": "matrices", "path": linear.path, "rank": rank}
-            bench.row(f"matrices: {linear.path}, {rise}", lambda decoder, edit=edit: [edit], **facts)
+            facts = {
+                "method": "grasp-fisher",
+                "section": "matrices",
+                "path": linear.path,
+                "rank": rank,
+            }
+            bench.row(
+                f"matrices: {linear.path}, {rise}", lambda decoder, edit=edit: [edit], **facts
+            )
 
 
 def domains(bench: Benchmark) -> None:
@@ -171,11 +256,19 @@ def domains(bench: Benchmark) -> None:
     bench.fisher("domains", at, 64, 0, source="wikitext2+pydoc")
 
 
-SECTIONS = {"sizes": sizes, "switches": switches, "matrices": matrices, "tokens": tokens, "domains": domains}
+SECTIONS = {
+    "sizes": sizes,
+    "switches": switches,
+    "matrices": matrices,
+    "tokens": tokens,
+    "domains": domains,
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/fisher.json"))
     parser.add_argument("--only", default=",".join(SECTIONS))

@@ -2,8 +2,8 @@
 
     python benchmarks/plot_fisher.py [results/fisher.json] [-o docs]
 
-Writes fisher-sizes.png (perplexity against size), fisher-prediction.png (predicted against real loss rise) and fisher-tokens.png (perplexity
-against calibration tokens), and prints the tables.
+Writes fisher-sizes.png (perplexity against size), fisher-prediction.png (predicted against real
+loss rise) and fisher-tokens.png (perplexity against calibration tokens), and prints the tables.
 """
 
 from __future__ import annotations
@@ -33,19 +33,45 @@ def line_of(row: dict[str, Any]) -> str:
     """Which line of the size plot a row belongs to."""
     if row["method"] != "grasp-fisher":
         return str(row["method"])
-    return "plain" if row.get("basis") == "plain" else "pair" if row.get("storage") == "pair" else "grasp-fisher"
+    return (
+        "plain"
+        if row.get("basis") == "plain"
+        else "pair"
+        if row.get("storage") == "pair"
+        else "grasp-fisher"
+    )
 
 
 def sizes(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
     """Perplexity against parameters, one line a method."""
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axes, text, title in zip(panels, ("wikitext2", "ptb"), ("WikiText-2 test", "PTB valid (another domain)"), strict=True):
+    for axes, text, title in zip(
+        panels, ("wikitext2", "ptb"), ("WikiText-2 test", "PTB valid (another domain)"), strict=True
+    ):
         for key, (label, color, style) in LINES.items():
-            points = sorted((r["parameters"] / 1e6, r[text]) for r in rows if line_of(r) == key and r[text] < 3e4)
+            points = sorted(
+                (r["parameters"] / 1e6, r[text])
+                for r in rows
+                if line_of(r) == key and r[text] < 3e4
+            )
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4.5, linewidth=1.4)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    color=color,
+                    label=label,
+                    markersize=4.5,
+                    linewidth=1.4,
+                )
         axes.axhline(dense[text], color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("dense", (0.995, dense[text]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.annotate(
+            "dense",
+            (0.995, dense[text]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+        )
         axes.set_yscale("log")
         axes.set_xlabel("parameters, millions")
         axes.set_title(title, fontsize=10)
@@ -54,26 +80,50 @@ def sizes(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None
     figure.savefig(path, dpi=140)
 
 
-def prediction(rows: list[dict[str, Any]], single: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
-    """Predicted against real rise of the loss: whole models at several ratios, and groups dropped from one matrix at a time."""
+def prediction(
+    rows: list[dict[str, Any]], single: list[dict[str, Any]], dense: dict[str, Any], path: Path
+) -> None:
+    """Predicted against real rise of the loss: whole models at several ratios, and groups dropped
+    from one matrix at a time.
+    """
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
     ratios = [row for row in rows if row.get("predicted_rise")]
-    for text, color, label in (("wikitext2", "#c1440e", "WikiText-2 test"), ("ptb", "#4a6fa5", "PTB valid (another domain)")):
+    for text, color, label in (
+        ("wikitext2", "#c1440e", "WikiText-2 test"),
+        ("ptb", "#4a6fa5", "PTB valid (another domain)"),
+    ):
         points = [(r["predicted_rise"], math.log(r[text] / dense[text])) for r in ratios]
         left.scatter(*zip(*points, strict=True), color=color, label=label, s=24)
     left.set_title("whole models, ratio 0.05 to 0.5", fontsize=10)
     for number, matrix in enumerate(dict.fromkeys(r["path"] for r in single)):
-        points = [(r["predicted_rise"], math.log(r["wikitext2"] / dense["wikitext2"])) for r in single if r["path"] == matrix]
+        points = [
+            (r["predicted_rise"], math.log(r["wikitext2"] / dense["wikitext2"]))
+            for r in single
+            if r["path"] == matrix
+        ]
         points = [(x, y) for x, y in points if y > 0]
         short = matrix.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
         right.plot(
-            *zip(*points, strict=True), "o-", color=pyplot.cm.viridis(number / 8), label=f"layer {short}", markersize=4.5, linewidth=1
+            *zip(*points, strict=True),
+            "o-",
+            color=pyplot.cm.viridis(number / 8),
+            label=f"layer {short}",
+            markersize=4.5,
+            linewidth=1,
         )
     right.set_title("groups of one matrix dropped, WikiText-2 test", fontsize=10)
     for axes, chosen in ((left, ratios), (right, single)):
-        low, high = min(r["predicted_rise"] for r in chosen) / 1.5, max(r["predicted_rise"] for r in chosen) * 1.5
+        low = min(r["predicted_rise"] for r in chosen) / 1.5
+        high = max(r["predicted_rise"] for r in chosen) * 1.5
         axes.plot([low, high], [low, high], color="black", linewidth=0.9)
-        axes.fill_between([low, high], [0.7 * low, 0.7 * high], [1.3 * low, 1.3 * high], color="#9aa5b1", alpha=0.3, label="within 30 %")
+        axes.fill_between(
+            [low, high],
+            [0.7 * low, 0.7 * high],
+            [1.3 * low, 1.3 * high],
+            color="#9aa5b1",
+            alpha=0.3,
+            label="within 30 %",
+        )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("predicted loss rise, nats a token")
@@ -89,7 +139,12 @@ def tokens(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         by_seed.setdefault(row["seed"], []).append((row["blocks"] * 512, row["wikitext2"]))
     for seed, points in sorted(by_seed.items()):
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"draw of blocks: seed {seed}", markersize=4.5)
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            "o-",
+            label=f"draw of blocks: seed {seed}",
+            markersize=4.5,
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("calibration tokens")
     axes.set_ylabel("perplexity, WikiText-2 test, at 105.8 M")
@@ -106,7 +161,9 @@ def table(heads: tuple[str, ...], lines: list[tuple[Any, ...]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="?", default=Path("results/fisher.json"))
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
@@ -115,7 +172,12 @@ def main() -> int:
     swept = [row for row in rows if row["section"] == "sizes"]
     ours = [row for row in swept if line_of(row) == "grasp-fisher"]
     sizes(swept, dense, arguments.output / "fisher-sizes.png")
-    prediction(ours, [row for row in rows if row["section"] == "matrices"], dense, arguments.output / "fisher-prediction.png")
+    prediction(
+        ours,
+        [row for row in rows if row["section"] == "matrices"],
+        dense,
+        arguments.output / "fisher-prediction.png",
+    )
     ladder = sorted({row["ratio"] for row in swept})
     cells = {(line_of(row), row["ratio"]): row for row in swept}
     table(
@@ -126,26 +188,34 @@ def main() -> int:
         ("ratio", "predicted rise", "real rise, WikiText-2", "real / predicted", "real rise, PTB"),
         [
             (
-                f"{row['ratio']:.4g}", f"{row['predicted_rise']:.3f}", f"{math.log(row['wikitext2'] / dense['wikitext2']):.3f}",
-                f"{math.log(row['wikitext2'] / dense['wikitext2']) / row['predicted_rise']:.2f}", f"{math.log(row['ptb'] / dense['ptb']):.3f}",
+                f"{row['ratio']:.4g}",
+                f"{row['predicted_rise']:.3f}",
+                f"{math.log(row['wikitext2'] / dense['wikitext2']):.3f}",
+                f"{math.log(row['wikitext2'] / dense['wikitext2']) / row['predicted_rise']:.2f}",
+                f"{math.log(row['ptb'] / dense['ptb']):.3f}",
             )
             for row in sorted(ours, key=lambda row: row["ratio"])
         ],
-    )  # fmt: skip
+    )
     table(
         ("score", "basis", "uniform", "per-layer", "global"),
         [
             (
                 score,
                 basis,
-                *(_pair(_find(rows, "switches", score=score, basis=basis, allocation=a)) for a in ("uniform", "per-layer", "global")),
+                *(
+                    _pair(_find(rows, "switches", score=score, basis=basis, allocation=a))
+                    for a in ("uniform", "per-layer", "global")
+                ),
             )
             for score in ("taylor", "magnitude")
             for basis in ("plain", "input", "fisher")
         ],
     )
     anchor = min((row["ratio"] for row in ours), key=lambda ratio: abs(ratio - 0.21347))
-    drawn = [row for row in rows if row["section"] == "tokens" and row["ratio"] == anchor] + [cells["grasp-fisher", anchor]]
+    drawn = [row for row in rows if row["section"] == "tokens" and row["ratio"] == anchor] + [
+        cells["grasp-fisher", anchor]
+    ]
     tokens(drawn, arguments.output / "fisher-tokens.png")
     by_set: dict[tuple[int, int], dict[float, str]] = {}
     for row in [row for row in rows if row["section"] == "tokens"] + ours:
@@ -158,7 +228,15 @@ def main() -> int:
     single = [row for row in rows if row["section"] == "matrices"]
     table(
         ("matrix", "rank kept", "predicted rise", "real rise"),
-        [(r["path"], r["rank"], f"{r['predicted_rise']:.4f}", f"{math.log(r['wikitext2'] / dense['wikitext2']):.4f}") for r in single],
+        [
+            (
+                r["path"],
+                r["rank"],
+                f"{r['predicted_rise']:.4f}",
+                f"{math.log(r['wikitext2'] / dense['wikitext2']):.4f}",
+            )
+            for r in single
+        ],
     )
     other = [(row["source"], _pair(row)) for row in rows if row["section"] == "domains"]
     table(("calibrated on", "WikiText-2 / PTB"), other)
@@ -169,11 +247,22 @@ def _pair(row: dict[str, Any] | None) -> str:
     """Perplexity on WikiText-2 test, and on PTB valid where it was measured."""
     if row is None:
         return ""
-    return " / ".join(f"{row[text]:.1f}" if row[text] < 1e4 else "> 10,000" for text in ("wikitext2", "ptb") if text in row)
+    return " / ".join(
+        f"{row[text]:.1f}" if row[text] < 1e4 else "> 10,000"
+        for text in ("wikitext2", "ptb")
+        if text in row
+    )
 
 
 def _find(rows: list[dict[str, Any]], section: str, **fields: Any) -> dict[str, Any] | None:
-    return next((row for row in rows if row["section"] == section and all(row.get(k, "") == v for k, v in fields.items())), None)
+    return next(
+        (
+            row
+            for row in rows
+            if row["section"] == section and all(row.get(k, "") == v for k, v in fields.items())
+        ),
+        None,
+    )
 
 
 if __name__ == "__main__":

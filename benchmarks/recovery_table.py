@@ -1,8 +1,10 @@
-"""Gathers what experiments/recovery.sh measured into results/recovery.json, from which docs/generate.py makes the table of docs/recovery.md.
+"""Gathers what experiments/recovery.sh measured into results/recovery.json, from which
+docs/generate.py makes the table of docs/recovery.md.
 
     python benchmarks/recovery_table.py OUT
 
-OUT: the folder of that script. Of every checkpoint: its row as `grasp eval` measured it, and from the manifest how it was trained.
+OUT: the folder of that script. Of every checkpoint: its row as `grasp eval` measured it, and from
+the manifest how it was trained.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
 from grasp.core.score import Score
 
-NAMES = ("removed", "grasp", "grasp-fisher", "removed-lora-lm", "grasp-lm", "grasp-distill", "grasp-fisher-distill")
+NAMES = (
+    "removed",
+    "grasp",
+    "grasp-fisher",
+    "removed-lora-lm",
+    "grasp-lm",
+    "grasp-distill",
+    "grasp-fisher-distill",
+)
 OUTPUT = Path(__file__).parents[1] / "results" / "recovery.json"
 
 
@@ -29,12 +39,17 @@ def row_of(folder: Path, name: str, found: Result) -> Result:
     if told:
         looks = [look for look in told["curve"] if "held_out_loss" in look]
         fields["recovery"] = {
-            **{key: told["recipe"][key] for key in ("train", "objective", "learning_rate", "batch_size", "max_length")},
-            "steps": told["steps"], "tokens_seen": told["tokens_seen"], "trained_parameters": told["trained_parameters"],
+            **{
+                key: told["recipe"][key]
+                for key in ("train", "objective", "learning_rate", "batch_size", "max_length")
+            },
+            "steps": told["steps"],
+            "tokens_seen": told["tokens_seen"],
+            "trained_parameters": told["trained_parameters"],
             "held_out_lm_loss": [looks[0]["held_out_lm_loss"], told["best"]["held_out_lm_loss"]],
             "held_out_loss": [looks[0]["held_out_loss"], told["best"]["held_out_loss"]],
             "curve": told["curve"],
-        }  # fmt: skip
+        }
         found = replace(found, seconds={**found.seconds, "recovery": sum(told["seconds"].values())})
     return replace(found, label=name, model=name, fields=fields, scores=named(found))
 
@@ -54,8 +69,23 @@ def main() -> None:
     for name in NAMES:
         [found] = Results.read(folder / f"{name}.json").rows
         rows.append(row_of(folder, name, found))
-    Results(tuple(rows), "Recovery of smollm2 at 105.8 M parameters", "experiments/recovery.sh", versions(), machine()).write(OUTPUT)
-    print(json.dumps({row.label: [round(score.value, 2) for score in row.scores if score.unit == "perplexity"] for row in rows}))
+    Results(
+        tuple(rows),
+        "Recovery of smollm2 at 105.8 M parameters",
+        "experiments/recovery.sh",
+        versions(),
+        machine(),
+    ).write(OUTPUT)
+    print(
+        json.dumps(
+            {
+                row.label: [
+                    round(score.value, 2) for score in row.scores if score.unit == "perplexity"
+                ]
+                for row in rows
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

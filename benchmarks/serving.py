@@ -1,12 +1,15 @@
-"""Decode throughput of compressed models behind real vLLM servers, beside the dense model's, in turn.
+"""Decode throughput of compressed models behind real vLLM servers, beside the dense model's, in
+turn.
 
-    .venv-serving/bin/python benchmarks/serving.py NAME=CHECKPOINT ... [--dtype float32] [--batch-sizes 1,16] [--rounds 3] [--eager]
+    .venv-serving/bin/python benchmarks/serving.py NAME=CHECKPOINT ... [--dtype float32]
+    [--batch-sizes 1,16] [--rounds 3] [--eager]
                                                    [--of smollm2] [-o results/serving.json]
 
-`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH` and say `--of` which model all are. All servers
-are up at once, on loopback; only one is asked at a time, in the order A B A B. A request is a prompt of 32 random tokens and 96 greedy tokens,
-streamed. Decode throughput is the tokens that arrive between the moment every request of the batch has its first token and the moment the first
-of them ends.
+`make test-serving` makes that environment. The dense model is smollm2, or give `dense=PATH` and say
+`--of` which model all are. All servers are up at once, on loopback; only one is asked at a time, in
+the order A B A B. A request is a prompt of 32 random tokens and 96 greedy tokens, streamed. Decode
+throughput is the tokens that arrive between the moment every request of the batch has its first
+token and the moment the first of them ends.
 """
 
 from __future__ import annotations
@@ -39,18 +42,42 @@ def server(path: str, dtype: str, eager: bool):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", path, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    command += ["--served-model-name", "m", "--max-model-len", "256", "--no-enable-prefix-caching", *(["--enforce-eager"] if eager else [])]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        path,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        dtype,
+    ]
+    command += [
+        "--served-model-name",
+        "m",
+        "--max-model-len",
+        "256",
+        "--no-enable-prefix-caching",
+        *(["--enforce-eager"] if eager else []),
+    ]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ},
+            start_new_session=True,
         )
         try:
             for _ in range(600):
                 if process.poll() is not None:
                     log.seek(0)
                     sys.exit(f"{path}: the server ended: {log.read()[-2000:].decode()}")
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+                ):
                     break
                 time.sleep(1)
             yield f"http://127.0.0.1:{port}"
@@ -61,8 +88,17 @@ def server(path: str, dtype: str, eager: bool):
 
 def arrivals(url: str, ids: list[int]) -> list[float]:
     """When each token of one streamed request came."""
-    body = {"model": "m", "prompt": ids, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "stream": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    body = {
+        "model": "m",
+        "prompt": ids,
+        "max_tokens": NEW,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=600) as answer:
         return [time.perf_counter() for line in answer if line.startswith(b"data: {")]
 
@@ -77,7 +113,9 @@ def throughput(url: str, batch_size: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
     parser.add_argument("--of", default="smollm2")
     parser.add_argument("--dtype", default="float32")
@@ -89,7 +127,10 @@ def main() -> None:
     places = {"dense": str(embedded_model()), **dict(one.split("=", 1) for one in asked.models)}
     rows = []
     with contextlib.ExitStack() as servers:
-        urls = {name: servers.enter_context(server(place, asked.dtype, asked.eager)) for name, place in places.items()}
+        urls = {
+            name: servers.enter_context(server(place, asked.dtype, asked.eager))
+            for name, place in places.items()
+        }
         for batch_size in map(int, asked.batch_sizes.split(",")):
             for url in urls.values():
                 throughput(url, batch_size)  # warm-up
@@ -107,14 +148,27 @@ def main() -> None:
                     "mode": "eager" if asked.eager else "compiled",
                     "batch_size": batch_size,
                 }
-                row |= {"file_bytes": size, "tokens_per_second": statistics.median(speeds), "ratio": statistics.median(ratios)}
+                row |= {
+                    "file_bytes": size,
+                    "tokens_per_second": statistics.median(speeds),
+                    "ratio": statistics.median(ratios),
+                }
                 rows.append({**row, "low": min(ratios), "high": max(ratios)})
-                print("{model:14} {dtype} {mode}, batch {batch_size:2}: {tokens_per_second:7.1f} tokens/s, {ratio:.2f} × dense ({low:.2f} to {high:.2f})".format(**rows[-1]), flush=True)  # fmt: skip
+                print(
+                    "{model:14} {dtype} {mode}, batch {batch_size:2}: {tokens_per_second:7.1f}"
+                    " tokens/s, {ratio:.2f} × dense ({low:.2f} to {high:.2f})".format(**rows[-1]),
+                    flush=True,
+                )
     if asked.output:
         known = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else []
         keys = ("of", "model", "dtype", "mode", "batch_size")
         kept = [row for row in known if all(any(row[k] != new[k] for k in keys) for new in rows)]
-        whole = {"command": "benchmarks/serving.py", "machine": machine(), "versions": versions(), "rows": kept + rows}
+        whole = {
+            "command": "benchmarks/serving.py",
+            "machine": machine(),
+            "versions": versions(),
+            "rows": kept + rows,
+        }
         asked.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 

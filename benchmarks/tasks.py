@@ -1,11 +1,13 @@
-"""Multiple-choice tasks of a checkpoint beside the dense model, by lm-eval with its own prompts, from local files.
+"""Multiple-choice tasks of a checkpoint beside the dense model, by lm-eval with its own prompts,
+from local files.
 
     pip install lm_eval==0.4.13
     python benchmarks/tasks.py FOLDER MODEL [MODEL ...] [-o results/tasks.json] [--limit N]
 
-FOLDER holds `arc_easy/test.jsonl`, `piqa/validation.jsonl`, `openbookqa/test.jsonl` in the Hugging Face schemas (not part of this repository).
-MODEL: `smollm2` or a checkpoint directory; the first is what the others are compared with. Zero-shot, full sets, bfloat16. About an hour a
-model on one core. Finished models are kept in the output file and not run again.
+FOLDER holds `arc_easy/test.jsonl`, `piqa/validation.jsonl`, `openbookqa/test.jsonl` in the Hugging
+Face schemas (not part of this repository). MODEL: `smollm2` or a checkpoint directory; the first is
+what the others are compared with. Zero-shot, full sets, bfloat16. About an hour a model on one
+core. Finished models are kept in the output file and not run again.
 """
 
 from __future__ import annotations
@@ -24,20 +26,30 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from grasp.core.models import load_model
 from grasp.core.provenance import versions
 
-FILES = {"arc_easy": ("test", "acc_norm"), "piqa": ("validation", "acc_norm"), "openbookqa": ("test", "acc_norm")}
+FILES = {
+    "arc_easy": ("test", "acc_norm"),
+    "piqa": ("validation", "acc_norm"),
+    "openbookqa": ("test", "acc_norm"),
+}
 
 
 def stock_task(manager: TaskManager, name: str, folder: Path) -> dict:
     """lm-eval's own task with its data read from a local file."""
     task = dict(load_yaml(manager.task_index[name].yaml_path))
     split = FILES[name][0]
-    task.update(dataset_path="json", dataset_name=None, dataset_kwargs={"data_files": {split: str(folder / name / f"{split}.jsonl")}})
+    task.update(
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs={"data_files": {split: str(folder / name / f"{split}.jsonl")}},
+    )
     task.update(training_split=None, validation_split=None, test_split=split, fewshot_split=None)
     return task
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="+")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/tasks.json"))
@@ -52,10 +64,18 @@ def main() -> int:
         decoder = load_model(model, dtype="bfloat16")
         harness = HFLM(pretrained=decoder.model, tokenizer=decoder.tokenizer, batch_size=32)
         tasks = [stock_task(manager, task, arguments.folder) for task in FILES]
-        found = lm_eval.simple_evaluate(harness, tasks=tasks, num_fewshot=0, limit=arguments.limit, bootstrap_iters=0, log_samples=False)
+        found = lm_eval.simple_evaluate(
+            harness,
+            tasks=tasks,
+            num_fewshot=0,
+            limit=arguments.limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
         done[name] = {"parameters": decoder.num_parameters(), "tasks": {}}
         for task, (_, metric) in FILES.items():
-            value, count = found["results"][task][f"{metric},none"], found["n-samples"][task]["effective"]
+            value = found["results"][task][f"{metric},none"]
+            count = found["n-samples"][task]["effective"]
             done[name]["tasks"][task] = {
                 "metric": metric,
                 "value": value,
@@ -65,7 +85,12 @@ def main() -> int:
             }
         arguments.output.write_text(
             json.dumps(
-                {"models": done, "lm_eval": lm_eval.__version__, "versions": versions(), "command": "python " + " ".join(sys.argv)},
+                {
+                    "models": done,
+                    "lm_eval": lm_eval.__version__,
+                    "versions": versions(),
+                    "command": "python " + " ".join(sys.argv),
+                },
                 indent=1,
             )
             + "\n"
@@ -73,8 +98,14 @@ def main() -> int:
     reference = next(iter(done.values()))["tasks"]
     for name, row in done.items():
         shares = [row["tasks"][task]["value"] / reference[task]["value"] for task in FILES]
-        values = "  ".join(f"{task} {row['tasks'][task]['value']:.4f} ± {row['tasks'][task]['stderr']:.4f}" for task in FILES)
-        print(f"{name:12s} {row['parameters']:>11,}  {values}  mean share of the first {sum(shares) / len(shares):.1%}")
+        values = "  ".join(
+            f"{task} {row['tasks'][task]['value']:.4f} ± {row['tasks'][task]['stderr']:.4f}"
+            for task in FILES
+        )
+        print(
+            f"{name:12s} {row['parameters']:>11,}  {values}  mean share of the first"
+            f" {sum(shares) / len(shares):.1%}"
+        )
     return 0
 
 

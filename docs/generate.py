@@ -1,9 +1,12 @@
-"""Writes docs/reference.md from the code (every command's --help, the methods, the families, the texts), and the tables of
-docs/experiments.md, docs/recovery.md and docs/quantization.md from results/*.json. `--check` only compares."""
+"""Writes docs/reference.md from the code (every command's --help, the methods, the families, the
+texts), and the tables of docs/experiments.md, docs/recovery.md and docs/quantization.md from
+results/*.json. `--check` only compares.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -15,12 +18,13 @@ import click
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
 from grasp.core.results import Result, Results
+from grasp.data.files import FILE_TYPES
+from grasp.data.text import NAMED
 from grasp.methods import available
-from grasp.stages.files import FILE_TYPES
-from grasp.stages.text import NAMED
 
 OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
-    Path(__file__).with_name(name) for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md", "serving.md")
+    Path(__file__).with_name(name)
+    for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md", "serving.md")
 )
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
@@ -30,7 +34,10 @@ PLACE = re.compile(r"<!-- results: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 def reference() -> str:
     parts = [
-        "<!-- Written by docs/generate.py from the code; do not edit. `make docs` writes it anew. -->",
+        (
+            "<!-- Written by docs/generate.py from the code; do not edit. `make docs` writes it"
+            " anew. -->"
+        ),
         "",
         "# Reference",
         "",
@@ -47,21 +54,38 @@ def reference() -> str:
         parts += [
             f"### {name}",
             "",
-            (method.__doc__ or "").strip(),
+            inspect.cleandoc(method.__doc__ or ""),
             "",
             f"Paper: <{method.paper}>",
             "",
             "| flag | default | |",
             "|---|---|---|",
         ]
-        parts += [f"| `--{f.name.replace('_', '-')}` | {f.default} | {f.metadata['help']} |" for f in dataclasses.fields(method)] + [""]
-    parts += ["## Families", "", "| family | model type | layers | attention | mlp | notes |", "|---|---|---|---|---|---|"]
+        parts += [
+            f"| `--{f.name.replace('_', '-')}` | {f.default} | {f.metadata['help']} |"
+            for f in dataclasses.fields(method)
+        ] + [""]
+    parts += [
+        "## Families",
+        "",
+        "| family | model type | layers | attention | mlp | notes |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in FAMILIES:
-        names = [" ".join(f"`{path.rsplit('.', 1)[-1]}`" for _, path in part) for part in (row.attention, row.mlp)]
-        parts.append(f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {names[0]} | {names[1]} | {row.notes} |")
+        names = [
+            " ".join(f"`{path.rsplit('.', 1)[-1]}`" for _, path in part)
+            for part in (row.attention, row.mlp)
+        ]
+        parts.append(
+            f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {names[0]} |"
+            f" {names[1]} | {row.notes} |"
+        )
     parts += ["", "## Texts (`--data`, `--ppl`)", "", "| DATA | what | from |", "|---|---|---|"]
     for name, known in NAMED.items():
-        parts.append(f"| `{name}` | {known.about} | {'hub: ' + '/'.join(known.hub) if known.hub else 'no network needed'} |")
+        parts.append(
+            f"| `{name}` | {known.about} |"
+            f" {'hub: ' + '/'.join(known.hub) if known.hub else 'no network needed'} |"
+        )
     parts += [f"| a path | {', '.join(FILE_TYPES)} | no network needed |", ""]
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
 
@@ -75,7 +99,11 @@ def _place(name: str) -> str:
     if not (RESULTS / f"{name}.json").is_file():
         return f"<!-- results: {name} -->\nNot measured yet.\n<!-- end -->"
     rows = [row for row in Results.read(RESULTS / f"{name}.json").rows]
-    texts = list(dict.fromkeys(score.name for row in rows for score in row.scores if score.unit == "perplexity"))
+    texts = list(
+        dict.fromkeys(
+            score.name for row in rows for score in row.scores if score.unit == "perplexity"
+        )
+    )
     heads = [
         "",
         "parameters",
@@ -92,9 +120,18 @@ def _cells(row: Result, texts: list[str], timed: bool) -> list[str]:
     if row.error:
         return [row.label, f"failed: {row.error}", *[""] * (len(texts) + timed)]
     found = [row.score("perplexity", text) for text in texts]
-    shown = ["" if score is None else f"{score.value:.1f}" if score.value < 1e4 else f"{score.value:.1e}" for score in found]
+    shown = [
+        "" if score is None else f"{score.value:.1f}" if score.value < 1e4 else f"{score.value:.1e}"
+        for score in found
+    ]
     seconds = [f"{math.fsum(row.seconds.values()):.0f}" if row.seconds else ""] if timed else []
-    return [row.label, f"{row.parameters:,}", *shown, *seconds, f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else ""]
+    return [
+        row.label,
+        f"{row.parameters:,}",
+        *shown,
+        *seconds,
+        f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else "",
+    ]
 
 
 def recovery() -> str:
@@ -103,12 +140,18 @@ def recovery() -> str:
 
 
 def _trainings() -> str:
-    """One line a model: what was trained, the held-out cross-entropy before and after, perplexities, tasks, and the seconds of the training."""
+    """One line a model: what was trained, the held-out cross-entropy before and after,
+    perplexities, tasks, and the seconds of the training.
+    """
     path = RESULTS / "recovery.json"
     if not path.is_file():
         return "<!-- results: recovery -->\nNot measured yet.\n<!-- end -->"
     rows = Results.read(path).rows
-    texts = list(dict.fromkeys(score.name for row in rows for score in row.scores if score.unit == "perplexity"))
+    texts = list(
+        dict.fromkeys(
+            score.name for row in rows for score in row.scores if score.unit == "perplexity"
+        )
+    )
     dense = [rows[0].score("perplexity", text) for text in texts]
     heads = [
         "",
@@ -126,7 +169,10 @@ def _trainings() -> str:
         trained = f"{told['train']}, {told['trained_parameters'] / 1e6:.1f} M" if told else ""
         losses = " → ".join(f"{value:.3f}" for value in told.get("held_out_lm_loss", ()))
         scores = [row.score("perplexity", text) for text in texts]
-        shown = ["" if s is None or d is None else f"{s.value:.1f} ({s.value / d.value:.2f})" for s, d in zip(scores, dense, strict=True)]
+        shown = [
+            "" if s is None or d is None else f"{s.value:.1f} ({s.value / d.value:.2f})"
+            for s, d in zip(scores, dense, strict=True)
+        ]
         mean = next((score for score in row.scores if score.name == "mean"), None)
         seconds = f"{row.seconds['recovery']:.0f}" if "recovery" in row.seconds else ""
         cells = [
@@ -153,11 +199,20 @@ def _bits() -> str:
     path = RESULTS / "rank_or_bits.json"
     if not path.is_file():
         return "<!-- results: rank_or_bits -->\nNot measured yet.\n<!-- end -->"
-    lines = ["| MB | method | bits | ratio | WikiText-2 test | PTB valid |", "|--:|---|---|--:|--:|--:|"]
+    lines = [
+        "| MB | method | bits | ratio | WikiText-2 test | PTB valid |",
+        "|--:|---|---|--:|--:|--:|",
+    ]
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
     for row in sorted(rows, key=lambda row: (-row["target"], row["wikitext2"])):
-        scores = [f"{score:.1f}" if score < 1000 else f"{score:,.0f}" for score in (row["wikitext2"], row["ptb"])]
-        lines.append(f"| {row['bytes'] / 1e6:.1f} | {row['method']} | {row['bits']} | {row['ratio']:.2f} | {scores[0]} | {scores[1]} |")
+        scores = [
+            f"{score:.1f}" if score < 1000 else f"{score:,.0f}"
+            for score in (row["wikitext2"], row["ptb"])
+        ]
+        lines.append(
+            f"| {row['bytes'] / 1e6:.1f} | {row['method']} | {row['bits']} | {row['ratio']:.2f} |"
+            f" {scores[0]} | {scores[1]} |"
+        )
     return "\n".join(["<!-- results: rank_or_bits -->", *lines, "<!-- end -->"])
 
 
@@ -170,19 +225,33 @@ def _throughput() -> str:
     path = RESULTS / "serving.json"
     if not path.is_file():
         return "<!-- results: serving -->\nNot measured yet.\n<!-- end -->"
-    lines = ["| | MB on disk | run in | batch | tokens/s | × dense, three rounds |", "|---|--:|---|--:|--:|---|"]
+    lines = [
+        "| | MB on disk | run in | batch | tokens/s | × dense, three rounds |",
+        "|---|--:|---|--:|--:|---|",
+    ]
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         lines.append(
-            f"| {row['of']}, {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']}, {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} "
-            f"| {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
+            f"| {row['of']}, {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']},"
+            f" {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} |"
+            f" {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
         )
     return "\n".join(["<!-- results: serving -->", *lines, "<!-- end -->"])
 
 
 def main() -> int:
-    pages = {OUTPUT: reference(), EXPERIMENTS: experiments(), RECOVERY: recovery(), QUANTIZATION: quantization(), SERVING: serving()}
+    pages = {
+        OUTPUT: reference(),
+        EXPERIMENTS: experiments(),
+        RECOVERY: recovery(),
+        QUANTIZATION: quantization(),
+        SERVING: serving(),
+    }
     if "--check" in sys.argv:
-        stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        stale = [
+            path.name
+            for path, text in pages.items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
         print(f"stale: {', '.join(stale)}; run `make docs`" if stale else "docs are up to date")
         return 1 if stale else 0
     for path, text in pages.items():

@@ -1,4 +1,6 @@
-"""Tiny random models of every family, a byte-level tokenizer, and a calibration set: nothing is downloaded."""
+"""Tiny random models of every family, a byte-level tokenizer, and a calibration set: nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import grasp
-from grasp import terminal
 from grasp.core.decoder import Decoder
+from grasp.terminal import bars as terminal
 
 # On tiny tensors threads only wait for each other.
 torch.set_num_threads(1)
@@ -48,27 +50,99 @@ class Row:
 FAMILY_ROWS: dict[str, Row] = {
     "llama": Row("LlamaConfig", {**_GATED, "tie_word_embeddings": True}, tied=True),
     "mistral": Row("MistralConfig", {**_GATED, "sliding_window": 8}),
-    "qwen2": Row("Qwen2Config", {**{k: v for k, v in _GATED.items() if k != "head_dim"}, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, biased=True),
+    "qwen2": Row(
+        "Qwen2Config",
+        {
+            **{k: v for k, v in _GATED.items() if k != "head_dim"},
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 2,
+        },
+        biased=True,
+    ),
     "qwen3": Row("Qwen3Config", _GATED),
-    "gemma2": Row("Gemma2Config", {**_GATED, "sliding_window": 8, "query_pre_attn_scalar": 8}, tied=True),
-    "gemma3_text": Row("Gemma3TextConfig", {**_GATED, "sliding_window": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]}, tied=True),
-    "phi3": Row("Phi3Config", {**{k: v for k, v in _GATED.items() if k != "head_dim"}, "original_max_position_embeddings": 128}),
+    "gemma2": Row(
+        "Gemma2Config", {**_GATED, "sliding_window": 8, "query_pre_attn_scalar": 8}, tied=True
+    ),
+    "gemma3_text": Row(
+        "Gemma3TextConfig",
+        {
+            **_GATED,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "layer_types": [
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+            ],
+        },
+        tied=True,
+    ),
+    "phi3": Row(
+        "Phi3Config",
+        {
+            **{k: v for k, v in _GATED.items() if k != "head_dim"},
+            "original_max_position_embeddings": 128,
+        },
+    ),
     "olmo2": Row("Olmo2Config", _GATED),
-    "granite": Row("GraniteConfig", {**_GATED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
-    "gpt_neox": Row("GPTNeoXConfig", {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 128}, biased=True),
-    "gpt2": Row("GPT2Config", {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}, tied=True, biased=True),
-    "opt": Row("OPTConfig", {"hidden_size": WIDTH, "ffn_dim": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": WIDTH}, tied=True, biased=True),
-}  # fmt: skip
+    "granite": Row(
+        "GraniteConfig",
+        {
+            **_GATED,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "gpt_neox": Row(
+        "GPTNeoXConfig",
+        {
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+        biased=True,
+    ),
+    "gpt2": Row(
+        "GPT2Config",
+        {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128},
+        tied=True,
+        biased=True,
+    ),
+    "opt": Row(
+        "OPTConfig",
+        {
+            "hidden_size": WIDTH,
+            "ffn_dim": 64,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": WIDTH,
+        },
+        tied=True,
+        biased=True,
+    ),
+}
 MANIFEST = {
     "model": {"source": "tiny", "family": "Llama", "num_layers": LAYERS, "dtype": "float32"},
-    "method": {"name": "grasp", "paper": ""}, "parameters": {"before": 2, "after": 1, "ratio": 0.5}, "edits": [], "versions": {},
-}  # fmt: skip
+    "method": {"name": "grasp", "paper": ""},
+    "parameters": {"before": 2, "after": 1, "ratio": 0.5},
+    "edits": [],
+    "versions": {},
+}
 """The least that a manifest holds."""
 BIASED = [name for name, row in FAMILY_ROWS.items() if row.biased]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model of the real Hugging Face class. Biases and norms are random too, or a lost one would not show."""
+    """A tiny random model of the real Hugging Face class. Biases and norms are random too, or a
+    lost one would not show.
+    """
     row = FAMILY_ROWS[name]
     config = getattr(transformers, row.config)(**_IDS, **row.arguments)
     torch.manual_seed(seed)
@@ -95,11 +169,15 @@ def family(request: pytest.FixtureRequest) -> str:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>", "<pad>"])
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     made.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     return made
 
@@ -118,7 +196,9 @@ def decoder() -> Callable[..., Decoder]:
 
 
 @pytest.fixture(scope="session")
-def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+def model_directory(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> str:
     """A saved tiny Llama with its tokenizer, as a user would have it."""
     path = tmp_path_factory.mktemp("model") / "tiny-llama"
     build("llama").save_pretrained(path)
@@ -130,5 +210,8 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A plain text of a few thousand bytes."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {n} quick brown foxes jump over {n * n} lazy dogs.\n" for n in range(80)), encoding="utf-8")
+    path.write_text(
+        "".join(f"The {n} quick brown foxes jump over {n * n} lazy dogs.\n" for n in range(80)),
+        encoding="utf-8",
+    )
     return str(path)

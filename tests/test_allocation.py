@@ -35,7 +35,10 @@ def llama_2_7b():
     )
 
 
-@pytest.mark.parametrize(("retain_ratio", "removed"), [(0.0, 24.0), (0.05, 22.8), (0.10, 21.6), (0.15, 20.4), (0.20, 19.2)])
+@pytest.mark.parametrize(
+    ("retain_ratio", "removed"),
+    [(0.0, 24.0), (0.05, 22.8), (0.10, 21.6), (0.15, 20.4), (0.20, 19.2)],
+)
 def test_table_6_of_the_paper(llama_2_7b, retain_ratio, removed):
     """Llama-2-7B, 8 layers: the compression ratios of Table 6."""
     plan = Grasp(num_layers=8, retain_ratio=retain_ratio).plan(llama_2_7b)
@@ -45,21 +48,35 @@ def test_table_6_of_the_paper(llama_2_7b, retain_ratio, removed):
 def test_smollm2_sizes():
     """9 layers at r = 10 % leave 105,776,640 of 134,515,008 parameters."""
     model = empty_decoder(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
     assert model.num_parameters() == 134_515_008
     assert Grasp(num_layers=9, retain_ratio=0.1).plan(model).parameters == 105_776_640
     ranks = uniform({linear.name: linear.shape for linear in model.linears(0)}, 0.1).ranks
-    assert (ranks["self_attn.q_proj"], ranks["self_attn.k_proj"], ranks["mlp.up_proj"]) == (28, 14, 41)
+    assert (ranks["self_attn.q_proj"], ranks["self_attn.k_proj"], ranks["mlp.up_proj"]) == (
+        28,
+        14,
+        41,
+    )
 
 
 def test_a_pair_that_is_not_smaller_stays_dense(caplog, calibration):
-    """Break-even of 12 x 12 is rank 6: 5 is smaller, 6 is not. At r = 0.99 tiny matrices reach it, and the log says so, once."""
+    """Break-even of 12 x 12 is rank 6: 5 is smaller, 6 is not. At r = 0.99 tiny matrices reach it,
+    and the log says so, once.
+    """
     assert break_even_rank(12, 12) == 6
     assert guarded((12, 12), 5) == 5
     assert guarded((12, 12), 6) is None
     with caplog.at_level(logging.WARNING):
-        result = grasp.compress(build("llama"), layers=(1,), threshold_ratio=0.95, data=calibration, method="grasp")
+        result = grasp.compress(
+            build("llama"), layers=(1,), threshold_ratio=0.95, data=calibration, method="grasp"
+        )
     dense = [record for record in caplog.records if "stays dense" in record.getMessage()]
     assert len(dense) == 7 - len(result.manifest["edits"]) > 0
     assert "model.layers.1." in dense[0].getMessage() and "break-even" in dense[0].getMessage()
@@ -79,32 +96,52 @@ def test_rank_multiple_rounds_down_but_not_to_nothing(rank, expected):
     multiple=st.sampled_from([1, 1, 4]),
 )
 def test_a_budget_is_met_to_within_one_rank(sizes, num_layers, share, retain, multiple):
-    shapes = {layer: {f"{layer}.{n}": size for n, size in enumerate(sizes)} for layer in range(num_layers)}
+    shapes = {
+        layer: {f"{layer}.{n}": size for n, size in enumerate(sizes)} for layer in range(num_layers)
+    }
     full = sum(
-        saved(shape, uniform(shapes[layer], retain, multiple).ranks[path]) for layer in shapes for path, shape in shapes[layer].items()
+        saved(shape, uniform(shapes[layer], retain, multiple).ranks[path])
+        for layer in shapes
+        for path, shape in shapes[layer].items()
     )
     target = int(full * share)
     found = for_budget(list(shapes), shapes, target, retain, multiple)
     assert found.reached
     removed = sum(
-        saved(shapes[layer][path], rank) for layer in shapes for path, rank in found.allocation.ranks.items() if path in shapes[layer]
+        saved(shapes[layer][path], rank)
+        for layer in shapes
+        for path, rank in found.allocation.ranks.items()
+        if path in shapes[layer]
     )
     assert removed == found.removed >= target
-    slack = [min(sum(shape) * multiple, saved(shape, found.allocation.ranks[path])) for shape, path in
-             ((shape, path) for layer in shapes for path, shape in shapes[layer].items() if found.allocation.ranks.get(path) is not None)
-             if saved(shape, found.allocation.ranks[path])]  # fmt: skip
+    slack = [
+        min(sum(shape) * multiple, saved(shape, found.allocation.ranks[path]))
+        for shape, path in (
+            (shape, path)
+            for layer in shapes
+            for path, shape in shapes[layer].items()
+            if found.allocation.ranks.get(path) is not None
+        )
+        if saved(shape, found.allocation.ranks[path])
+    ]
     assert removed == target or removed - target < max(slack)
     assert not for_budget(list(shapes), shapes, full + 1, retain, multiple).reached
 
 
 @settings(max_examples=60, deadline=None)
-@given(scores=st.lists(st.floats(1e-3, 10) | st.just(0.0), min_size=1, max_size=9), share=st.floats(0.01, 1))
+@given(
+    scores=st.lists(st.floats(1e-3, 10) | st.just(0.0), min_size=1, max_size=9),
+    share=st.floats(0.01, 1),
+)
 def test_threshold_is_the_smallest_set_by_brute_force(scores, share):
     values = torch.tensor(scores, dtype=torch.float64)
     rank = threshold((1000, 1000), Attribution("m", "taylor", values, values), share)
     total = sum(scores)
     enough = (
-        n for n in range(len(scores) + 1) for chosen in itertools.combinations(scores, n) if sum(chosen) >= share * total * (1 - 1e-9)
+        n
+        for n in range(len(scores) + 1)
+        for chosen in itertools.combinations(scores, n)
+        if sum(chosen) >= share * total * (1 - 1e-9)
     )
     assert rank == next(enough)
 

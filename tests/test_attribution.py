@@ -1,4 +1,6 @@
-"""The score of a singular group, three ways: formula = autograd through explicit u, sigma, v = finite differences."""
+"""The score of a singular group, three ways: formula = autograd through explicit u, sigma, v =
+finite differences.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ FAMILIES = sorted({*BIASED, "llama", "phi3", "gemma2"})
 
 @pytest.fixture
 def float64_throughout(monkeypatch):
-    """transformers computes norms and softmax in float32 whatever the model's dtype; differences need all of float64."""
+    """transformers computes norms and softmax in float32 whatever the model's dtype; differences
+    need all of float64.
+    """
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
@@ -25,13 +29,21 @@ def weight_grads(model, calibration, linears):
 
 def total_loss(model, calibration, overrides):
     """The summed loss with some weights replaced, by a plain call of the model."""
-    logits = functional_call(model.model, overrides, kwargs={"input_ids": calibration.ids, "use_cache": False}).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), calibration.ids[:, 1:].flatten(), reduction="sum")
+    logits = functional_call(
+        model.model, overrides, kwargs={"input_ids": calibration.ids, "use_cache": False}
+    ).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), calibration.ids[:, 1:].flatten(), reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_formula_equals_autograd_through_explicit_factors(name, decoder, calibration, float64_throughout):
-    """I(Phi_k) = sigma dL/dsigma + sum u dL/du + sum v dL/dv, with u, sigma and v as separate leaves of the graph."""
+def test_formula_equals_autograd_through_explicit_factors(
+    name, decoder, calibration, float64_throughout
+):
+    """I(Phi_k) = sigma dL/dsigma + sum u dL/du + sum v dL/dv, with u, sigma and v as separate
+    leaves of the graph.
+    """
     model = decoder(name, dtype=torch.float64)
     linears = model.linears(1) + model.linears(3)
     grads = weight_grads(model, calibration, linears)
@@ -42,11 +54,20 @@ def test_formula_equals_autograd_through_explicit_factors(name, decoder, calibra
         total_loss(model, calibration, {parameter: linear.oriented(weight)}).backward()
         sigma_part, u_part, v_part = s * s.grad, (u * u.grad).sum(0), (vh * vh.grad).sum(1)
         expected = (sigma_part + u_part + v_part).detach()
-        found = attribute(linear.path, "taylor-signed", u.detach(), s.detach(), vh.detach(), grad=grads[linear.path]).scores
+        found = attribute(
+            linear.path,
+            "taylor-signed",
+            u.detach(),
+            s.detach(),
+            vh.detach(),
+            grad=grads[linear.path],
+        ).scores
         scale = expected.abs().max()
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9 * float(scale)), linear.path
         for part in (sigma_part, u_part, v_part):  # W is linear in each: the three sums are equal
-            assert torch.allclose(3 * part, expected, rtol=1e-4, atol=1e-9 * float(scale)), linear.path
+            assert torch.allclose(3 * part, expected, rtol=1e-4, atol=1e-9 * float(scale)), (
+                linear.path
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,12 +83,21 @@ def test_formula_equals_finite_differences(name, decoder, calibration, float64_t
         for k in (0, len(s) // 2, len(s) - 1):
             group = linear.oriented(s[k] * torch.outer(u[:, k], vh[k]))
             slopes = []
-            for step in (1e-4, 1e-5, 1e-6):  # a long step may cross the kink of a ReLU, a short one drown in rounding
+            # a long step may cross the kink of a ReLU, a short one drown in rounding
+            for step in (1e-4, 1e-5, 1e-6):
                 with torch.no_grad():
-                    up = total_loss(model, calibration, {parameter: linear.parameter + step * group})
-                    down = total_loss(model, calibration, {parameter: linear.parameter - step * group})
+                    up = total_loss(
+                        model, calibration, {parameter: linear.parameter + step * group}
+                    )
+                    down = total_loss(
+                        model, calibration, {parameter: linear.parameter - step * group}
+                    )
                 slopes.append(float(up - down) / (2 * step))
-            close = [slope == pytest.approx(float(formula[k]), rel=1e-4, abs=1e-6 * float(formula.abs().max())) for slope in slopes]
+            close = [
+                slope
+                == pytest.approx(float(formula[k]), rel=1e-4, abs=1e-6 * float(formula.abs().max()))
+                for slope in slopes
+            ]
             assert any(close), (linear.path, k, float(formula[k]), slopes)
 
 
@@ -85,7 +115,9 @@ def test_one_sweep_gives_the_gradient_of_the_summed_loss(family, decoder, calibr
     total_loss(model, calibration, {}).backward()
     for linear in linears:
         expected = linear.oriented(linear.parameter.grad)
-        assert torch.allclose(found[linear.path], expected, atol=1e-4 * float(expected.abs().max())), linear.path
+        assert torch.allclose(
+            found[linear.path], expected, atol=1e-4 * float(expected.abs().max())
+        ), linear.path
 
 
 def test_per_sample_scores_equal_a_plain_loop(decoder, calibration):
@@ -99,7 +131,9 @@ def test_per_sample_scores_equal_a_plain_loop(decoder, calibration):
         model.model.zero_grad()
         linear.parameter.requires_grad_(True)
         model.loss(calibration.ids[number : number + 1])[0].backward()
-        signed.append(torch.stack([s[k] * (u[:, k] @ linear.parameter.grad @ vh[k]) for k in range(len(s))]))
+        signed.append(
+            torch.stack([s[k] * (u[:, k] @ linear.parameter.grad @ vh[k]) for k in range(len(s))])
+        )
     signed = torch.stack(signed).double()
     assert torch.allclose(moments[0], signed.sum(0), atol=1e-4)
     assert torch.allclose(moments[1], signed.abs().sum(0), atol=1e-4)
@@ -123,7 +157,16 @@ def test_scores_by_their_definitions():
         "magnitude": s,
     }
     for name in SCORES:
-        found = attribute("m", name, u, s, vh, grad=grad, moments=moments, generator=torch.Generator().manual_seed(3)).scores
+        found = attribute(
+            "m",
+            name,
+            u,
+            s,
+            vh,
+            grad=grad,
+            moments=moments,
+            generator=torch.Generator().manual_seed(3),
+        ).scores
         if name in expected:
             assert torch.allclose(found, expected[name], atol=1e-5), name
     again = attribute("m", "random", u, s, vh, generator=torch.Generator().manual_seed(3)).scores

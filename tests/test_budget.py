@@ -29,15 +29,24 @@ def problem(seed: int, cost: str = "pair", count: int = 3) -> dict[str, Options]
     """A few small matrices with random groups."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [SHAPES[int(i)] for i in torch.randint(len(SHAPES), (count,), generator=generator)]
-    groups = [torch.rand(min(shape), generator=generator).pow(3).sort(descending=True).values for shape in shapes]
-    return {f"m{i}": options(shape, losses, COSTS[cost]) for i, (shape, losses) in enumerate(zip(shapes, groups, strict=True))}
+    groups = [
+        torch.rand(min(shape), generator=generator).pow(3).sort(descending=True).values
+        for shape in shapes
+    ]
+    return {
+        f"m{i}": options(shape, losses, COSTS[cost])
+        for i, (shape, losses) in enumerate(zip(shapes, groups, strict=True))
+    }
 
 
 def squares(count: int, size: int = 24, seed: int = 2) -> dict[str, Options]:
     """Matrices of one shape whose losses differ by up to a thousand times."""
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** (3 * torch.rand(count, generator=generator))
-    groups = [scale * torch.rand(size, generator=generator).sort(descending=True).values for scale in scales]
+    groups = [
+        scale * torch.rand(size, generator=generator).sort(descending=True).values
+        for scale in scales
+    ]
     return {f"m{i}": options((size, size), losses) for i, losses in enumerate(groups)}
 
 
@@ -49,13 +58,19 @@ def choices(offer: Options) -> list[tuple[float, float, int | None]]:
 
 def measured(offers: dict[str, Options], ranks: dict[str, int | None]) -> tuple[float, float]:
     """(cost, loss) of an allocation."""
-    chosen = [next(choice for choice in choices(offers[path]) if choice[2] == rank) for path, rank in ranks.items()]
+    chosen = [
+        next(choice for choice in choices(offers[path]) if choice[2] == rank)
+        for path, rank in ranks.items()
+    ]
     return sum(cost for cost, _, _ in chosen), sum(loss for _, loss, _ in chosen)
 
 
 def everything(offers: dict[str, Options]) -> list[tuple[float, float]]:
     """(cost, loss) of every allocation there is."""
-    return [(sum(c for c, _, _ in each), sum(lost for _, lost, _ in each)) for each in itertools.product(*map(choices, offers.values()))]
+    return [
+        (sum(c for c, _, _ in each), sum(lost for _, lost, _ in each))
+        for each in itertools.product(*map(choices, offers.values()))
+    ]
 
 
 def optimum(points: list[tuple[float, float]], budget: float) -> float:
@@ -69,7 +84,9 @@ def hull(offer: Options) -> list[tuple[float, float]]:
     for x, y in sorted((cost, loss) for cost, loss, _ in choices(offer)):
         if found and y >= found[-1][1]:
             continue
-        while len(found) > 1 and (found[-1][1] - found[-2][1]) * (x - found[-2][0]) >= (y - found[-2][1]) * (found[-1][0] - found[-2][0]):
+        while len(found) > 1 and (found[-1][1] - found[-2][1]) * (x - found[-2][0]) >= (
+            y - found[-2][1]
+        ) * (found[-1][0] - found[-2][0]):
             found.pop()
         found.append((x, y))
     return found
@@ -77,7 +94,11 @@ def hull(offer: Options) -> list[tuple[float, float]]:
 
 def segments(offers: dict[str, Options]) -> list[tuple[float, float]]:
     """(cost, slope) of every edge of the hulls of all matrices, steepest first."""
-    edges = [(b[0] - a[0], (b[1] - a[1]) / (b[0] - a[0])) for offer in offers.values() for a, b in itertools.pairwise(hull(offer))]
+    edges = [
+        (b[0] - a[0], (b[1] - a[1]) / (b[0] - a[0]))
+        for offer in offers.values()
+        for a, b in itertools.pairwise(hull(offer))
+    ]
     return sorted(edges, key=lambda edge: edge[1])
 
 
@@ -95,23 +116,35 @@ def last_step(offer: Options, rank: int | None) -> float:
 @some
 @problems
 def test_exact_at_the_vertices_of_the_hull(seed, cost):
-    """Where the budget is what the steepest hull edges cost together, brute force finds nothing better."""
+    """Where the budget is what the steepest hull edges cost together, brute force finds nothing
+    better.
+    """
     offers = problem(seed, cost)
     points = everything(offers)
     for budget in itertools.accumulate((length for length, _ in segments(offers)), initial=0.0):
-        assert measured(offers, allocate(offers, budget).ranks)[1] == pytest.approx(optimum(points, budget), abs=1e-12)
+        assert measured(offers, allocate(offers, budget).ranks)[1] == pytest.approx(
+            optimum(points, budget), abs=1e-12
+        )
 
 
 @some
 @problems
 def test_near_the_best_at_every_budget(seed, cost):
-    """Never dearer than the budget; no worse than the best for one hull edge less; a larger budget never loses more."""
+    """Never dearer than the budget; no worse than the best for one hull edge less; a larger budget
+    never loses more.
+    """
     offers = problem(seed, cost)
-    points, edge, before = everything(offers), max(length for length, _ in segments(offers)), float("inf")
+    points = everything(offers)
+    edge = max(length for length, _ in segments(offers))
+    before = float("inf")
     for budget in map(float, range(0, int(dense(offers)) + 3, 3)):
         price, loss = measured(offers, allocate(offers, budget).ranks)
         assert price <= budget
-        assert optimum(points, budget) - 1e-12 <= loss <= optimum(points, max(budget - edge, 0)) + 1e-12
+        assert (
+            optimum(points, budget) - 1e-12
+            <= loss
+            <= optimum(points, max(budget - edge, 0)) + 1e-12
+        )
         assert loss <= before + 1e-12
         before = loss
 
@@ -130,8 +163,11 @@ def test_what_is_left_over_buys_no_further_step(seed, cost):
 
 
 def test_ranks_cross_between_matrices():
-    """Two groups of one matrix may be worth more than any of another: the budget follows the losses, not the shapes."""
-    rich, poor = options((20, 20), torch.full((20,), 9.0)), options((20, 20), torch.full((20,), 1.0))
+    """Two groups of one matrix may be worth more than any of another: the budget follows the
+    losses, not the shapes.
+    """
+    rich = options((20, 20), torch.full((20,), 9.0))
+    poor = options((20, 20), torch.full((20,), 1.0))
     assert allocate({"rich": rich, "poor": poor}, 400.0).ranks == {"rich": None, "poor": 0}
 
 
@@ -149,14 +185,23 @@ def test_everything_stays_dense_where_the_budget_allows_it(share):
 
 def test_the_cheapest_allocation():
     """Rank 0 everywhere; a cost that even rank 0 has counts."""
-    offers = {name: options((6, 5), torch.ones(5), lambda _shape, rank: 40.0 if rank is None else 7.0 + 5 * rank) for name in "ab"}
+    offers = {
+        name: options(
+            (6, 5), torch.ones(5), lambda _shape, rank: 40.0 if rank is None else 7.0 + 5 * rank
+        )
+        for name in "ab"
+    }
     assert cheapest(offers) == 14.0
     assert allocate(offers, 14.0).ranks == {"a": 0, "b": 0}
 
 
 def test_a_dense_matrix_cheaper_than_rank_0_is_the_cheapest():
     """On a machine where even an empty pair is slower than the matrix."""
-    offers = {"m": options((2, 2), torch.ones(2), lambda _shape, rank: 1.0 if rank is None else 3.0 + rank)}
+    offers = {
+        "m": options(
+            (2, 2), torch.ones(2), lambda _shape, rank: 1.0 if rank is None else 3.0 + rank
+        )
+    }
     assert cheapest(offers) == 1.0
     assert allocate(offers, 1.0).ranks == {"m": None}
 
@@ -167,7 +212,9 @@ def test_options_are_the_ranks_cheaper_than_dense(cost):
     found = options((6, 4), groups, COSTS[cost])
     assert found.ranks.tolist() == {"pair": [0, 1, 2], "pivoted": [0, 1, 2, 3]}[cost]
     assert found.losses.tolist() == [11.0, 6.0, 3.0, 1.0][: len(found.ranks)]
-    assert found.costs.tolist() == {"pair": [0.0, 10.0, 20.0], "pivoted": [0.0, 9.0, 16.0, 21.0]}[cost]
+    assert (
+        found.costs.tolist() == {"pair": [0.0, 10.0, 20.0], "pivoted": [0.0, 9.0, 16.0, 21.0]}[cost]
+    )
 
 
 def test_losses_below_zero_by_rounding_count_as_none():
@@ -176,7 +223,10 @@ def test_losses_below_zero_by_rounding_count_as_none():
 
 @pytest.mark.parametrize("multiple", [1, 3, 8])
 def test_rank_multiple(multiple):
-    offers = {f"m{i}": options((24, 30), 0.8 ** torch.arange(24) / (1 + i), parameters, multiple) for i in range(4)}
+    offers = {
+        f"m{i}": options((24, 30), 0.8 ** torch.arange(24) / (1 + i), parameters, multiple)
+        for i in range(4)
+    }
     ranks = allocate(offers, dense(offers) / 2).ranks.values()
     assert all(rank is None or rank % multiple == 0 for rank in ranks) and any(ranks)
 
@@ -185,12 +235,20 @@ def test_rank_multiple(multiple):
 def test_units_do_not_matter(scale):
     """Seconds, bytes, nats or bits: the same ranks."""
     offers = squares(4)
-    scaled = {path: Options(o.ranks, o.losses * scale, o.costs / scale, o.dense / scale) for path, o in offers.items()}
-    assert allocate(scaled, 0.4 * dense(scaled)).ranks == allocate(offers, 0.4 * dense(offers)).ranks
+    scaled = {
+        path: Options(o.ranks, o.losses * scale, o.costs / scale, o.dense / scale)
+        for path, o in offers.items()
+    }
+    assert (
+        allocate(scaled, 0.4 * dense(scaled)).ranks == allocate(offers, 0.4 * dense(offers)).ranks
+    )
 
 
 def test_total_loss_is_what_the_dropped_groups_cost():
-    offers = {"a": options((6, 4), torch.tensor([5.0, 3.0, 2.0, 1.0])), "b": options((6, 4), torch.tensor([4.0, 0.5, 0.25, 0.0]))}
+    offers = {
+        "a": options((6, 4), torch.tensor([5.0, 3.0, 2.0, 1.0])),
+        "b": options((6, 4), torch.tensor([4.0, 0.5, 0.25, 0.0])),
+    }
     assert total_loss(offers, allocate(offers, 20.0)) == 6.0 + 0.75
 
 
@@ -204,7 +262,9 @@ def test_nothing_dropped_loses_nothing():
 def test_shares_stay_within_the_budget(share, size):
     offers = squares(8)
     parts = [dict(list(offers.items())[i : i + size]) for i in range(0, 8, size)]
-    assert measured(offers, in_shares(parts, share * dense(offers)).ranks)[0] <= share * dense(offers)
+    assert measured(offers, in_shares(parts, share * dense(offers)).ranks)[0] <= share * dense(
+        offers
+    )
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.3, 1), (0.77, 1), (0.77, 4)])
@@ -215,12 +275,18 @@ def test_shares_are_equal_to_within_one_step(share, size):
     ranks = in_shares(parts, share * dense(offers)).ranks
     for part in parts:
         price = measured(part, {path: ranks[path] for path in part})[0]
-        assert abs(price - share * dense(part)) <= max(last_step(part[path], ranks[path]) for path in part)
+        assert abs(price - share * dense(part)) <= max(
+            last_step(part[path], ranks[path]) for path in part
+        )
 
 
 def test_shares_stay_within_the_budget_where_rank_0_costs_something():
     """A pivoted pair's places, 4 bytes a row, are more of a narrow matrix than of a wide one."""
-    tall = options((64, 4), torch.ones(4), lambda _shape, rank: 1024.0 if rank is None else 256.0 + 200 * rank)
-    wide = options((4, 64), torch.ones(4), lambda _shape, rank: 1024.0 if rank is None else 16.0 + 112 * rank)
+    tall = options(
+        (64, 4), torch.ones(4), lambda _shape, rank: 1024.0 if rank is None else 256.0 + 200 * rank
+    )
+    wide = options(
+        (4, 64), torch.ones(4), lambda _shape, rank: 1024.0 if rank is None else 16.0 + 112 * rank
+    )
     offers = {"tall": tall, "wide": wide}
     assert measured(offers, in_shares([{"tall": tall}, {"wide": wide}], 480.0).ranks)[0] <= 480.0

@@ -1,4 +1,6 @@
-"""Text in, blocks of token ids out: N means N blocks, every source gives the same text, and a bad source is one line."""
+"""Text in, blocks of token ids out: N means N blocks, every source gives the same text, and a bad
+source is one line.
+"""
 
 import csv
 import gzip
@@ -12,11 +14,15 @@ import torch
 
 import grasp
 from grasp.core.decoder import Decoder
+from grasp.data.calibration import calibrate
+from grasp.data.text import NAMED, read_text
 from grasp.errors import DataError
-from grasp.stages.calibration import calibrate
-from grasp.stages.text import NAMED, read_text
 
-DOCUMENTS = ["Crème brûlée, “quoted”.", 'A line\nbreak, a comma and a "quote".', "The last one; 3 < 4 & 5."]
+DOCUMENTS = [
+    "Crème brûlée, “quoted”.",
+    'A line\nbreak, a comma and a "quote".',
+    "The last one; 3 < 4 & 5.",
+]
 JOINED = "\n\n".join(DOCUMENTS)
 ALPHABET = "".join(map(chr, range(33, 127)))
 
@@ -46,13 +52,14 @@ def write(path, kind: str, rows: list) -> str:
             table.writeheader()
             table.writerows(objects)
     else:
-        pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        pyarrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(objects), file)
     return str(file)
 
 
 def refused(data, *said: str, **options) -> str:
-    """The message of the `DataError` that reading `data` ends in: one line that says all of `said`."""
+    """The message of the `DataError` that reading `data` ends in: one line with all of `said`."""
     with pytest.raises(DataError) as caught:
         read_text(str(data), split="train", **options)
     message = str(caught.value)
@@ -77,9 +84,15 @@ def test_blocks_are_pieces_of_the_text_at_seeded_places(model, text_file):
     data = calibrate(model, text_file, num_samples=12, seq_len=70, seed=3)
     blocks = [model.tokenizer.decode(block) for block in data.ids]
     assert all(block in text for block in blocks)
-    assert len({text.index(block) % 70 for block in blocks}) > 1 and any(not block.startswith("The") for block in blocks)
-    assert torch.equal(data.ids, calibrate(model, text_file, num_samples=12, seq_len=70, seed=3).ids)
-    assert not torch.equal(data.ids, calibrate(model, text_file, num_samples=12, seq_len=70, seed=4).ids)
+    assert len({text.index(block) % 70 for block in blocks}) > 1 and any(
+        not block.startswith("The") for block in blocks
+    )
+    assert torch.equal(
+        data.ids, calibrate(model, text_file, num_samples=12, seq_len=70, seed=3).ids
+    )
+    assert not torch.equal(
+        data.ids, calibrate(model, text_file, num_samples=12, seq_len=70, seed=4).ids
+    )
 
 
 def test_every_place_can_be_drawn(model, tmp_path):
@@ -90,16 +103,27 @@ def test_every_place_can_be_drawn(model, tmp_path):
 
 def test_a_text_of_exactly_one_block_is_enough(model, tmp_path):
     path = write(tmp_path, ".txt", [ALPHABET[:16]])
-    assert torch.equal(calibrate(model, path, num_samples=2, seq_len=16).ids, model.tokenize(ALPHABET[:16]).expand(2, -1))
+    assert torch.equal(
+        calibrate(model, path, num_samples=2, seq_len=16).ids,
+        model.tokenize(ALPHABET[:16]).expand(2, -1),
+    )
 
 
 def test_the_hash_follows_the_ids(model, text_file):
-    one, same, other = (calibrate(model, text_file, num_samples=3, seq_len=16, seed=seed) for seed in (0, 0, 1))
-    assert one.ids_hash == same.ids_hash != other.ids_hash and one.text_hash == other.text_hash != ""
+    one, same, other = (
+        calibrate(model, text_file, num_samples=3, seq_len=16, seed=seed) for seed in (0, 0, 1)
+    )
+    assert (
+        one.ids_hash == same.ids_hash != other.ids_hash and one.text_hash == other.text_hash != ""
+    )
     changed = one.ids.clone()
     changed[2, 15] += 1
     masked = torch.ones_like(changed, dtype=torch.bool)
-    hashes = {one.ids_hash, grasp.Calibration(changed, "x").ids_hash, grasp.Calibration(one.ids, "x", mask=masked).ids_hash}
+    hashes = {
+        one.ids_hash,
+        grasp.Calibration(changed, "x").ids_hash,
+        grasp.Calibration(one.ids, "x", mask=masked).ids_hash,
+    }
     assert len(hashes) == 3
 
 
@@ -113,13 +137,18 @@ def test_every_gemma_block_begins_with_bos(name, data, decoder, tokenizer, text_
 
 
 def test_other_families_get_no_bos_put_in(model, text_file):
-    assert int(calibrate(model, text_file, num_samples=8, seq_len=12).ids.max()) < model.tokenizer.bos_token_id
+    assert (
+        int(calibrate(model, text_file, num_samples=8, seq_len=12).ids.max())
+        < model.tokenizer.bos_token_id
+    )
 
 
 # --- sources
 
 
-@pytest.mark.parametrize("kind", [".txt", ".raw", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize(
+    "kind", [".txt", ".raw", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv"]
+)
 def test_every_file_type_gives_the_same_text(kind, tmp_path):
     assert read_text(write(tmp_path, kind, DOCUMENTS), split="train").whole == JOINED
 
@@ -137,7 +166,10 @@ def test_text_field_names_the_column(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_messages_go_through_the_chat_template(kind, tmp_path, tokenizer):
-    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in DOCUMENTS]
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+        for text in DOCUMENTS
+    ]
     path = write(tmp_path, kind, [{"messages": chat} for chat in chats])
     assert read_text(path, split="train", tokenizer=tokenizer).whole == "\n\n".join(
         f"<user>{text}\n<assistant>Yes.\n" for text in DOCUMENTS
@@ -145,12 +177,20 @@ def test_messages_go_through_the_chat_template(kind, tmp_path, tokenizer):
 
 
 def test_alpaca_rows_are_instruction_input_and_answer(tmp_path):
-    rows = [{"instruction": "Add.", "input": "1, 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "Hello."}]
-    assert read_text(write(tmp_path, ".json", rows), split="train").whole == "Add.\n\n1, 2\n\n3\n\nGreet.\n\nHello."
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Greet.", "input": "", "output": "Hello."},
+    ]
+    assert (
+        read_text(write(tmp_path, ".json", rows), split="train").whole
+        == "Add.\n\n1, 2\n\n3\n\nGreet.\n\nHello."
+    )
 
 
 def test_a_long_csv_cell_is_read_whole(tmp_path):
-    """Python's csv module stops at 128 KiB a cell unless it is told otherwise; documents are longer."""
+    """Python's csv module stops at 128 KiB a cell unless it is told otherwise; documents are
+    longer.
+    """
     document = "word " * 30_000
     assert read_text(write(tmp_path, ".csv", [document]), split="train").whole == document
 
@@ -159,19 +199,28 @@ def test_pydoc_splits_are_disjoint_and_together_everything():
     """By paragraph: topics quote one another, so two different topics can hold the same text."""
     topics = importlib.import_module("pydoc_data.topics").topics
     everything = {" ".join(part.split()) for text in topics.values() for part in text.split("\n\n")}
-    train, test = ({" ".join(part.split()) for part in read_text("pydoc", split=split).whole.split("\n\n")} for split in ("train", "test"))
+    train, test = (
+        {" ".join(part.split()) for part in read_text("pydoc", split=split).whole.split("\n\n")}
+        for split in ("train", "test")
+    )
     assert train | test == everything
     leaked = sum(len(part) for part in train & test if len(part) >= 80)
-    assert leaked == 0, f"{leaked:,} of {sum(map(len, test)):,} held-out characters are in the calibration text too"
+    assert leaked == 0, (
+        f"{leaked:,} of {sum(map(len, test)):,} held-out characters are in the calibration text too"
+    )
 
 
 def test_self_is_whole_blocks_reproducible_and_leaves_the_generator_alone(model):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, same, other = (calibrate(model, "self", num_samples=18, seq_len=6, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (
+        calibrate(model, "self", num_samples=18, seq_len=6, seed=seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert one.ids.shape == (18, 6) and not bool((one.ids == model.config.eos_token_id).any())
-    assert bool((one.ids[:, 0] == model.config.bos_token_id).all()) and len(one.ids.unique(dim=0)) > 9
+    assert (
+        bool((one.ids[:, 0] == model.config.bos_token_id).all()) and len(one.ids.unique(dim=0)) > 9
+    )
     assert torch.equal(one.ids, same.ids) and not torch.equal(one.ids, other.ids)
 
 
@@ -214,7 +263,10 @@ def test_ptb_is_joined_by_spaces_and_its_revision_needs_no_script(hub):
     hub.rows = [{"sentence": "one two"}, {"sentence": "three"}]
     assert read_text("ptb", split="train").whole == "one two three"
     [(arguments, options)] = hub.asked
-    assert arguments == ("ptb-text-only/ptb_text_only",) and options["revision"] == "refs/convert/parquet"
+    assert (
+        arguments == ("ptb-text-only/ptb_text_only",)
+        and options["revision"] == "refs/convert/parquet"
+    )
 
 
 def test_only_the_head_of_c4_is_read(hub):
@@ -222,7 +274,11 @@ def test_only_the_head_of_c4_is_read(hub):
     hub.rows = ({"text": str(seen.append(n) or n)} for n in range(10_000))
     assert read_text("c4", split="test").whole.split("\n\n")[-1] == str(NAMED["c4"].most_rows - 1)
     [(arguments, options)] = hub.asked
-    assert arguments == ("allenai/c4", "en") and options["split"] == "validation" and options["streaming"]
+    assert (
+        arguments == ("allenai/c4", "en")
+        and options["split"] == "validation"
+        and options["streaming"]
+    )
     assert len(seen) <= NAMED["c4"].most_rows + 1
 
 
@@ -260,7 +316,13 @@ def test_empty_text(content, tmp_path):
 
 def test_too_short_text(model, tmp_path):
     path = write(tmp_path, ".txt", ["short"])
-    with pytest.raises(DataError, match=r"--data .*corpus\.txt: 5 tokens .* --seq-len 64; give more text or a smaller --seq-len$"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"--data .*corpus\.txt: 5 tokens .* --seq-len 64; give more text or a smaller"
+            r" --seq-len$"
+        ),
+    ):
         calibrate(model, path, seq_len=64)
 
 
@@ -278,7 +340,13 @@ def test_lengths_that_cannot_be(said, model, text_file):
 
 
 def test_unknown_name():
-    refused("wikitex2", "--data wikitex2", "wikitext2, ptb, c4, alpaca", "path", "did you mean 'wikitext2'?")
+    refused(
+        "wikitex2",
+        "--data wikitex2",
+        "wikitext2, ptb, c4, alpaca",
+        "path",
+        "did you mean 'wikitext2'?",
+    )
 
 
 def test_unknown_file_type(tmp_path):
@@ -288,7 +356,9 @@ def test_unknown_file_type(tmp_path):
 
 def test_wrong_text_field(tmp_path):
     path = write(tmp_path, ".jsonl", [{"body": "x", "title": "y"}])
-    refused(path, "--text-field bodi", path, "body, title", "did you mean 'body'?", text_field="bodi")
+    refused(
+        path, "--text-field bodi", path, "body, title", "did you mean 'body'?", text_field="bodi"
+    )
 
 
 def test_no_usual_column(tmp_path):
@@ -313,7 +383,8 @@ UNREADABLE = {
     "broken.jsonl": b'{"text": "fine"}\n{"text": \n',
     "not-a.jsonl.gz": b"plain text",
     "cut.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 99)[:-12],
-    "damaged.jsonl.gz": gzip.compress(b'{"text": "x"}\n')[:10] + b"\xff" * 50,  # a good head, then no deflate stream
+    # a good head, then no deflate stream
+    "damaged.jsonl.gz": gzip.compress(b'{"text": "x"}\n')[:10] + b"\xff" * 50,
     "not-a.parquet": b"plain text",
 }
 
@@ -336,7 +407,9 @@ def test_parquet_without_pyarrow_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_a_local_copy_of_a_named_set_is_read_by_its_rules(tmp_path):
-    """WikiText's rows: a blank line is "", any other line keeps its end; the rows are joined by a blank line."""
+    """WikiText's rows: a blank line is "", any other line keeps its end; the rows are joined by a
+    blank line.
+    """
     path = tmp_path / "wiki.test.raw"
     path.write_text(" = Title = \n \n One . \n Two . \n")
     found = read_text(f"wikitext2={path}", split="test")

@@ -15,20 +15,30 @@ def logits(model, ids=IDS):
 
 @pytest.mark.parametrize("name", FAMILY_ROWS)
 def test_another_order_of_summation_is_the_same_number(name):
-    """The same model in float64, rounded at the end: what float32 in any order of summation is near to."""
+    """The same model in float64, rounded at the end: what float32 in any order of summation is near
+    to.
+    """
     assert close(logits(build(name)), logits(build(name).double()).float())
     narrow = build(name).bfloat16()
     assert close(logits(narrow), logits(narrow.float()).bfloat16())
 
 
 def lost_bias(model):
-    bias = [value for name, value in model.named_parameters() if name.endswith("bias") and "norm" not in name.lower()][-1]
+    bias = [
+        value
+        for name, value in model.named_parameters()
+        if name.endswith("bias") and "norm" not in name.lower()
+    ][-1]
     bias.zero_()
 
 
 def smallest_group_lost(model):
     """One of the 32 singular groups of one matrix, the one that does least."""
-    matrix = next(value for name, value in reversed(list(model.named_parameters())) if value.dim() == 2 and "layers" in name)
+    matrix = next(
+        value
+        for name, value in reversed(list(model.named_parameters()))
+        if value.dim() == 2 and "layers" in name
+    )
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     matrix -= s[-2] * torch.outer(u[:, -2], vh[-2])
 
@@ -59,14 +69,20 @@ def test_a_wrong_result_is_not(name, harm, dtype):
 
 
 def test_shape_and_emptiness():
-    assert close(torch.zeros(0, 3), torch.zeros(0, 3)) and not close(torch.zeros(2), torch.zeros(1, 2))
-    assert not close(torch.tensor([float("nan")]), torch.ones(1)) and not close(torch.ones(1), torch.zeros(1))
+    assert close(torch.zeros(0, 3), torch.zeros(0, 3)) and not close(
+        torch.zeros(2), torch.zeros(1, 2)
+    )
+    assert not close(torch.tensor([float("nan")]), torch.ones(1)) and not close(
+        torch.ones(1), torch.zeros(1)
+    )
 
 
 def test_greedy_text_and_another():
     model = build("llama")
     prompt = IDS[0]
-    said = model.generate(prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=258, eos_token_id=None)[0, len(prompt) :]
+    said = model.generate(
+        prompt[None], max_new_tokens=6, do_sample=False, pad_token_id=258, eos_token_id=None
+    )[0, len(prompt) :]
     assert is_greedy(model, prompt, said)
     other = said.clone()
     other[3] = (other[3] + 1) % 256

@@ -1,4 +1,6 @@
-"""`grasp compare`: what the file may say, cells that are run once, failures that are rows, an interruption that loses nothing."""
+"""`grasp compare`: what the file may say, cells that are run once, failures that are rows, an
+interruption that loses nothing.
+"""
 
 import json
 import os
@@ -10,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from grasp import compare as comparison
 from grasp.core.results import Results
 from grasp.errors import RecipeError
-from grasp.experiment import read_experiment
+from grasp.recipes.experiment import read_experiment
+from grasp.verbs import compare as comparison
 
 BASE = """
 title = "Sizes"
@@ -51,7 +53,9 @@ def write(tmp_path, model_directory, text_file):
 
 
 def here(experiment, output, monkeypatch, **options):
-    """`compare` with the cells run in this process. Returns the results and the labels of the cells that ran."""
+    """`compare` with the cells run in this process. Returns the results and the labels of the cells
+    that ran.
+    """
     ran = []
 
     def run(_path, cell, _quiet):
@@ -67,33 +71,56 @@ def here(experiment, output, monkeypatch, **options):
 
 def test_a_sweep_is_one_cell_for_every_combination(write):
     cells = read_experiment(
-        write('[[methods]]\nmethod = "grasp"\nnum_layers = 1\n[methods.sweep]\nretain_ratio = [0.1, 0.2]\nnum_samples = [2, 4]\n')
+        write(
+            '[[methods]]\nmethod = "grasp"\nnum_layers = 1\n[methods.sweep]\nretain_ratio = [0.1,'
+            " 0.2]\nnum_samples = [2, 4]\n"
+        )
     ).cells
     assert [cell.label for cell in cells] == [
-        "dense", *(f"grasp retain_ratio {r}, num_samples {n}" for r in (0.1, 0.2) for n in (2, 4)),
-    ]  # fmt: skip
+        "dense",
+        *(f"grasp retain_ratio {r}, num_samples {n}" for r in (0.1, 0.2) for n in (2, 4)),
+    ]
     assert [cell.calibration["num_samples"] for cell in cells[1:]] == [2, 4, 2, 4]
     assert all("num_samples" not in cell.fields for cell in cells)
     assert len({cell.key for cell in cells}) == 5
 
 
 def test_a_default_that_is_named_is_the_same_cell(write):
-    plain, named = '[[methods]]\nmethod = "grasp"\nnum_layers = 1\n', 'score = "taylor"\niterative = false\nseed = 0\n'
-    assert [cell.key for cell in read_experiment(write(plain)).cells] == [cell.key for cell in read_experiment(write(plain + named)).cells]
+    plain = '[[methods]]\nmethod = "grasp"\nnum_layers = 1\n'
+    named = 'score = "taylor"\niterative = false\nseed = 0\n'
+    assert [cell.key for cell in read_experiment(write(plain)).cells] == [
+        cell.key for cell in read_experiment(write(plain + named)).cells
+    ]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("num_samples = 2", "num_sample = 2", ["[calibration]", "num_sample", "did you mean 'num_samples'"]),
+        (
+            "num_samples = 2",
+            "num_sample = 2",
+            ["[calibration]", "num_sample", "did you mean 'num_samples'"],
+        ),
         ("num_samples = 2", 'num_samples = "two"', ["num_samples = two", "must be a whole number"]),
         ("seq_len = 32", "seq_len = true", ["[evaluation]", "seq_len = True"]),
         ('title = "Sizes"', 'titel = "Sizes"', ["titel", "did you mean 'title'"]),
-        ('method = "grasp"', 'method = "grasps"', ["methods table 2", "grasps", "did you mean 'grasp'"]),
+        (
+            'method = "grasp"',
+            'method = "grasps"',
+            ["methods table 2", "grasps", "did you mean 'grasp'"],
+        ),
         ("retain_ratio = 0.5", "retain_ratio = 5", ["methods table 2", "--retain-ratio 5"]),
         ("retain_ratio = 0.5", "retainratio = 0.5", ["methods table 2", "retainratio"]),
-        ("retain_ratio = 0.5", "retain_ratio = 0.5\n[methods.sweep]\nseed = 1", ["sweep of seed", "list"]),
-        ("retain_ratio = 0.5", "retain_ratio = 0.5\n[[methods]]\nmethod = 'shortgpt'\nnum_layers = 1", ["same cell"]),
+        (
+            "retain_ratio = 0.5",
+            "retain_ratio = 0.5\n[methods.sweep]\nseed = 1",
+            ["sweep of seed", "list"],
+        ),
+        (
+            "retain_ratio = 0.5",
+            "retain_ratio = 0.5\n[[methods]]\nmethod = 'shortgpt'\nnum_layers = 1",
+            ["same cell"],
+        ),
         ("[[methods]]", "[[method]]", ["'method' is unknown", "did you mean 'methods'"]),
         ("model = ", "#", ["names no model"]),
         ("[calibration]", "[calibration", ["cannot be read"]),
@@ -101,7 +128,11 @@ def test_a_default_that_is_named_is_the_same_cell(write):
 )
 def test_a_mistake_in_the_file_is_one_line_before_anything_runs(old, new, said, write):
     path = write(TWO)
-    path.write_text(path.read_text().replace(old, new, 1) if old != "[[methods]]" else path.read_text().replace(old, new))
+    path.write_text(
+        path.read_text().replace(old, new, 1)
+        if old != "[[methods]]"
+        else path.read_text().replace(old, new)
+    )
     with pytest.raises(RecipeError) as caught:
         read_experiment(path)
     message = str(caught.value)
@@ -126,7 +157,11 @@ def test_a_finished_cell_is_not_run_again_and_a_changed_one_is(write, tmp_path, 
     first, ran = here(write(TWO), output, monkeypatch)
     assert ran == ["dense", "shortgpt", "grasp"]
     assert [row.method for row in first.rows] == ran
-    assert first.rows[1].ratio > 0 and first.rows[1].peak_memory > 0 and first.rows[1].seconds["statistics"] > 0
+    assert (
+        first.rows[1].ratio > 0
+        and first.rows[1].peak_memory > 0
+        and first.rows[1].seconds["statistics"] > 0
+    )
     again, ran = here(write(TWO), output, monkeypatch)
     assert ran == [] and again.rows == first.rows
     changed, ran = here(write(TWO.replace("0.5", "0.4")), output, monkeypatch)
@@ -148,7 +183,11 @@ def test_a_changed_text_is_another_cell(write, text_file, tmp_path):
 def test_rows_of_other_results_in_the_folder_are_taken_over(write, tmp_path, monkeypatch):
     here(write(TWO), tmp_path / "one.json", monkeypatch)
     (tmp_path / "broken.json").write_text("{")
-    _, ran = here(write(TWO + '[[methods]]\nmethod = "shortgpt"\nnum_layers = 2\n'), tmp_path / "two.json", monkeypatch)
+    _, ran = here(
+        write(TWO + '[[methods]]\nmethod = "shortgpt"\nnum_layers = 2\n'),
+        tmp_path / "two.json",
+        monkeypatch,
+    )
     assert ran == ["shortgpt"]
 
 
@@ -184,15 +223,21 @@ def test_fidelity_is_measured_where_it_is_asked_for(write, tmp_path, monkeypatch
 def grasp(*arguments: object, cwd: Path, **options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "grasp", "compare", *map(str, arguments)], cwd=cwd, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "grasp", "compare", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_child_is_a_row_and_an_interrupt_loses_nothing(write, tmp_path, monkeypatch):
     path = write(TWO)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and children would inherit that
+    # a shell in the background ignores it, and children would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     child = grasp(path, "-o", "out.json", cwd=tmp_path, start_new_session=True)
     deadline = time.monotonic() + 100
     while not (tmp_path / "out.json").exists() and time.monotonic() < deadline:
@@ -210,7 +255,9 @@ def test_a_killed_child_is_a_row_and_an_interrupt_loses_nothing(write, tmp_path,
 def test_a_dry_run_lists_the_cells(write, tmp_path):
     child = grasp(write(TWO), "--dry-run", "-o", "out.json", cwd=tmp_path)
     _, said = child.communicate(timeout=100)
-    assert child.returncode == 0 and said.count("to run") == 3 and not (tmp_path / "out.json").exists()
+    assert (
+        child.returncode == 0 and said.count("to run") == 3 and not (tmp_path / "out.json").exists()
+    )
 
 
 def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):
@@ -218,11 +265,16 @@ def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):
 
     class Dead(real):
         def __init__(self, _command, **options):
-            super().__init__([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], **options)
+            super().__init__(
+                [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"],
+                **options,
+            )
 
     monkeypatch.setattr(subprocess, "Popen", Dead)
     results = comparison.compare(read_experiment(write(TWO)), tmp_path / "out.json")
-    assert [row.error for row in results.rows] == ["the process ended with status -9 (out of memory?)"] * 3
+    assert [row.error for row in results.rows] == [
+        "the process ended with status -9 (out of memory?)"
+    ] * 3
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["label"] == "dense"
 
 

@@ -1,4 +1,6 @@
-"""The contract of every method on every family: size, neutrality, reload, determinism, generation, repeatability."""
+"""The contract of every method on every family: size, neutrality, reload, determinism, generation,
+repeatability.
+"""
 
 import json
 
@@ -13,10 +15,17 @@ from grasp.core.edits import Drop, apply
 from grasp.methods import available, make
 
 METHODS = sorted(available())
-RECIPES = {"grasp": {"num_layers": 2, "retain_ratio": 0.3}, "grasp-fisher": {"ratio": 0.2}, "shortgpt": {"num_layers": 2}}
+RECIPES = {
+    "grasp": {"num_layers": 2, "retain_ratio": 0.3},
+    "grasp-fisher": {"ratio": 0.2},
+    "shortgpt": {"num_layers": 2},
+}
 SIZES = {
     "grasp": ({"ratio": 0.2}, {"layers": (1, 3)}),
-    "grasp-fisher": ({"retain_ratio": 0.3, "layers": (1, 3)}, {"ratio": 0.1, "layers": "bi", "num_layers": 2}),
+    "grasp-fisher": (
+        {"retain_ratio": 0.3, "layers": (1, 3)},
+        {"ratio": 0.1, "layers": "bi", "num_layers": 2},
+    ),
     "shortgpt": ({"ratio": 0.2}, {"layers": (1, 3)}),
 }
 """More ways to say how much, for every method."""
@@ -28,7 +37,9 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 def compressed(name, method, calibration, out=None, **fields):
-    return grasp.compress(build(name), out, method=method, data=calibration, **(fields or RECIPES[method]))
+    return grasp.compress(
+        build(name), out, method=method, data=calibration, **(fields or RECIPES[method])
+    )
 
 
 def logits(model, ids, **more):
@@ -37,11 +48,15 @@ def logits(model, ids, **more):
 
 
 def test_every_method_has_a_recipe_here(method):
-    assert method in RECIPES and method in SIZES, "add the new method to RECIPES and SIZES so that the contract covers it"
+    assert method in RECIPES and method in SIZES, (
+        "add the new method to RECIPES and SIZES so that the contract covers it"
+    )
 
 
 def test_size_is_met(family, method, calibration):
-    """`--ratio` is the true share of all parameters: met to within one rank (one layer, for a method that takes whole layers)."""
+    """`--ratio` is the true share of all parameters: met to within one rank (one layer, for a
+    method that takes whole layers).
+    """
     model = build(family)
     total = model.num_parameters()
     widest = max(sum(linear.shape) for linear in Decoder(model).linears(0))
@@ -64,7 +79,9 @@ def test_ratio_zero_changes_nothing(family, method, calibration):
 def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_path, dtype):
     """Dtype, biases and tied embeddings survive; so does saving once more."""
     model = build(family, dtype)
-    result = grasp.compress(model, tmp_path / "out", method=method, data=calibration, **RECIPES[method])
+    result = grasp.compress(
+        model, tmp_path / "out", method=method, data=calibration, **RECIPES[method]
+    )
     again = grasp.load(tmp_path / "out")
     assert again.model.dtype == dtype
     assert type(again.model).__name__ == type(model).__name__
@@ -76,7 +93,9 @@ def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_
     assert same_weights(resaved, result.model)
     assert close(logits(resaved, calibration.ids), expected)
     if FAMILY_ROWS[family].tied:
-        assert again.model.get_input_embeddings().weight is again.model.get_output_embeddings().weight
+        assert (
+            again.model.get_input_embeddings().weight is again.model.get_output_embeddings().weight
+        )
     biases = {name for name, _ in result.model.named_parameters() if name.endswith("bias")}
     assert {name for name, _ in again.model.named_parameters() if name.endswith("bias")} == biases
     assert bool(biases) == FAMILY_ROWS[family].biased
@@ -85,18 +104,27 @@ def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_
 def test_same_seed_same_edits(family, method, calibration):
     first, second = (compressed(family, method, calibration) for _ in range(2))
     assert first.manifest["edits"] == second.manifest["edits"]
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True)
+    )
 
 
 def test_generation_with_cache_and_padding(family, method, calibration):
-    """Greedy text with the key-value cache equals greedy text without, alone and in a left-padded batch."""
+    """Greedy text with the key-value cache equals greedy text without, alone and in a left-padded
+    batch.
+    """
     model = compressed(family, method, calibration).model
     prompts = [calibration.ids[0, :9], calibration.ids[1, :5]]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 258, "eos_token_id": None}
     alone = []
     for prompt in prompts:
-        cached = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=True, **options)
-        plain = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=False, **options)
+        cached = model.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=True, **options
+        )
+        plain = model.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), use_cache=False, **options
+        )
         for text in (cached, plain):
             assert is_greedy(model, prompt, text[0, len(prompt) :])
         alone.append(cached[0, len(prompt) :])
@@ -114,24 +142,32 @@ def test_recipe_round_trip(family, method, calibration, tmp_path):
     """What grasp.json says about the method makes the same method again."""
     result = compressed(family, method, calibration, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "grasp.json").read_text())
-    fields = {name: value for name, value in saved["method"].items() if name not in ("name", "paper")}
+    fields = {
+        name: value for name, value in saved["method"].items() if name not in ("name", "paper")
+    }
     assert make(saved["method"]["name"], fields).recipe() == make(method, RECIPES[method]).recipe()
     assert saved["edits"] == result.manifest["edits"]
     assert saved["calibration"]["ids_sha256"] == calibration.ids_hash
 
 
 def test_plan_predicts_the_result(family, method, calibration):
-    """To the number; where ranks follow from losses not yet known, what is planned is the most, missed by less than one rank."""
+    """To the number; where ranks follow from losses not yet known, what is planned is the most,
+    missed by less than one rank.
+    """
     for fields in (RECIPES[method], *SIZES[method]):
         chosen, model = make(method, fields), Decoder(build(family))
         result = compressed(family, method, calibration, **fields)
-        one_rank = max(sum(linear.shape) for linear in model.linears(0)) if method == "grasp-fisher" else 1
+        one_rank = (
+            max(sum(linear.shape) for linear in model.linears(0)) if method == "grasp-fisher" else 1
+        )
         assert 0 <= chosen.plan(model).parameters - result.parameters_after < one_rank, fields
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_dropping_a_layer_is_skipping_it(family, layer, calibration, tmp_path):
-    """The model without a layer computes what the dense one does when that layer hands its input on; config and cache follow."""
+    """The model without a layer computes what the dense one does when that layer hands its input
+    on; config and cache follow.
+    """
     dense, model = build(family), Decoder(build(family))
     apply(model, Drop(layer))
 
@@ -139,20 +175,27 @@ def test_dropping_a_layer_is_skipping_it(family, layer, calibration, tmp_path):
         before = args[0] if args else kwargs["hidden_states"]
         return (before, *output[1:]) if isinstance(output, tuple) else before
 
-    handle = next(m for i, m in enumerate(Decoder(dense).stack) if i == layer).register_forward_hook(skip, with_kwargs=True)
+    handle = next(
+        m for i, m in enumerate(Decoder(dense).stack) if i == layer
+    ).register_forward_hook(skip, with_kwargs=True)
     expected = logits(dense, calibration.ids, use_cache=False)
     handle.remove()
     assert torch.allclose(logits(model.model, calibration.ids), expected, atol=1e-5)
     assert model.config.num_hidden_layers == LAYERS - 1
     for key, value in model.config.to_dict().items():
-        assert not (isinstance(value, list) and key.endswith("layer_types")) or len(value) == LAYERS - 1, key
+        assert (
+            not (isinstance(value, list) and key.endswith("layer_types"))
+            or len(value) == LAYERS - 1
+        ), key
     model.model.save_pretrained(tmp_path)
     assert torch.allclose(logits(grasp.load(tmp_path).model, calibration.ids), expected, atol=1e-5)
     assert [found.index for found in model.layers()] == [i for i in range(LAYERS) if i != layer]
 
 
 def test_qwen2_keeps_its_window_boundary():
-    """Layers from max_window_layers on slide; dropping one below the boundary moves it, above it does not."""
+    """Layers from max_window_layers on slide; dropping one below the boundary moves it, above it
+    does not.
+    """
     below, above = Decoder(build("qwen2")), Decoder(build("qwen2"))
     apply(below, Drop(0))
     apply(above, Drop(3))

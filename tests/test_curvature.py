@@ -1,4 +1,6 @@
-"""The sums of one sweep against plain hooks, and the groups they give against the singular value decomposition of D^½ W X^½."""
+"""The sums of one sweep against plain hooks, and the groups they give against the singular value
+decomposition of D^½ W X^½.
+"""
 
 import dataclasses
 import errno
@@ -35,7 +37,9 @@ def sweep(model, data, place=None):
 
 
 def brute_force(model, blocks, paths):
-    """path -> (W, sum xx', sum dd', tokens) in float64, by hooks and autograd on whole blocks of real tokens."""
+    """path -> (W, sum xx', sum dd', tokens) in float64, by hooks and autograd on whole blocks of
+    real tokens.
+    """
     seen, sums = {}, {}
 
     def hook(path):
@@ -65,7 +69,9 @@ def brute_force(model, blocks, paths):
 
 
 def close(found, expected, tolerance):
-    return torch.allclose(found.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    return torch.allclose(
+        found.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max())
+    )
 
 
 def check_sums(table, expected, tolerance=1e-4, far_tolerance=1e-4):
@@ -73,8 +79,15 @@ def check_sums(table, expected, tolerance=1e-4, far_tolerance=1e-4):
     for path, (weight, inputs, gradients, tokens) in expected.items():
         found = table[path]
         tall = weight.shape[0] >= weight.shape[1]
-        near, far = (inputs, weight.T @ gradients @ weight) if tall else (gradients, weight @ inputs @ weight.T)
-        assert found.is_tall == tall and found.near.shape == found.far.shape == (min(weight.shape),) * 2
+        near, far = (
+            (inputs, weight.T @ gradients @ weight)
+            if tall
+            else (gradients, weight @ inputs @ weight.T)
+        )
+        assert (
+            found.is_tall == tall
+            and found.near.shape == found.far.shape == (min(weight.shape),) * 2
+        )
         assert found.near.dtype == found.far.dtype == torch.float32
         assert close(found.near, near, tolerance) and close(found.far, far, far_tolerance), path
         assert found.input_square == pytest.approx(float(inputs.trace()), rel=tolerance)
@@ -85,14 +98,18 @@ def check_sums(table, expected, tolerance=1e-4, far_tolerance=1e-4):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sums_equal_plain_hooks(name, calibration):
     model = build(name)
-    check_sums(sweep(model, calibration), brute_force(model, calibration.ids, all_paths(Decoder(model))))
+    check_sums(
+        sweep(model, calibration), brute_force(model, calibration.ids, all_paths(Decoder(model)))
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_is_left_out(name, calibration):
-    """Blocks of unequal length, padded with rubbish on the right, give the sums of the blocks alone.
+    """Blocks of unequal length, padded with rubbish on the right, give the sums of the blocks
+    alone.
 
-    In float64: in float32 a unit before a ReLU (OPT) can lie within a rounding of zero, where the gradient jumps.
+    In float64: in float32 a unit before a ReLU (OPT) can lie within a rounding of zero, where the
+    gradient jumps.
     """
     model = build(name, torch.float64)
     lengths = [20, 13, 7]
@@ -107,11 +124,19 @@ def test_rubbish_under_the_mask_is_not_seen(calibration):
     """Padding on the left: whatever stands there, the sums are the same."""
     mask = torch.arange(20) >= torch.tensor([0, 4, 11])[:, None]
     tables = [
-        sweep(build("llama"), grasp.Calibration(calibration.ids[:3].where(mask, torch.tensor(pad)), "padded", mask=mask)) for pad in (0, 77)
+        sweep(
+            build("llama"),
+            grasp.Calibration(
+                calibration.ids[:3].where(mask, torch.tensor(pad)), "padded", mask=mask
+            ),
+        )
+        for pad in (0, 77)
     ]
     for path, one in tables[0].items():
         assert one.input_tokens == one.gradient_tokens == 20 + 16 + 9
-        assert close(tables[1][path].near, one.near.double(), 1e-5) and close(tables[1][path].far, one.far.double(), 1e-5), path
+        assert close(tables[1][path].near, one.near.double(), 1e-5) and close(
+            tables[1][path].far, one.far.double(), 1e-5
+        ), path
 
 
 def test_a_bfloat16_model_is_summed_in_float32(calibration):
@@ -136,7 +161,10 @@ def test_one_input_is_summed_once(calibration):
         model = Decoder(build(name))
         table = sweep(model.model, calibration)
         for layer in range(LAYERS):
-            stores = {table[f"{model.family.layers}.{layer}.{reader}"].near.data_ptr() for reader in readers}
+            stores = {
+                table[f"{model.family.layers}.{layer}.{reader}"].near.data_ptr()
+                for reader in readers
+            }
             assert len(stores) == 1, name
 
 
@@ -154,15 +182,21 @@ def test_the_model_comes_back_as_it_was(calibration):
 
 def test_scratch_files_give_equal_sums_and_vanish(calibration, tmp_path):
     folder = tmp_path / "new" / "scratch"
-    in_memory, on_disk = sweep(build("llama"), calibration), sweep(build("llama"), calibration, Scratch(folder))
+    in_memory = sweep(build("llama"), calibration)
+    on_disk = sweep(build("llama"), calibration, Scratch(folder))
     for path, one in in_memory.items():
-        assert torch.equal(on_disk[path].near, one.near) and torch.equal(on_disk[path].far, one.far), path
+        assert torch.equal(on_disk[path].near, one.near) and torch.equal(
+            on_disk[path].far, one.far
+        ), path
     assert folder.is_dir() and not list(folder.iterdir())
 
 
 def test_every_scratch_tensor_has_a_file_of_its_own(tmp_path):
-    one, other = Scratch(tmp_path).zeros(2, 3), Scratch(tmp_path).hold(torch.full((2, 3), 2.0, dtype=torch.float64))
-    assert not bool(one.any()) and one.shape == (2, 3) and torch.equal(other, torch.full((2, 3), 2.0))
+    one = Scratch(tmp_path).zeros(2, 3)
+    other = Scratch(tmp_path).hold(torch.full((2, 3), 2.0, dtype=torch.float64))
+    assert (
+        not bool(one.any()) and one.shape == (2, 3) and torch.equal(other, torch.full((2, 3), 2.0))
+    )
 
 
 @pytest.mark.parametrize(("free", "on_disk"), [(None, False), (10**6, False), (100, True)])
@@ -180,7 +214,12 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(grasp.GraspError) as caught:
         Scratch(tmp_path).zeros(3, 4)
     message = str(caught.value)
-    assert "\n" not in message and "--scratch" in message and str(tmp_path) in message and "No space left" in message
+    assert (
+        "\n" not in message
+        and "--scratch" in message
+        and str(tmp_path) in message
+        and "No space left" in message
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -205,11 +244,17 @@ def root(gram):
 
 
 def record(weight, xs, ds) -> Curvature:
-    """The record that a sweep over inputs xs (tokens, in) and gradients ds (tokens, out) would leave, in float64."""
+    """The record that a sweep over inputs xs (tokens, in) and gradients ds (tokens, out) would
+    leave, in float64.
+    """
     inputs, gradients = xs.T @ xs, ds.T @ ds
     tall = weight.shape[0] >= weight.shape[1]
-    near, far = (inputs, weight.T @ gradients @ weight) if tall else (gradients, weight @ inputs @ weight.T)
-    return Curvature(weight, near, far, float(inputs.trace()), float(gradients.trace()), len(xs), len(ds))
+    near, far = (
+        (inputs, weight.T @ gradients @ weight) if tall else (gradients, weight @ inputs @ weight.T)
+    )
+    return Curvature(
+        weight, near, far, float(inputs.trace()), float(gradients.trace()), len(xs), len(ds)
+    )
 
 
 def damped_gram(gram, damping):
@@ -218,8 +263,16 @@ def damped_gram(gram, damping):
 
 def metric(xs, ds, basis):
     """(D^½, X^½) of a basis, from the vectors themselves."""
-    inputs = damped_gram(xs.T @ xs / len(xs), INPUT_DAMPING) if basis != "plain" else torch.eye(xs.shape[1], dtype=xs.dtype)
-    gradients = damped_gram(ds.T @ ds / len(ds), GRADIENT_DAMPING) if basis == "fisher" else torch.eye(ds.shape[1], dtype=ds.dtype)
+    inputs = (
+        damped_gram(xs.T @ xs / len(xs), INPUT_DAMPING)
+        if basis != "plain"
+        else torch.eye(xs.shape[1], dtype=xs.dtype)
+    )
+    gradients = (
+        damped_gram(ds.T @ ds / len(ds), GRADIENT_DAMPING)
+        if basis == "fisher"
+        else torch.eye(ds.shape[1], dtype=ds.dtype)
+    )
     return root(gradients), root(inputs)
 
 
@@ -238,21 +291,30 @@ shaped = pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide", "square"]
 
 def example(shape, tokens=40):
     out, inn = shape
-    return numbers(out, inn, seed=1), numbers(tokens, inn, seed=2) * torch.arange(1, inn + 1), numbers(tokens, out, seed=3) / 100
+    return (
+        numbers(out, inn, seed=1),
+        numbers(tokens, inn, seed=2) * torch.arange(1, inn + 1),
+        numbers(tokens, out, seed=3) / 100,
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @given(short=st.integers(1, 8), more=st.integers(0, 5), seed=st.integers(0, 99))
 def test_metric_groups_are_the_svd_of_the_whitened_matrix(short, more, seed):
     tall = short + more
-    weight, xs, ds = numbers(tall, short, seed=seed), numbers(30, short, seed=seed + 1), numbers(30, tall, seed=seed + 2)
+    weight = numbers(tall, short, seed=seed)
+    xs = numbers(30, short, seed=seed + 1)
+    ds = numbers(30, tall, seed=seed + 2)
     near, middle = xs.T @ xs, ds.T @ ds
     expand, squares, contract = metric_groups(weight, near, weight.T @ middle @ weight)
     u, s, vh = torch.linalg.svd(root(middle) @ weight @ root(near), full_matrices=False)
     assert torch.allclose(squares, s.square(), rtol=1e-8, atol=1e-9 * float(s[0] ** 2))
     assert torch.allclose((weight @ expand) @ contract, weight, atol=1e-9)
     one = weight @ expand[:, :1] @ contract[:1]
-    expected = torch.linalg.solve(root(middle), u[:, :1] * s[0]) @ torch.linalg.solve(root(near), vh[:1].T).T
+    expected = (
+        torch.linalg.solve(root(middle), u[:, :1] * s[0])
+        @ torch.linalg.solve(root(near), vh[:1].T).T
+    )
     assert s[0] - s[1:2].sum() < 1e-3 * s[0] or torch.allclose(one, expected, atol=1e-6)
 
 
@@ -265,7 +327,9 @@ def test_every_basis_is_the_svd_in_its_metric(shape, basis):
     u, s, vh = torch.linalg.svd(d_root @ weight @ x_root, full_matrices=False)
     assert torch.allclose(found.squares.double(), s.square(), rtol=1e-4)
     for rank in range(len(s) + 1):
-        expected = torch.linalg.solve(d_root, (u[:, :rank] * s[:rank]) @ vh[:rank]) @ torch.linalg.inv(x_root)
+        expected = torch.linalg.solve(
+            d_root, (u[:, :rank] * s[:rank]) @ vh[:rank]
+        ) @ torch.linalg.inv(x_root)
         assert torch.allclose(best(found, rank), expected, atol=1e-4), rank
 
 
@@ -276,7 +340,9 @@ def test_with_unit_metrics_it_is_the_plain_svd(shape):
     xs, ds = (size**0.5 * torch.eye(size, dtype=torch.float64) for size in (shape[1], shape[0]))
     found = decomposed(weight, xs, ds)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    assert torch.allclose(found.squares.double(), s.square() * (1 + INPUT_DAMPING) * (1 + GRADIENT_DAMPING), rtol=1e-5)
+    assert torch.allclose(
+        found.squares.double(), s.square() * (1 + INPUT_DAMPING) * (1 + GRADIENT_DAMPING), rtol=1e-5
+    )
     for rank in range(len(s) + 1):
         assert torch.allclose(best(found, rank), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-5)
 
@@ -284,19 +350,26 @@ def test_with_unit_metrics_it_is_the_plain_svd(shape):
 @shaped
 @pytest.mark.parametrize("basis", BASES)
 def test_turning_inputs_and_outputs_turns_the_groups(shape, basis):
-    """W -> P W Q', x -> Q x, d -> P d with orthogonal P and Q: equal squares, and the product turns along."""
+    """W -> P W Q', x -> Q x, d -> P d with orthogonal P and Q: equal squares, and the product turns
+    along.
+    """
     weight, xs, ds = example(shape)
-    p, q = torch.linalg.qr(numbers(shape[0], shape[0]))[0], torch.linalg.qr(numbers(shape[1], shape[1]))[0]
-    before, after = decomposed(weight, xs, ds, basis), decomposed(p @ weight @ q.T, xs @ q.T, ds @ p.T, basis)
+    p = torch.linalg.qr(numbers(shape[0], shape[0]))[0]
+    q = torch.linalg.qr(numbers(shape[1], shape[1]))[0]
+    before = decomposed(weight, xs, ds, basis)
+    after = decomposed(p @ weight @ q.T, xs @ q.T, ds @ p.T, basis)
     assert torch.allclose(before.squares, after.squares, rtol=1e-4)
     assert torch.allclose(p @ best(before, 3) @ q.T, best(after, 3), atol=1e-4)
 
 
 @shaped
 def test_the_unit_is_the_loss(shape):
-    """Twice the gradient is four times the loss, and the same groups; the number of tokens does not matter."""
+    """Twice the gradient is four times the loss, and the same groups; the number of tokens does not
+    matter.
+    """
     weight, xs, ds = example(shape)
-    one, other = decomposed(weight, xs, ds), decomposed(weight, xs.repeat(3, 1), 2 * ds.repeat(3, 1))
+    one = decomposed(weight, xs, ds)
+    other = decomposed(weight, xs.repeat(3, 1), 2 * ds.repeat(3, 1))
     assert torch.allclose(4 * one.squares, other.squares, rtol=1e-5)
     assert torch.allclose(best(one, 2), best(other, 2), atol=1e-5)
 
@@ -304,7 +377,9 @@ def test_the_unit_is_the_loss(shape):
 @shaped
 @pytest.mark.parametrize("rank", [0, 1, 3, 4])
 def test_the_error_is_the_sum_of_the_dropped_squares_and_least(shape, rank):
-    """||D^½ (W - B A) X^½||² equals what was dropped; no other matrix of that rank, near or far, has less."""
+    """||D^½ (W - B A) X^½||² equals what was dropped; no other matrix of that rank, near or far,
+    has less.
+    """
     weight, xs, ds = example(shape)
     found = decomposed(weight, xs, ds)
     d_root, x_root = metric(xs, ds, "fisher")
@@ -324,7 +399,10 @@ def test_the_error_is_the_sum_of_the_dropped_squares_and_least(shape, rank):
 
 SINGULAR = {
     "fewer tokens than features": lambda xs, ds: (xs[:3], ds[:2]),
-    "dead features": lambda xs, ds: (xs * (torch.arange(xs.shape[1]) > 1), ds * (torch.arange(ds.shape[1]) > 2)),
+    "dead features": lambda xs, ds: (
+        xs * (torch.arange(xs.shape[1]) > 1),
+        ds * (torch.arange(ds.shape[1]) > 2),
+    ),
     "one token": lambda xs, ds: (xs[:1], ds[:1]),
     "no gradient": lambda xs, ds: (xs, 0 * ds),
     "no input": lambda xs, ds: (0 * xs, ds),
@@ -335,11 +413,16 @@ SINGULAR = {
 @shaped
 @pytest.mark.parametrize("case", SINGULAR)
 def test_singular_statistics(shape, case):
-    """Finite factors that hold all of W at full rank, where a Cholesky factor may not even exist."""
+    """Finite factors that hold all of W at full rank, where a Cholesky factor may not exist."""
     weight, xs, ds = example(shape)
     found = decomposed(weight, *SINGULAR[case](xs, ds))
     left, right = found.pair(torch.arange(min(shape)))
-    assert bool(left.isfinite().all() and right.isfinite().all() and found.squares.isfinite().all() and (found.squares >= 0).all())
+    assert bool(
+        left.isfinite().all()
+        and right.isfinite().all()
+        and found.squares.isfinite().all()
+        and (found.squares >= 0).all()
+    )
     assert torch.allclose((left @ right).double(), weight, atol=1e-3)
 
 
@@ -348,7 +431,9 @@ def test_singular_statistics(shape, case):
 def test_what_the_loss_does_not_see_costs_nothing(shape, case):
     """All inputs or all gradients zero: every group can go for free."""
     weight, xs, ds = example(shape)
-    assert float(decomposed(weight, *SINGULAR[case](xs, ds)).squares.max()) == pytest.approx(0, abs=1e-12)
+    assert float(decomposed(weight, *SINGULAR[case](xs, ds)).squares.max()) == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
@@ -356,7 +441,9 @@ def test_symmetric_roots(rank):
     """R R = gram, singular or not, and R R^-1 is the identity."""
     gram = numbers(6, rank) @ numbers(6, rank).T
     found, inverse = symmetric_roots(gram)
-    assert torch.allclose(found @ found, gram, atol=1e-6 * float(gram.max())) and torch.allclose(found, found.T)
+    assert torch.allclose(found @ found, gram, atol=1e-6 * float(gram.max())) and torch.allclose(
+        found, found.T
+    )
     assert torch.allclose(found @ inverse, torch.eye(6, dtype=torch.float64), atol=1e-6)
 
 
@@ -367,7 +454,10 @@ def test_roots_where_cholesky_fails():
         torch.linalg.cholesky(gram)
     found, inverse = symmetric_roots(gram)
     assert torch.allclose(found @ found, gram, atol=1e-13) and bool(inverse.isfinite().all())
-    assert all(torch.equal(side, torch.eye(3, dtype=torch.float64)) for side in symmetric_roots(torch.zeros(3, 3)))
+    assert all(
+        torch.equal(side, torch.eye(3, dtype=torch.float64))
+        for side in symmetric_roots(torch.zeros(3, 3))
+    )
 
 
 def test_groups_of_a_narrow_matrix_are_float32():

@@ -1,4 +1,6 @@
-"""Where things are written: what cannot be is said before any work is done, by every verb and by a dry run; what can be is filled."""
+"""Where things are written: what cannot be is said before any work is done, by every verb and by a
+dry run; what can be is filled.
+"""
 
 import json
 import os
@@ -12,14 +14,19 @@ from conftest import MANIFEST
 from test_cli import SMALL, command
 
 import grasp
-from grasp import compare as comparison
-from grasp import estimate, inspection, measurement, pipeline, quantization, recovery
 from grasp.core import destination
 from grasp.core.destination import check_destination, check_file
 from grasp.core.results import Result, Results
 from grasp.errors import CheckpointError, RecipeError
 from grasp.report import html
-from grasp.serving import export as exporting
+from grasp.verbs import compare as comparison
+from grasp.verbs import compress as pipeline
+from grasp.verbs import dry_run as estimate
+from grasp.verbs import evaluate as measurement
+from grasp.verbs import export as exporting
+from grasp.verbs import inspect as inspection
+from grasp.verbs import quantize as quantization
+from grasp.verbs import recover as recovery
 
 
 @pytest.fixture
@@ -72,11 +79,32 @@ def test_out_that_cannot_be(out, place):
 
 
 @pytest.mark.parametrize(
-    "out", ["new", "new/er", "empty", "to-empty", "to-empty/new", "x" * 255, "é" * 127, "full/../new", "~x", "with space"]
+    "out",
+    [
+        "new",
+        "new/er",
+        "empty",
+        "to-empty",
+        "to-empty/new",
+        "x" * 255,
+        "é" * 127,
+        "full/../new",
+        "~x",
+        "with space",
+    ],
 )
 def test_out_that_can_be(out, place):
     check_destination(Path(out), 1000)
-    assert sorted(path.name for path in place.iterdir()) == ["circle", "empty", "file", "full", "nowhere", "to-empty", "to-file", "to-full"]
+    assert sorted(path.name for path in place.iterdir()) == [
+        "circle",
+        "empty",
+        "file",
+        "full",
+        "nowhere",
+        "to-empty",
+        "to-file",
+        "to-full",
+    ]
 
 
 def test_the_root_of_a_disk_is_empty(place):
@@ -85,7 +113,9 @@ def test_the_root_of_a_disk_is_empty(place):
     check_destination(place / "empty", 0)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_a_folder_that_is_not_ours(place):
     (place / "empty").chmod(0o555)
     for out in ("empty", "empty/new", "to-empty"):
@@ -189,18 +219,26 @@ DIRECTORY_VERBS = {
 
 @pytest.mark.parametrize("out", ["file/out", "nowhere", "x" * 256, "caf\udce9", "inside"])
 @pytest.mark.parametrize("verb", DIRECTORY_VERBS)
-def test_every_verb_that_writes_a_directory_asks_first(verb, out, place, checkpoint, text_file, no_work, monkeypatch):
+def test_every_verb_that_writes_a_directory_asks_first(
+    verb, out, place, checkpoint, text_file, no_work, monkeypatch
+):
     monkeypatch.setattr(quantization, "torchao", lambda: None)
     if out == "inside":
         out = f"{checkpoint}/out"
         if verb == "demo":
             pytest.skip("reads no directory of the user's")
-    words = [{"MODEL": checkpoint, "OUT": out, "TEXT": text_file}.get(word, word) for word in DIRECTORY_VERBS[verb].split()]
+    words = [
+        {"MODEL": checkpoint, "OUT": out, "TEXT": text_file}.get(word, word)
+        for word in DIRECTORY_VERBS[verb].split()
+    ]
     assert command(*words).error.startswith("OUT ")
 
 
 def experiment(path: Path, model: str, text: str) -> None:
-    path.write_text(f"model = {model!r}\n[calibration]\ndata = {text!r}\n[[methods]]\nmethod = 'shortgpt'\nnum_layers = 1\n")
+    path.write_text(
+        f"model = {model!r}\n[calibration]\ndata = {text!r}\n[[methods]]\nmethod ="
+        " 'shortgpt'\nnum_layers = 1\n"
+    )
 
 
 FILE_VERBS = {
@@ -215,12 +253,17 @@ FILE_VERBS = {
 
 @pytest.mark.parametrize("path", ["file/x", "gone", "x" * 256, "caf\udce9", "folder"])
 @pytest.mark.parametrize("verb", FILE_VERBS)
-def test_every_verb_that_writes_a_file_asks_first(verb, path, place, model_directory, text_file, no_work):
+def test_every_verb_that_writes_a_file_asks_first(
+    verb, path, place, model_directory, text_file, no_work
+):
     experiment(place / "two.toml", model_directory, text_file)
     for kind in ("json", "html", "png"):
         (place / f"gone.{kind}").symlink_to("not-there/x")
         (place / f"folder.{kind}").mkdir()
-    words = [{"MODEL": model_directory, "TEXT": text_file}.get(word, word).replace("FILE", path) for word in FILE_VERBS[verb].split()]
+    words = [
+        {"MODEL": model_directory, "TEXT": text_file}.get(word, word).replace("FILE", path)
+        for word in FILE_VERBS[verb].split()
+    ]
     error = command(*words).error
     assert error.startswith(("--output ", "-o ")), error
 
@@ -240,12 +283,22 @@ def test_a_dry_run_makes_no_results_folder(place, model_directory, text_file):
     assert sorted(place.iterdir()) == before
 
 
-def test_where_the_states_of_a_run_cannot_be_kept(place, checkpoint, text_file, no_work, monkeypatch):
-    """OUT is a mount point in a folder that is not writable, as in a container: OUT.recovery cannot lie beside it."""
+def test_where_the_states_of_a_run_cannot_be_kept(
+    place, checkpoint, text_file, no_work, monkeypatch
+):
+    """OUT is a mount point in a folder that is not writable, as in a container: OUT.recovery cannot
+    lie beside it.
+    """
     real = os.access
-    monkeypatch.setattr(destination.os, "access", lambda path, mode: Path(path) != place and real(path, mode))
+    monkeypatch.setattr(
+        destination.os, "access", lambda path, mode: Path(path) != place and real(path, mode)
+    )
     error = command("recover", checkpoint, "empty", "--data", text_file).error
-    assert error.startswith("OUT empty: ") and "empty.recovery" in error and "such as empty/model" in error
+    assert (
+        error.startswith("OUT empty: ")
+        and "empty.recovery" in error
+        and "such as empty/model" in error
+    )
 
 
 # --- directories that are there are filled
@@ -256,7 +309,18 @@ def out_of(place, model_directory, text_file):
     """`out_of(out)`: the files of a checkpoint that was written to `out`."""
 
     def run(out: str) -> set[str]:
-        outcome = command("compress", model_directory, out, "--method", "grasp", "--layers", "3", "--data", text_file, *SMALL)
+        outcome = command(
+            "compress",
+            model_directory,
+            out,
+            "--method",
+            "grasp",
+            "--layers",
+            "3",
+            "--data",
+            text_file,
+            *SMALL,
+        )
         assert outcome.status == 0, outcome.err
         assert grasp.load(out).manifest["parameters"]
         return {path.name for path in Path(out).iterdir()}
@@ -291,7 +355,9 @@ def mount(tmp_path):
     def bind(what: Path, where: Path) -> None:
         if shutil.which("mount") is None or os.geteuid() != 0:
             pytest.skip("only root mounts")
-        if subprocess.run(["mount", "--bind", what, where], check=False, capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "--bind", what, where], check=False, capture_output=True
+        ).returncode:
             pytest.skip("mounting is not allowed here")
         done.append(where)
 
@@ -318,7 +384,18 @@ def test_a_results_file_that_is_a_mount_point(place, mount):
 def test_recover_from_and_to_links(place, model_directory, text_file, monkeypatch):
     """The run's states lie beside the link, and go."""
     torch.manual_seed(0)
-    made = command("compress", model_directory, "small", "--method", "grasp", "--layers", "3", "--data", text_file, *SMALL)
+    made = command(
+        "compress",
+        model_directory,
+        "small",
+        "--method",
+        "grasp",
+        "--layers",
+        "3",
+        "--data",
+        text_file,
+        *SMALL,
+    )
     assert made.status == 0, made.err
     more = ("--max-steps", "2", "--batch-size", "2", "--max-length", "32", "--held-out", "2")
     done = command("recover", "small", "to-empty", "--data", text_file, *more)

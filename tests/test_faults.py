@@ -1,4 +1,6 @@
-"""What goes wrong ends in one line that helps, leaves no half a checkpoint, and never touches the input."""
+"""What goes wrong ends in one line that helps, leaves no half a checkpoint, and never touches the
+input.
+"""
 
 import json
 import os
@@ -17,17 +19,21 @@ from safetensors.torch import load_file, save_file
 from test_cli import SMALL, Outcome, command
 
 import grasp
-from grasp import pipeline
 from grasp.core.decoder import Decoder
-from grasp.core.modeling_grasp import FORMAT_VERSION
+from grasp.core.layers.modeling_grasp import FORMAT_VERSION
 from grasp.errors import CheckpointError, ModelError
+from grasp.verbs import compress as pipeline
 
 UP_TO_DATE = "pip install -U grasp-llm"
 
 
 def contents(directory: Path | str) -> dict[str, bytes]:
     """Every file below a directory."""
-    return {str(file.relative_to(directory)): file.read_bytes() for file in Path(directory).rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in Path(directory).rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +46,13 @@ def the_input_is_never_touched(model_directory):
 
 @pytest.fixture
 def compress(model_directory, text_file, tmp_path):
-    """`compress(*flags, model=..., out=...)`: the command on the tiny model, by the paper's method unless flags name one; OUT is tmp_path / "out"."""
+    """`compress(*flags, model=..., out=...)`: the command on the tiny model, by the paper's method
+    unless flags name one; OUT is tmp_path / "out".
+    """
 
-    def run(*flags: object, model: object = model_directory, out: object = tmp_path / "out") -> Outcome:
+    def run(
+        *flags: object, model: object = model_directory, out: object = tmp_path / "out"
+    ) -> Outcome:
         method = () if {"--method", "--config"} & set(flags) else ("--method", "grasp")
         return command("compress", model, out, "--data", text_file, *SMALL, *method, *flags)
 
@@ -59,7 +69,18 @@ def copy(model_directory, tmp_path) -> Path:
 def checkpoint(model_directory, text_file, tmp_path_factory) -> Path:
     """A checkpoint with low-rank matrices in layer 3."""
     out = tmp_path_factory.mktemp("checkpoint") / "small"
-    made = command("compress", model_directory, out, "--method", "grasp", "--layers", "3", "--data", text_file, *SMALL)
+    made = command(
+        "compress",
+        model_directory,
+        out,
+        "--method",
+        "grasp",
+        "--layers",
+        "3",
+        "--data",
+        text_file,
+        *SMALL,
+    )
     assert made.status == 0, made.err
     return out
 
@@ -93,27 +114,67 @@ MISTAKES = {
     "--num-layers 1 --rank-multiple 0": ["--rank-multiple 0", "a whole number from 1 to"],
     "--num-layers 1 --ratio 0.1": ["--num-layers", "--ratio", "one of"],
     "": ["--ratio", "--num-layers", "--layers", "none was given"],
-    "--num-layers 1 --score talyor": ["--score talyor", "taylor-per-sample", "did you mean 'taylor'?"],
+    "--num-layers 1 --score talyor": [
+        "--score talyor",
+        "taylor-per-sample",
+        "did you mean 'taylor'?",
+    ],
     "--num-layers 1 --method gasp": ["--method gasp", "shortgpt", "did you mean 'grasp'?"],
-    "--num-layers 1 --projections gaet": ["--projections", "'gaet'", "attention", "did you mean 'gate'?"],
-    "--num-layers 1 --sigma-split lfet": ["--sigma-split lfet", "both, left, right", "did you mean 'left'?"],
+    "--num-layers 1 --projections gaet": [
+        "--projections",
+        "'gaet'",
+        "attention",
+        "did you mean 'gate'?",
+    ],
+    "--num-layers 1 --sigma-split lfet": [
+        "--sigma-split lfet",
+        "both, left, right",
+        "did you mean 'left'?",
+    ],
     "--num-layers 1 --dtype flaot32": ["--dtype flaot32", "bfloat16", "did you mean 'float32'?"],
     "--num-layers 1 --device cdua": ["--device cdua", "cpu", "did you mean 'cuda'?"],
     "--num-layers 1 --num-samples 0": ["--num-samples 0", "a whole number from 1 to"],
     "--num-layers 1 --seq-len 500": ["--seq-len 500", "2 to 128"],
     "--num-layers 1 --data pydco": ["--data pydco", "wikitext2", "did you mean 'pydoc'?"],
-    "--method grasp-fisher": ["--method grasp-fisher", "--ratio", "--retain-ratio", "none was given"],
-    "--method grasp-fisher --ratio 0.1 --retain-ratio 0.1": ["--method grasp-fisher", "one of", "got both"],
+    "--method grasp-fisher": [
+        "--method grasp-fisher",
+        "--ratio",
+        "--retain-ratio",
+        "none was given",
+    ],
+    "--method grasp-fisher --ratio 0.1 --retain-ratio 0.1": [
+        "--method grasp-fisher",
+        "one of",
+        "got both",
+    ],
     "--method grasp-fisher --ratio nan": ["--ratio nan", "at least 0 and below 1"],
     "--method grasp-fisher --ratio 0.1 --layers 7": ["--layers 7", "0 to 3"],
     "--method grasp-fisher --ratio 0.1 --layers 1,1": ["--layers 1,1", "twice"],
     "--method grasp-fisher --ratio 0.1 --layers bii": ["--layers bii", "all, bi, or indices"],
     "--method grasp-fisher --ratio 0.1 --layers bi": ["--num-layers", "--layers bi", "go together"],
-    "--method grasp-fisher --ratio 0.1 --num-layers 2": ["--num-layers", "--layers bi", "go together"],
-    "--method grasp-fisher --retain-ratio 0.1 --layers bi --num-layers 5": ["--num-layers 5", "4 layers"],
-    "--method grasp-fisher --ratio 0.1 --basis fischer": ["--basis fischer", "plain, input, fisher", "did you mean 'fisher'?"],
-    "--method grasp-fisher --ratio 0.1 --exclude gaet": ["--exclude", "'gaet'", "did you mean 'gate'?"],
-    "--method grasp-fisher --ratio 0.1 --rank-multiple 0": ["--rank-multiple 0", "a whole number from 1 to"],
+    "--method grasp-fisher --ratio 0.1 --num-layers 2": [
+        "--num-layers",
+        "--layers bi",
+        "go together",
+    ],
+    "--method grasp-fisher --retain-ratio 0.1 --layers bi --num-layers 5": [
+        "--num-layers 5",
+        "4 layers",
+    ],
+    "--method grasp-fisher --ratio 0.1 --basis fischer": [
+        "--basis fischer",
+        "plain, input, fisher",
+        "did you mean 'fisher'?",
+    ],
+    "--method grasp-fisher --ratio 0.1 --exclude gaet": [
+        "--exclude",
+        "'gaet'",
+        "did you mean 'gate'?",
+    ],
+    "--method grasp-fisher --ratio 0.1 --rank-multiple 0": [
+        "--rank-multiple 0",
+        "a whole number from 1 to",
+    ],
 }
 
 
@@ -173,7 +234,9 @@ def test_a_picture_that_cannot_be_written(picture, model_directory, text_file, t
 
 
 def test_what_was_asked_for_and_skipped_is_said(compress, checkpoint):
-    """Layer 3 of the checkpoint holds nothing but low-rank pairs; a full share of the scores leaves every matrix dense."""
+    """Layer 3 of the checkpoint holds nothing but low-rank pairs; a full share of the scores leaves
+    every matrix dense.
+    """
     outcome = compress("--layers", "2,3", model=checkpoint)
     assert "layer 3" in outcome.err or "layers.3" in outcome.err
     outcome = compress("--layers", "2", "--threshold-ratio", "1", out=checkpoint.parent / "dense")
@@ -185,7 +248,12 @@ def test_what_was_asked_for_and_skipped_is_said(compress, checkpoint):
 
 def test_a_hub_name_without_network(compress):
     error = compress("--num-layers", "1", model="nobody/no-such-model").error
-    assert "MODEL nobody/no-such-model" in error and "network" in error and "local directory" in error and "smollm2" in error
+    assert (
+        "MODEL nobody/no-such-model" in error
+        and "network" in error
+        and "local directory" in error
+        and "smollm2" in error
+    )
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "nowhere.gguf", "a/b/c"])
@@ -205,7 +273,9 @@ def test_a_missing_config(compress, copy):
     assert str(copy) in error and "no config.json" in error
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}', '{"model_type": "t5"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"model_type": "no-such-type"}', '{"model_type": "t5"}']
+)
 def test_a_config_of_no_language_model(content, compress, copy):
     (copy / "config.json").write_text(content)
     assert str(copy) in compress("--num-layers", "1", model=copy).error
@@ -245,7 +315,10 @@ def test_a_missing_tensor_is_never_filled_with_random_numbers(compress, copy):
 
 
 def test_a_tensor_of_the_wrong_shape(compress, copy):
-    change_weights(copy, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3, 32)}))
+    change_weights(
+        copy,
+        lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3, 32)}),
+    )
     error = compress("--num-layers", "1", model=copy).error
     assert str(copy) in error and "model.layers.2.mlp.up_proj.weight" in error
 
@@ -253,9 +326,17 @@ def test_a_tensor_of_the_wrong_shape(compress, copy):
 def test_an_architecture_without_plain_linears(compress, tokenizer, tmp_path):
     """Mixtral's experts are one tensor of three dimensions each."""
     config = transformers.MixtralConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
     tokenizer.save_pretrained(tmp_path / "experts")
     error = compress("--num-layers", "1", model=tmp_path / "experts").error
@@ -272,8 +353,14 @@ def test_a_model_without_its_familys_linears():
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("verb", ["compress", "inspect"])
 def test_a_non_finite_weight_is_named(verb, number, copy, text_file, tmp_path):
-    change_weights(copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"][3].fill_(number))
-    words = (tmp_path / "out", "--ratio", "0.1") if verb == "compress" else ("-o", tmp_path / "seen.png")
+    change_weights(
+        copy, lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"][3].fill_(number)
+    )
+    words = (
+        (tmp_path / "out", "--ratio", "0.1")
+        if verb == "compress"
+        else ("-o", tmp_path / "seen.png")
+    )
     error = command(verb, copy, *words, "--data", text_file, *SMALL).error
     assert "'model.layers.2.mlp.down_proj.weight' holds 48 non-finite numbers" in error
 
@@ -304,7 +391,9 @@ def test_a_loss_that_is_not_a_number_names_the_layer(flags, compress, copy, tmp_
 def test_a_manifest_of_a_newer_grasp(checkpoint, text_file, tmp_path):
     newer = Path(shutil.copytree(checkpoint, tmp_path / "newer"))
     change_json(newer / "grasp.json", format_version=99)
-    with pytest.raises(CheckpointError, match=f"format 99 .* up to {FORMAT_VERSION}; .*{UP_TO_DATE}"):
+    with pytest.raises(
+        CheckpointError, match=f"format 99 .* up to {FORMAT_VERSION}; .*{UP_TO_DATE}"
+    ):
         grasp.load(newer)
     error = command("eval", newer, "--ppl", text_file).error
     assert str(newer) in error and UP_TO_DATE in error
@@ -343,7 +432,11 @@ def test_out_that_is_not_empty_is_left_untouched(compress, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     error = compress("--num-layers", "1").error
-    assert f"OUT {tmp_path / 'out'}" in error and "not an empty directory" in error and "another path" in error
+    assert (
+        f"OUT {tmp_path / 'out'}" in error
+        and "not an empty directory" in error
+        and "another path" in error
+    )
     assert contents(tmp_path) == {"out/mine.txt": b"mine"}
 
 
@@ -356,7 +449,9 @@ def test_out_that_is_a_file_or_the_model_itself(compress, model_directory, tmp_p
 def test_an_empty_out_is_taken(compress, tmp_path):
     (tmp_path / "out").mkdir()
     assert compress("--num-layers", "1").status == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
+        tmp_path / "out" / "config.json"
+    ).is_file()
 
 
 def free_space(monkeypatch, free: int) -> None:
@@ -392,10 +487,19 @@ def test_a_disk_that_fills_up_meanwhile_is_noticed_before_writing(compress, monk
 
 
 @pytest.mark.parametrize(
-    ("failure", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130), (RuntimeError("x"), 1)]
+    ("failure", "status"),
+    [
+        (OSError(28, "No space left on device"), 2),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("x"), 1),
+    ],
 )
-def test_a_failure_while_saving_leaves_nothing_behind(failure, status, compress, monkeypatch, tmp_path):
-    """The weights are written when it fails. OUT's parent is new: it is part of what would be left behind."""
+def test_a_failure_while_saving_leaves_nothing_behind(
+    failure, status, compress, monkeypatch, tmp_path
+):
+    """The weights are written when it fails. OUT's parent is new: it is part of what would be left
+    behind.
+    """
 
     write = transformers.PreTrainedTokenizerBase.save_pretrained
 
@@ -407,7 +511,9 @@ def test_a_failure_while_saving_leaves_nothing_behind(failure, status, compress,
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
     outcome = compress("--num-layers", "1", out=tmp_path / "new" / "out")
     assert outcome.status == status and outcome.out == "" and "Traceback" not in outcome.err
-    assert [line for line in outcome.err.splitlines() if "error" in line] == [outcome.err.splitlines()[-1]]
+    assert [line for line in outcome.err.splitlines() if "error" in line] == [
+        outcome.err.splitlines()[-1]
+    ]
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -419,10 +525,11 @@ import json, os, resource, signal, sys
 import torch
 torch.set_num_threads(1)  # a process with more threads must not fork
 import transformers
-import grasp.commands
+import grasp.terminal.commands
 from grasp.cli import main
 
-transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast  # imported once, before the forks
+# imported once, before the forks
+transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -452,7 +559,8 @@ def killed_at_the_last_moment():
 
 home, model, text = sys.argv[1:]
 ends = {}
-for prepare in (whole, no_room, killed_in_the_weights, killed_after_the_weights, killed_at_the_last_moment):
+for prepare in (whole, no_room, killed_in_the_weights, killed_after_the_weights, \
+killed_at_the_last_moment):
     place = os.path.join(home, prepare.__name__)
     os.mkdir(place)
     child = os.fork()
@@ -473,7 +581,9 @@ print(json.dumps(ends))
 
 @pytest.fixture(scope="module")
 def deaths(model_directory, text_file, tmp_path_factory) -> tuple[Path, dict[str, int]]:
-    """(directory, exit status by case): each case compressed into `directory/case/out` and said `directory/case.err`."""
+    """(directory, exit status by case): each case compressed into `directory/case/out` and said
+    `directory/case.err`.
+    """
     home = tmp_path_factory.mktemp("deaths")
     words = [sys.executable, "-c", DYING, str(home), model_directory, text_file]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
@@ -487,15 +597,24 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @needs_fork
 def test_a_write_error_in_the_middle_of_saving_is_one_line_and_leaves_nothing(deaths):
     home, ends = deaths
-    assert ends["whole"] == 0 and grasp.load(home / "whole" / "out").manifest  # or the cases would prove nothing
+    # or the cases would prove nothing
+    assert ends["whole"] == 0 and grasp.load(home / "whole" / "out").manifest
     assert ends["no_room"] == 2
-    errors = [line for line in (home / "no_room.err").read_text().splitlines() if not line.startswith("INFO")]
-    assert len(errors) == 1 and errors[0].startswith(f"grasp: error: OUT {home / 'no_room' / 'out'}: cannot be written")
+    errors = [
+        line
+        for line in (home / "no_room.err").read_text().splitlines()
+        if not line.startswith("INFO")
+    ]
+    assert len(errors) == 1 and errors[0].startswith(
+        f"grasp: error: OUT {home / 'no_room' / 'out'}: cannot be written"
+    )
     assert list((home / "no_room").iterdir()) == []
 
 
 @needs_fork
-@pytest.mark.parametrize("case", ["killed_in_the_weights", "killed_after_the_weights", "killed_at_the_last_moment"])
+@pytest.mark.parametrize(
+    "case", ["killed_in_the_weights", "killed_after_the_weights", "killed_at_the_last_moment"]
+)
 def test_a_killed_process_leaves_no_out_and_the_next_run_works(case, deaths, compress):
     home, ends = deaths
     assert ends[case] == -signal.SIGKILL
@@ -508,13 +627,18 @@ def test_a_killed_process_leaves_no_out_and_the_next_run_works(case, deaths, com
         with pytest.raises(CheckpointError):
             grasp.load(left[0])
     assert compress("--num-layers", "1", out=out).status == 0
-    assert grasp.load(out).manifest["parameters"] == grasp.load(home / "whole" / "out").manifest["parameters"]
+    assert (
+        grasp.load(out).manifest["parameters"]
+        == grasp.load(home / "whole" / "out").manifest["parameters"]
+    )
 
 
 def test_without_a_network_the_hub_is_not_asked_six_times(monkeypatch):
-    """Where the hub's name cannot be looked up, a hub model is sought in the cache only, and a hub text is refused at once."""
+    """Where the hub's name cannot be looked up, a hub model is sought in the cache only, and a hub
+    text is refused at once.
+    """
     from grasp.core import hub
-    from grasp.stages import text
+    from grasp.data import text
 
     def no_network(*_: object) -> None:
         raise OSError("Name or service not known")

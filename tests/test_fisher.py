@@ -13,13 +13,13 @@ from test_curvature import all_paths, brute_force, damped_gram, root
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.modeling_grasp import LowRankLinear
+from grasp.core.layers.modeling_grasp import LowRankLinear
 from grasp.errors import GraspError, RecipeError
 from grasp.methods import grasp_fisher, make
-from grasp.pipeline import predict
 from grasp.stages import latency
 from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING, over_cores
 from grasp.stages.latency import Latency
+from grasp.verbs.compress import predict
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def data(calibration):
 
 
 def run(data, model=None, **fields):
-    return grasp.compress(build("llama") if model is None else model, method="grasp-fisher", data=data, **fields)
+    return grasp.compress(
+        build("llama") if model is None else model, method="grasp-fisher", data=data, **fields
+    )
 
 
 def edits(result):
@@ -46,7 +48,12 @@ def product(result, path):
 
 def stored(result, paths):
     """Numbers that the matrices at `paths` hold now."""
-    return sum(p.numel() for path in paths for name, p in result.model.get_submodule(path).named_parameters() if name != "bias")
+    return sum(
+        p.numel()
+        for path in paths
+        for name, p in result.model.get_submodule(path).named_parameters()
+        if name != "bias"
+    )
 
 
 # --- the prediction
@@ -54,7 +61,7 @@ def stored(result, paths):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_the_prediction_is_half_the_trace(name, calibration):
-    """1/2 tr(D M X M') over all matrices, with M what was taken from W and X and D by plain hooks."""
+    """1/2 tr(D M X M') over all matrices: M, what was taken from W; X and D, by plain hooks."""
     model = build(name)
     sums = brute_force(model, calibration.ids, all_paths(Decoder(model)))
     result = run(calibration, model, ratio=0.2)
@@ -63,7 +70,17 @@ def test_the_prediction_is_half_the_trace(name, calibration):
         weight, inputs, gradients, tokens = sums[path]
         change = weight - product(result, path)
         x, d = inputs / tokens, gradients / tokens
-        lost = float((damped_gram(d, GRADIENT_DAMPING) @ change @ damped_gram(x, INPUT_DAMPING) @ change.T).trace()) / 2
+        lost = (
+            float(
+                (
+                    damped_gram(d, GRADIENT_DAMPING)
+                    @ change
+                    @ damped_gram(x, INPUT_DAMPING)
+                    @ change.T
+                ).trace()
+            )
+            / 2
+        )
         assert edit["predicted_loss"] == pytest.approx(lost, rel=1e-2, abs=1e-9), path
         total, undamped = total + lost, undamped + float((d @ change @ x @ change.T).trace()) / 2
     assert result.manifest["prediction"]["loss_rise"] == pytest.approx(total, rel=1e-3)
@@ -72,7 +89,10 @@ def test_the_prediction_is_half_the_trace(name, calibration):
 
 def test_no_loss_is_predicted_below_zero(calibration):
     """Though what is dropped may be a millionth of what is kept."""
-    assert all(edit["predicted_loss"] >= 0 for edit in edits(run(calibration, build("gpt2"), ratio=0.02)).values())
+    assert all(
+        edit["predicted_loss"] >= 0
+        for edit in edits(run(calibration, build("gpt2"), ratio=0.02)).values()
+    )
 
 
 def test_predictions_rise_with_the_ratio_and_equal_the_manifest(calibration):
@@ -80,12 +100,19 @@ def test_predictions_rise_with_the_ratio_and_equal_the_manifest(calibration):
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
     found = predict(model, ladder, data=calibration, ratio=0.1)
-    assert list(found.rises) == ladder and list(found.rises.values()) == sorted(found.rises.values())
+    assert list(found.rises) == ladder and list(found.rises.values()) == sorted(
+        found.rises.values()
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for ratio in (0.1, 0.5):
         said = run(calibration, ratio=ratio).manifest["prediction"]
-        assert said["loss_rise"] == pytest.approx(found.rises[ratio], rel=1e-3) and said["loss_before"] == found.loss
-        assert said["perplexity_ratio"] * torch.tensor(found.loss).exp() == pytest.approx(found.perplexity(ratio), rel=1e-5)
+        assert (
+            said["loss_rise"] == pytest.approx(found.rises[ratio], rel=1e-3)
+            and said["loss_before"] == found.loss
+        )
+        assert said["perplexity_ratio"] * torch.tensor(found.loss).exp() == pytest.approx(
+            found.perplexity(ratio), rel=1e-5
+        )
 
 
 def test_predictions_leave_out_what_cannot_be_reached(data):
@@ -94,14 +121,23 @@ def test_predictions_leave_out_what_cannot_be_reached(data):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"method": "shortgpt"}, {"basis": "plain"}, {"basis": "input"}, {"score": "taylor"}, {"score": "random"}]
+    "fields",
+    [
+        {"method": "shortgpt"},
+        {"basis": "plain"},
+        {"basis": "input"},
+        {"score": "taylor"},
+        {"score": "random"},
+    ],
 )
 def test_only_losses_are_predicted(fields, data):
     with pytest.raises(RecipeError, match="predicts no loss"):
         predict(build("llama"), [0.2], data=data, ratio=0.2, **fields)
     if "method" not in fields:
         result = run(data, ratio=0.2, **fields)
-        assert "prediction" not in result.manifest and not any("predicted_loss" in edit for edit in result.manifest["edits"])
+        assert "prediction" not in result.manifest and not any(
+            "predicted_loss" in edit for edit in result.manifest["edits"]
+        )
 
 
 def noisy_counting(blocks, seed, length=24):
@@ -110,13 +146,19 @@ def noisy_counting(blocks, seed, length=24):
     ids = [torch.randint(16, (blocks,), generator=generator)]
     for _ in range(length - 1):
         lost = torch.randint(8, (blocks,), generator=generator) == 0
-        ids.append(torch.where(lost, torch.randint(16, (blocks,), generator=generator), (3 * ids[-1] + 1) % 16))
+        ids.append(
+            torch.where(
+                lost, torch.randint(16, (blocks,), generator=generator), (3 * ids[-1] + 1) % 16
+            )
+        )
     return torch.stack(ids, dim=1)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """(a tiny Llama that has learnt to count, `rise(result)`: by how many nats a token its loss on new text rose)."""
+    """(a tiny Llama that has learnt to count, `rise(result)`: by how many nats a token its loss on
+    new text rose).
+    """
     model = build("llama").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(40):
@@ -136,7 +178,9 @@ def trained():
 
 
 def test_every_part_of_it_pays(trained):
-    """At half the size: the Fisher basis, its score and one budget each lose several times less than the alternative."""
+    """At half the size: the Fisher basis, its score and one budget each lose several times less
+    than the alternative.
+    """
     model, rise = trained
     text = grasp.Calibration(noisy_counting(4, 2000, 96), "counting")
 
@@ -145,14 +189,21 @@ def test_every_part_of_it_pays(trained):
 
     best = lost()
     assert best < 0.02
-    for fields in ({"basis": "input"}, {"basis": "plain"}, {"allocation": "uniform"}, {"score": "random"}):
+    for fields in (
+        {"basis": "input"},
+        {"basis": "plain"},
+        {"allocation": "uniform"},
+        {"score": "random"},
+    ):
         assert 4 * best < lost(**fields), fields
     assert best < lost(storage="pair")
 
 
 def test_the_prediction_is_of_the_right_size(trained):
     model, rise = trained
-    result = run(grasp.Calibration(noisy_counting(4, 2000, 96), "counting"), copy.deepcopy(model), ratio=0.55)
+    result = run(
+        grasp.Calibration(noisy_counting(4, 2000, 96), "counting"), copy.deepcopy(model), ratio=0.55
+    )
     assert 0.1 < result.manifest["prediction"]["loss_rise"] / rise(result) < 10
 
 
@@ -163,10 +214,13 @@ def test_the_prediction_is_of_the_right_size(trained):
 def test_the_ratio_is_met_to_within_one_rank(name, data):
     """By plain pairs; tests/test_contract.py has the same for pivoted ones, on every family."""
     model = build(name)
-    total, widest = model.num_parameters(), max(sum(linear.shape) for linear in Decoder(model).linears(0))
+    total = model.num_parameters()
+    widest = max(sum(linear.shape) for linear in Decoder(model).linears(0))
     result = run(data, model, ratio=0.25, storage="pair")
     assert 0 <= (result.ratio - 0.25) * total + 1e-6 < widest
-    assert not any(found.pivoted for found in result.model.modules() if isinstance(found, LowRankLinear))
+    assert not any(
+        found.pivoted for found in result.model.modules() if isinstance(found, LowRankLinear)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,14 +230,24 @@ def test_a_budget_of_bytes(storage, dtype, data):
     model = build("llama", dtype)
     before = sum(p.nbytes for p in model.parameters())
     result = run(data, model, ratio=0.3, budget="bytes", storage=storage)
-    after = sum(t.nbytes for t in [*result.model.parameters(), *(b for name, b in result.model.named_buffers() if "places" in name)])
+    after = sum(
+        t.nbytes
+        for t in [
+            *result.model.parameters(),
+            *(b for name, b in result.model.named_buffers() if "places" in name),
+        ]
+    )
     assert 0 <= 0.7 * before - after < dtype.itemsize * (48 + 32)
 
 
 @pytest.mark.parametrize("retain", [0.0, 0.4])
 def test_retain_ratio_is_a_share_of_the_chosen_matrices(retain, data):
     result = run(data, retain_ratio=retain, layers=(1, 2), projections=("mlp",))
-    paths = [f"model.layers.{layer}.mlp.{role}_proj" for layer in (1, 2) for role in ("gate", "up", "down")]
+    paths = [
+        f"model.layers.{layer}.mlp.{role}_proj"
+        for layer in (1, 2)
+        for role in ("gate", "up", "down")
+    ]
     assert ranks(result).keys() <= set(paths)
     assert 0 <= retain * 6 * 32 * 48 - stored(result, paths) < 32 + 48
 
@@ -196,7 +260,14 @@ def largest_ratio(data, **fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"layers": (2,)}, {"exclude": "gate,up"}, {"budget": "bytes"}, {"budget": "bytes", "storage": "pair"}]
+    "fields",
+    [
+        {},
+        {"layers": (2,)},
+        {"exclude": "gate,up"},
+        {"budget": "bytes"},
+        {"budget": "bytes", "storage": "pair"},
+    ],
 )
 def test_the_largest_ratio_is_named_and_can_be_had(fields, data):
     """Everything at rank 0; of bytes, a pivoted pair keeps its places even then."""
@@ -215,14 +286,19 @@ def test_each_basis_is_the_best_in_its_own_metric(data):
     """One matrix at one rank: least error of the weights, of the outputs, of the loss."""
     path = "model.layers.1.mlp.down_proj"
     weight, inputs, gradients, tokens = brute_force(build("llama"), data.ids, [path])[path]
-    x_root, d_root = root(damped_gram(inputs / tokens, INPUT_DAMPING)), root(damped_gram(gradients / tokens, GRADIENT_DAMPING))
+    x_root = root(damped_gram(inputs / tokens, INPUT_DAMPING))
+    d_root = root(damped_gram(gradients / tokens, GRADIENT_DAMPING))
     errors = {}
     for basis in BASES:
         result = run(data, layers=(1,), projections=("down",), retain_ratio=0.5, basis=basis)
         change = weight - product(result, path)
-        errors[basis] = [float(e.norm()) for e in (change, change @ x_root, d_root @ change @ x_root)]
+        errors[basis] = [
+            float(e.norm()) for e in (change, change @ x_root, d_root @ change @ x_root)
+        ]
     for place, basis in enumerate(("plain", "input", "fisher")):
-        assert all(errors[basis][place] < 0.999 * errors[other][place] for other in BASES if other != basis)
+        assert all(
+            errors[basis][place] < 0.999 * errors[other][place] for other in BASES if other != basis
+        )
 
 
 @pytest.mark.parametrize("storage", ["pair", "pivoted"])
@@ -230,8 +306,12 @@ def test_the_plain_basis_is_the_truncated_svd(storage, data):
     result = run(data, ratio=0.3, basis="plain", storage=storage)
     dense = build("llama")
     for path, rank in ranks(result).items():
-        u, s, vh = torch.linalg.svd(dense.get_submodule(path).weight.detach().double(), full_matrices=False)
-        assert torch.allclose(product(result, path), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-5), path
+        u, s, vh = torch.linalg.svd(
+            dense.get_submodule(path).weight.detach().double(), full_matrices=False
+        )
+        assert torch.allclose(
+            product(result, path), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-5
+        ), path
 
 
 @pytest.mark.parametrize("score", ["magnitude", "taylor", "random"])
@@ -245,17 +325,29 @@ def test_the_groups_with_the_best_scores_are_kept(score, data):
 
 @pytest.mark.parametrize("basis", ["plain", "fisher"])
 def test_taylor_is_the_first_order_change_of_the_loss(basis, data):
-    """|<G, group>| of every group, with the gradient of the summed loss by autograd; the groups add up to <G, W>."""
+    """|<G, group>| of every group, with the gradient of the summed loss by autograd; the groups add
+    up to <G, W>.
+    """
     path = "model.layers.1.mlp.gate_proj"
     model = build("llama")
     logits = model(input_ids=data.ids, use_cache=False).logits[:, :-1]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.ids[:, 1:].flatten(), reduction="sum").backward()
-    weight, grad = model.get_submodule(path).weight.detach(), model.get_submodule(path).weight.grad.clone()
-    found = run(data, layers=(1,), projections=("gate",), retain_ratio=0.0, basis=basis, score="taylor")
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), data.ids[:, 1:].flatten(), reduction="sum"
+    ).backward()
+    weight = model.get_submodule(path).weight.detach()
+    grad = model.get_submodule(path).weight.grad.clone()
+    found = run(
+        data, layers=(1,), projections=("gate",), retain_ratio=0.0, basis=basis, score="taylor"
+    )
     scores = torch.tensor(edits(found)[path]["scores"])
     if basis == "plain":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        assert torch.allclose(scores, (s * ((u.T @ grad) * vh).sum(1)).abs(), rtol=1e-2, atol=1e-4 * float(scores.max()))
+        assert torch.allclose(
+            scores,
+            (s * ((u.T @ grad) * vh).sum(1)).abs(),
+            rtol=1e-2,
+            atol=1e-4 * float(scores.max()),
+        )
     assert float(scores.sum()) >= abs(float((grad * weight).sum())) * (1 - 1e-3)
 
 
@@ -264,7 +356,9 @@ def test_the_random_score_is_seeded(calibration):
         text = grasp.Calibration(calibration.ids[:2], "random", seed)
         return {
             path: edit["kept"]
-            for path, edit in edits(run(text, layers=(1,), retain_ratio=0.5, allocation="uniform", score="random")).items()
+            for path, edit in edits(
+                run(text, layers=(1,), retain_ratio=0.5, allocation="uniform", score="random")
+            ).items()
         }
 
     first = kept(0)
@@ -274,7 +368,10 @@ def test_the_random_score_is_seeded(calibration):
 
 def test_one_budget_beats_equal_shares(data):
     """The wider the choice, the lower the predicted loss at one size."""
-    rises = [run(data, ratio=0.3, allocation=name).manifest["prediction"]["loss_rise"] for name in ("global", "per-layer", "uniform")]
+    rises = [
+        run(data, ratio=0.3, allocation=name).manifest["prediction"]["loss_rise"]
+        for name in ("global", "per-layer", "uniform")
+    ]
     assert rises[0] < 0.9 * rises[1] < 0.9 * 0.9 * rises[2]
 
 
@@ -283,20 +380,27 @@ def test_one_budget_beats_equal_shares(data):
 def test_shares_are_equal_to_within_one_rank(allocation, storage, data):
     """Of every layer, or of every matrix, by the numbers stored."""
     result = run(data, ratio=0.3, allocation=allocation, storage=storage)
-    linears = [linear for layer in Decoder(build("llama")).layers() for linear in layer.linears.values()]
+    linears = [
+        linear for layer in Decoder(build("llama")).layers() for linear in layer.linears.values()
+    ]
     share = 1 - 0.3 * result.parameters_before / sum(linear.weight.numel() for linear in linears)
     parts = {}
     for linear in linears:
-        parts.setdefault(linear.layer if allocation == "per-layer" else linear.path, []).append(linear)
+        parts.setdefault(linear.layer if allocation == "per-layer" else linear.path, []).append(
+            linear
+        )
     for part in parts.values():
-        spent, dense = stored(result, [linear.path for linear in part]), sum(linear.weight.numel() for linear in part)
+        spent = stored(result, [linear.path for linear in part])
+        dense = sum(linear.weight.numel() for linear in part)
         assert abs(spent - share * dense) < max(sum(linear.shape) for linear in part)
 
 
 def test_layers_by_block_influence(data):
     result = run(data, ratio=0.1, layers="bi", num_layers=2)
     influence = result.manifest["redundancy"]["bi"]
-    assert {path.split(".")[2] for path in ranks(result)} == set(sorted(influence, key=influence.get)[:2])
+    assert {path.split(".")[2] for path in ranks(result)} == set(
+        sorted(influence, key=influence.get)[:2]
+    )
 
 
 def test_no_layers_is_no_edits(data):
@@ -322,16 +426,22 @@ def test_layers_by_index(data):
 def test_projections_and_exclude(fields, roles, data):
     """At rank 0 everything chosen is replaced, and the rest is dense and untouched."""
     result, dense = run(data, retain_ratio=0.0, **fields), build("llama")
-    assert {path.split(".")[-1] for path in ranks(result)} == {f"{role}_proj" for role in roles.split()}
+    assert {path.split(".")[-1] for path in ranks(result)} == {
+        f"{role}_proj" for role in roles.split()
+    }
     assert set(ranks(result).values()) == {0} and len(ranks(result)) == LAYERS * len(roles.split())
     for path in set(all_paths(Decoder(dense))) - ranks(result).keys():
-        assert torch.equal(result.model.get_submodule(path).weight, dense.get_submodule(path).weight)
+        assert torch.equal(
+            result.model.get_submodule(path).weight, dense.get_submodule(path).weight
+        )
 
 
 @pytest.mark.parametrize("multiple", [4, 16])
 def test_rank_multiple(multiple, data):
     result = run(data, ratio=0.3, rank_multiple=multiple)
-    assert {rank % multiple for rank in ranks(result).values()} == {0} and any(ranks(result).values())
+    assert {rank % multiple for rank in ranks(result).values()} == {0} and any(
+        ranks(result).values()
+    )
     assert 0.3 <= result.ratio < 0.3 + multiple * (32 + 48) / result.parameters_before
 
 
@@ -339,7 +449,13 @@ def test_storage_changes_the_size_not_the_product(data):
     """One matrix at one rank, stored either way."""
     path, found = "model.layers.1.mlp.gate_proj", {}
     for storage, retain in (("pair", 10 * (32 + 48)), ("pivoted", 10 * (32 + 48 - 10))):
-        found[storage] = run(data, layers=(1,), projections=("gate",), retain_ratio=retain / (32 * 48), storage=storage)
+        found[storage] = run(
+            data,
+            layers=(1,),
+            projections=("gate",),
+            retain_ratio=retain / (32 * 48),
+            storage=storage,
+        )
         assert ranks(found[storage]) == {path: 10} and stored(found[storage], [path]) == retain
     assert torch.allclose(product(found["pair"], path), product(found["pivoted"], path), atol=1e-5)
 
@@ -361,7 +477,7 @@ def test_a_bfloat16_model(data):
 
 
 class Staircase:
-    """Pretends that a pair takes time by whole eights of its rank, and a dense matrix by its size."""
+    """Pretends that a pair takes time by whole eights of its rank, a dense matrix by its size."""
 
     calls: tuple = ()
 
@@ -383,7 +499,11 @@ def test_a_budget_of_time(staircase, data):
     """The share is of the matrices' time, and every pair fills the step it stands on."""
     result = run(data, ratio=0.4, budget="latency")
     assert staircase.calls[-1] == ("cpu", torch.float32, True)
-    shapes = {linear.path: linear.shape for layer in Decoder(build("llama")).layers() for linear in layer.linears.values()}
+    shapes = {
+        linear.path: linear.shape
+        for layer in Decoder(build("llama")).layers()
+        for linear in layer.linears.values()
+    }
     dense = sum(staircase(shape, None) for shape in shapes.values())
     spent = sum(staircase(shape, ranks(result).get(path)) for path, shape in shapes.items())
     assert 0.6 * dense - 8 * 80e-9 < spent <= 0.6 * dense
@@ -400,7 +520,9 @@ def test_time_is_measured_while_nothing_else_runs(monkeypatch, data):
 
     class Watching(Staircase):
         def __call__(self, shape, rank):
-            busy.setdefault(shape, any("ThreadPool" in thread.name for thread in threading.enumerate()))
+            busy.setdefault(
+                shape, any("ThreadPool" in thread.name for thread in threading.enumerate())
+            )
             return super().__call__(shape, rank)
 
     monkeypatch.setattr(grasp_fisher, "Latency", Watching)
@@ -414,14 +536,23 @@ def test_times_are_measured(shape, pivoted, monkeypatch):
     monkeypatch.setattr(latency, "COLD_BYTES", 10_000)
     clock = Latency(torch.device("cpu"), torch.float32, pivoted)
     times = torch.tensor([clock(shape, rank) for rank in range(min(shape))])
-    assert bool(times.isfinite().all() and (times[1:] > 0).all() and (times.diff() >= 0).all()) and float(times[0]) >= 0
+    assert (
+        bool(times.isfinite().all() and (times[1:] > 0).all() and (times.diff() >= 0).all())
+        and float(times[0]) >= 0
+    )
     assert 0 < clock(shape, None) < 1 and clock(shape, None) == clock(shape, None)
 
 
 def test_a_measured_budget(monkeypatch, data):
     monkeypatch.setattr(latency, "COLD_BYTES", 10_000)
     result = run(data, retain_ratio=0.5, budget="latency", projections=("down",))
-    assert ranks(result) and make("grasp-fisher", {"ratio": 0.5, "budget": "latency"}).plan(result.decoder).parameters is None
+    assert (
+        ranks(result)
+        and make("grasp-fisher", {"ratio": 0.5, "budget": "latency"})
+        .plan(result.decoder)
+        .parameters
+        is None
+    )
 
 
 # --- how it runs
@@ -439,15 +570,21 @@ def test_the_same_edits_on_one_thread_or_three(data, monkeypatch):
         (edit["path"], edit["rank"], edit["kept"]) for edit in three.manifest["edits"]
     ]
     for path, edit in edits(one).items():
-        assert edits(three)[path]["predicted_loss"] == pytest.approx(edit["predicted_loss"], rel=1e-3), path
-        assert close(product(three, path).float(), product(one, path).float(), roundings=10_000), path
+        assert edits(three)[path]["predicted_loss"] == pytest.approx(
+            edit["predicted_loss"], rel=1e-3
+        ), path
+        assert close(product(three, path).float(), product(one, path).float(), roundings=10_000), (
+            path
+        )
 
 
 def test_over_cores_keeps_the_order_and_the_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert list(over_cores(lambda item: (item, torch.get_num_threads()), range(5))) == [(item, 1) for item in range(5)]
+        assert list(over_cores(lambda item: (item, torch.get_num_threads()), range(5))) == [
+            (item, 1) for item in range(5)
+        ]
         with pytest.raises(ZeroDivisionError):
             list(over_cores(lambda item: 1 // item, [1, 0]))
         assert torch.get_num_threads() == 2
@@ -465,12 +602,21 @@ def test_it_reads_the_text_once(data):
 def test_a_compressed_model_is_compressed_further(data, caplog):
     """With a warning about the matrices that are pairs already and stay as they are."""
     first = run(data, layers=(1,), ratio=0.1)
-    before = {name: value.clone() for name, value in first.model.state_dict().items() if ".layers.1." in name}
+    before = {
+        name: value.clone()
+        for name, value in first.model.state_dict().items()
+        if ".layers.1." in name
+    }
     second = run(data, first.model, ratio=0.1)
     assert "layer 1" in caplog.text and "already" in caplog.text
-    assert second.ratio == pytest.approx(0.1, abs=0.003) and not ranks(first).keys() & ranks(second).keys()
+    assert (
+        second.ratio == pytest.approx(0.1, abs=0.003)
+        and not ranks(first).keys() & ranks(second).keys()
+    )
     assert all(
-        torch.equal(value, before[name]) for name, value in second.model.state_dict().items() if name in before and name in first.manifest
+        torch.equal(value, before[name])
+        for name, value in second.model.state_dict().items()
+        if name in before and name in first.manifest
     )
 
 
@@ -484,7 +630,10 @@ WRONG = {
     "--ratio 1: must be at least 0 and below 1": {"ratio": 1},
     "--ratio nan": {"ratio": float("nan")},
     "--retain-ratio -0.5: must be at least 0": {"retain_ratio": -0.5},
-    "--basis fischer.*plain, input, fisher.*did you mean 'fisher'": {"ratio": 0.2, "basis": "fischer"},
+    "--basis fischer.*plain, input, fisher.*did you mean 'fisher'": {
+        "ratio": 0.2,
+        "basis": "fischer",
+    },
     "--score magnitud.*did you mean 'magnitude'": {"ratio": 0.2, "score": "magnitud"},
     "--allocation layer.*uniform, per-layer, global": {"ratio": 0.2, "allocation": "layer"},
     "--budget param.*did you mean 'params'": {"ratio": 0.2, "budget": "param"},
@@ -499,12 +648,19 @@ WRONG = {
     "--layers : name at least one layer": {"ratio": 0.2, "layers": ()},
     "--num-layers and --layers bi go together": {"ratio": 0.2, "layers": "bi"},
     "--layers bi go together": {"ratio": 0.2, "num_layers": 2},
-    "--num-layers -1: must be a whole number from 0 to": {"ratio": 0.2, "layers": "bi", "num_layers": -1},
+    "--num-layers -1: must be a whole number from 0 to": {
+        "ratio": 0.2,
+        "layers": "bi",
+        "num_layers": -1,
+    },
     "--num-layers 5: the model has 4 layers": {"ratio": 0.2, "layers": "bi", "num_layers": 5},
     "--layers 4: the model has layers 0 to 3": {"ratio": 0.2, "layers": "4"},
     "--exclude: 'gaet' is no matrix.*did you mean 'gate'": {"ratio": 0.2, "exclude": "gaet"},
     "--projections: 'gaet' is no matrix": {"ratio": 0.2, "projections": "gaet"},
-    "--angular: not a flag of --method grasp-fisher; it belongs to grasp": {"ratio": 0.2, "angular": True},
+    "--angular: not a flag of --method grasp-fisher; it belongs to grasp": {
+        "ratio": 0.2,
+        "angular": True,
+    },
 }
 
 

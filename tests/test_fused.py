@@ -1,4 +1,6 @@
-"""Pairs that read the same input share their first product: the same numbers, fewer products, nothing stale, nothing kept."""
+"""Pairs that read the same input share their first product: the same numbers, fewer products,
+nothing stale, nothing kept.
+"""
 
 import copy
 import gc
@@ -17,14 +19,31 @@ from torch.profiler import ProfilerActivity, profile
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize, apply
+from grasp.core.layers.modeling_grasp import Joint, LowRankLinear, fuse, side_by_side
 from grasp.core.linalg import pivoted
-from grasp.core.modeling_grasp import Joint, LowRankLinear, fuse, side_by_side
 
-SHARED = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2, "gemma3_text": 2, "phi3": 0, "olmo2": 2, "granite": 2, "gpt_neox": 0, "gpt2": 0, "opt": 1}  # fmt: skip
-"""Groups in a layer: q/k/v, and gate/up where there is a gate. 0: the family keeps them in one matrix."""
+SHARED = {
+    "llama": 2,
+    "mistral": 2,
+    "qwen2": 2,
+    "qwen3": 2,
+    "gemma2": 2,
+    "gemma3_text": 2,
+    "phi3": 0,
+    "olmo2": 2,
+    "granite": 2,
+    "gpt_neox": 0,
+    "gpt2": 0,
+    "opt": 1,
+}
+"""Groups in a layer: q/k/v, and gate/up where there is a gate. 0: the family keeps them in one
+matrix.
+"""
 
 
-def low_rank(name: str, as_pivoted: bool = False, layers=(1, 2), ranks=(3, 2, 4, 5, 6), dtype=torch.float32) -> Decoder:
+def low_rank(
+    name: str, as_pivoted: bool = False, layers=(1, 2), ranks=(3, 2, 4, 5, 6), dtype=torch.float32
+) -> Decoder:
     """A tiny model whose matrices in `layers` are pairs of random factors, of different ranks."""
     decoder = Decoder(build(name, dtype))
     generator = torch.Generator().manual_seed(7)
@@ -32,7 +51,8 @@ def low_rank(name: str, as_pivoted: bool = False, layers=(1, 2), ranks=(3, 2, 4,
         for number, found in enumerate(decoder.linears(layer)):
             m, n = found.shape
             rank = ranks[number % len(ranks)]
-            left, right = torch.randn(m, rank, generator=generator) * 0.3, torch.randn(rank, n, generator=generator) * 0.3
+            left = torch.randn(m, rank, generator=generator) * 0.3
+            right = torch.randn(rank, n, generator=generator) * 0.3
             if as_pivoted:
                 head, rest, places = pivoted(left, right)
                 apply(decoder, Factorize(found.path, head.to(dtype), rest.to(dtype), places=places))
@@ -43,7 +63,11 @@ def low_rank(name: str, as_pivoted: bool = False, layers=(1, 2), ranks=(3, 2, 4,
 
 
 def joints(model: nn.Module) -> set[Joint]:
-    return {module.joint for module in model.modules() if isinstance(module, LowRankLinear) and module.joint is not None}
+    return {
+        module.joint
+        for module in model.modules()
+        if isinstance(module, LowRankLinear) and module.joint is not None
+    }
 
 
 def settled(model: nn.Module) -> bool:
@@ -55,7 +79,10 @@ def products(call) -> int:
     """Matrix products that run inside."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         call()
-    return sum(event.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv") for event in seen.events())
+    return sum(
+        event.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv")
+        for event in seen.events()
+    )
 
 
 IDS = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(3))
@@ -68,7 +95,13 @@ def logits(model, ids=IDS):
 
 @torch.no_grad()
 def text(model):
-    return model.generate(IDS[:2], attention_mask=torch.ones_like(IDS[:2]), max_new_tokens=8, do_sample=False, pad_token_id=258)
+    return model.generate(
+        IDS[:2],
+        attention_mask=torch.ones_like(IDS[:2]),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=258,
+    )
 
 
 # --- the same numbers from fewer products, in every family
@@ -86,7 +119,9 @@ def test_equal_logits_and_text_from_fewer_products(family, as_pivoted):
     assert close(logits(model), apart)
     assert all(is_greedy(model, said[: IDS.shape[1]], said[IDS.shape[1] :]) for said in text(model))
     saved = 2 * {0: 0, 1: 2, 2: 3}[SHARED[family]]
-    assert [products(lambda ids=ids: logits(model, ids)) for ids in (IDS, one)] == [number - saved for number in before]
+    assert [products(lambda ids=ids: logits(model, ids)) for ids in (IDS, one)] == [
+        number - saved for number in before
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,7 +153,9 @@ def test_loading_fuses(tmp_path):
     again = grasp.load(tmp_path / "apart").model
     assert settled(again) and torch.allclose(logits(again), apart, atol=1e-5)
     again.save_pretrained(tmp_path / "fused")
-    assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (tmp_path / "apart" / "model.safetensors").read_bytes()
+    assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
+        tmp_path / "apart" / "model.safetensors"
+    ).read_bytes()
     third = grasp.load(tmp_path / "fused").model
     assert close(logits(third), logits(again))
 
@@ -128,17 +165,26 @@ def test_loading_fuses(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_rank_zero_runs_no_product(name):
-    """q without rank gives its bias or zeros, k and v still share; a layer without any rank runs no product of its matrices."""
+    """q without rank gives its bias or zeros, k and v still share; a layer without any rank runs no
+    product of its matrices.
+    """
     model = low_rank(name, ranks=(0, 2, 4)).model
     apart = logits(model)
     fuse(model)
     attention = model.model.layers[1].self_attn
-    assert attention.q_proj.joint is None and attention.k_proj.joint is attention.v_proj.joint is not None
+    assert (
+        attention.q_proj.joint is None
+        and attention.k_proj.joint is attention.v_proj.joint is not None
+    )
     assert torch.allclose(logits(model), apart, atol=1e-5)
     x = torch.randn(2, 3, 32)
     with torch.no_grad():
         assert products(lambda: attention.q_proj(x)) == 0
-        expected = torch.zeros(2, 3, 32) if attention.q_proj.bias is None else attention.q_proj.bias.expand(2, 3, -1)
+        expected = (
+            torch.zeros(2, 3, 32)
+            if attention.q_proj.bias is None
+            else attention.q_proj.bias.expand(2, 3, -1)
+        )
         assert torch.equal(attention.q_proj(x), expected)
         attention.q_proj(x).add_(1)  # the caller's own memory
         assert torch.equal(attention.q_proj(x), expected)
@@ -147,7 +193,9 @@ def test_rank_zero_runs_no_product(name):
 
 
 def test_rank_zero_still_trains():
-    """Its empty factors get gradients, or tools that wait for every parameter's would wait for ever."""
+    """Its empty factors get gradients, or tools that wait for every parameter's would wait for
+    ever.
+    """
     pair = low_rank("qwen2", ranks=(0,)).model.model.layers[1].self_attn.q_proj.requires_grad_(True)
     pair(torch.randn(2, 32)).sum().backward()
     assert pair.weight.grad.shape == pair.weight.shape and bool(pair.bias.grad.eq(2).all())
@@ -161,10 +209,14 @@ def test_rank_zero_still_trains():
 def test_every_way_of_placing_is_the_same(tokens, bias):
     """One token, fewer tokens than ranks (6), more."""
     generator = torch.Generator().manual_seed(0)
-    left, right, added = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((20, 6), (6, 9), (20,)))
+    left, right, added = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((20, 6), (6, 9), (20,))
+    )
     head, rest, places = pivoted(left, right)
     pair = LowRankLinear(9, 20, 6, bias, dtype=torch.float64, pivoted=True)
-    pair.load_state_dict({"weight_in": head, "weight": rest, "places": places, **({"bias": added} if bias else {})})
+    pair.load_state_dict(
+        {"weight_in": head, "weight": rest, "places": places, **({"bias": added} if bias else {})}
+    )
     x = torch.randn(tokens, 9, generator=generator, dtype=torch.float64)
     expected = linear(x, left @ right, added if bias else None)
     assert torch.allclose(pair(x), expected) and torch.allclose(pair(x[None]), expected[None])
@@ -190,11 +242,15 @@ class Two(nn.Module):
 
     def expected(self, x, y=None):
         up = self.up_proj
-        return linear(x, self.gate_proj.product()), linear(x if y is None else y, up.product(), up.bias)
+        return linear(x, self.gate_proj.product()), linear(
+            x if y is None else y, up.product(), up.bias
+        )
 
     def holds(self, x, y=None) -> bool:
         found = self.gate_proj(x), self.up_proj(x if y is None else y)
-        return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, self.expected(x, y), strict=True))
+        return all(
+            torch.allclose(a, b, atol=1e-5) for a, b in zip(found, self.expected(x, y), strict=True)
+        )
 
 
 @pytest.fixture
@@ -267,7 +323,9 @@ def test_a_factor_replaced_behind_its_back(two, change):
     else:
         two.gate_proj(x)
         found = torch.func.functional_call(two.up_proj, {"weight_in": other}, (x,))
-        assert torch.allclose(found, linear(linear(x, other), two.up_proj.weight, two.up_proj.bias), atol=1e-5)
+        assert torch.allclose(
+            found, linear(linear(x, other), two.up_proj.weight, two.up_proj.bias), atol=1e-5
+        )
         return
     assert not shares(two, x) and two.holds(x)
     fuse(two)
@@ -279,9 +337,16 @@ def test_batches_of_models_and_of_inputs(two):
     x = torch.randn(5, 4, 6)
     gates, ups = torch.vmap(lambda z: (two.gate_proj(z), two.up_proj(z)))(x)
     for i, z in enumerate(x):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip((gates[i], ups[i]), two.expected(z), strict=True))
-    stacked = {name: torch.stack([value, 2 * value]) for name, value in two.up_proj.named_parameters()}
-    many = torch.vmap(lambda values: torch.func.functional_call(two.up_proj, values, (x[0],)))(stacked)
+        assert all(
+            torch.allclose(a, b, atol=1e-5)
+            for a, b in zip((gates[i], ups[i]), two.expected(z), strict=True)
+        )
+    stacked = {
+        name: torch.stack([value, 2 * value]) for name, value in two.up_proj.named_parameters()
+    }
+    many = torch.vmap(lambda values: torch.func.functional_call(two.up_proj, values, (x[0],)))(
+        stacked
+    )
     assert torch.allclose(many[0], two.expected(x[0])[1], atol=1e-4)
 
 
@@ -298,7 +363,9 @@ def test_inference_mode_runs_apart(two):
 
 
 def test_nothing_is_kept(two):
-    """The product dies with the pass: after the last member, or with the input where that was never called."""
+    """The product dies with the pass: after the last member, or with the input where that was never
+    called.
+    """
     x = torch.randn(4, 6)
     two.gate_proj(x)
     held = weakref.ref(vars(x)[Joint.MARK][3][0])
@@ -314,7 +381,10 @@ def test_nothing_is_kept(two):
 def test_threads_do_not_meet():
     model = low_rank("llama").model
     fuse(model)
-    inputs = [torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    inputs = [
+        torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(seed))
+        for seed in range(4)
+    ]
     expected = [logits(model, ids) for ids in inputs]
     wrong = []
 
@@ -342,11 +412,16 @@ def test_parameters_and_state_are_as_before():
     fuse(model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == kept
     state = model.state_dict()
-    assert list(state) == list(names) and all(torch.equal(state[name], value) for name, value in names.items())
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert list(state) == list(names) and all(
+        torch.equal(state[name], value) for name, value in names.items()
+    )
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
     assert sum(storages.values()) == size
     fuse(model)
-    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == set(storages)  # fusing twice moves nothing
+    # fusing twice moves nothing
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == set(storages)
 
 
 def test_safetensors_and_torch_save(tmp_path):
@@ -357,7 +432,10 @@ def test_safetensors_and_torch_save(tmp_path):
     fuse(model)
     save_file(model.state_dict(), tmp_path / "all.safetensors")
     torch.save(model.state_dict(), tmp_path / "all.pt")
-    for state in (load_file(tmp_path / "all.safetensors"), torch.load(tmp_path / "all.pt", weights_only=True)):
+    for state in (
+        load_file(tmp_path / "all.safetensors"),
+        torch.load(tmp_path / "all.pt", weights_only=True),
+    ):
         other = low_rank("mistral").model
         fuse(other)
         for parameter in other.parameters():
@@ -375,7 +453,11 @@ def test_casts_moves_and_copies_stay_fused():
         assert settled(model) and {joint.rows.dtype for joint in joints(model)} == {cast}
     model = low_rank("llama").model
     fuse(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.model.layers[1].mlp)), model.to("meta").to_empty(device="cpu")):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model.model.layers[1].mlp)),
+        model.to("meta").to_empty(device="cpu"),
+    ):
         assert settled(other)
         addresses = {p.data_ptr() for p in other.parameters()}
         assert not addresses & {p.data_ptr() for p in model.parameters()} or other is model
@@ -401,13 +483,19 @@ def test_shared_memory_stays_shared():
     fuse(model)
     expected = logits(model)
     model.share_memory()
-    assert settled(model) and all(p.is_shared() for p in model.parameters()) and close(logits(model), expected)
+    assert (
+        settled(model)
+        and all(p.is_shared() for p in model.parameters())
+        and close(logits(model), expected)
+    )
     factors = [member.weight_in for member in next(iter(joints(model))).members]
     assert side_by_side(factors)
 
 
 def test_training_reaches_every_factor_and_shows_at_once():
-    """Gradients with and without fusing are equal; a step of an optimizer is seen by the next fused pass."""
+    """Gradients with and without fusing are equal; a step of an optimizer is seen by the next fused
+    pass.
+    """
     apart, model = low_rank("llama").model, low_rank("llama").model
     fuse(model)
     grads = []
@@ -438,7 +526,9 @@ def test_lora_trains_on_fused_pairs():
     base = low_rank("llama").model
     fuse(base)
     expected = logits(base)
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"])).eval()
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"])
+    ).eval()
     assert settled(adapted) and torch.allclose(logits(adapted), expected, atol=1e-5)
     before = products(lambda: logits(adapted))
     fuse(adapted, together=False)

@@ -1,4 +1,6 @@
-"""What ends a run from outside: it says what is left, leaves nothing half written, and no child goes on without it."""
+"""What ends a run from outside: it says what is left, leaves nothing half written, and no child
+goes on without it.
+"""
 
 import json
 import os
@@ -13,23 +15,31 @@ import pytest
 import test_faults
 from test_cli import SMALL, command
 
-from grasp import cli, demo, pipeline
-from grasp import compare as comparison
+from grasp import cli
 from grasp.core import children
 from grasp.core.children import LIFELINE, end_with_parent, run_child
 from grasp.core.partial import partials
 from grasp.core.results import Result
-from grasp.interruption import as_interrupts
+from grasp.terminal.interruption import as_interrupts
+from grasp.verbs import compare as comparison
+from grasp.verbs import compress as pipeline
+from grasp.verbs import demo
 
 contents = test_faults.contents
 
-HOW = {signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP", signal.SIGINT: "interrupted"}
+HOW = {
+    signal.SIGTERM: "ended by SIGTERM",
+    signal.SIGHUP: "ended by SIGHUP",
+    signal.SIGINT: "interrupted",
+}
 
 
 @pytest.fixture(autouse=True)
 def signals():
     """As a shell in the foreground starts a program."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -37,7 +47,9 @@ def signals():
 
 
 def send(number: int):
-    """Whatever it replaces sends this process a signal; saving does in the folder that becomes OUT only."""
+    """Whatever it replaces sends this process a signal; saving does in the folder that becomes OUT
+    only.
+    """
 
     def sends(*arguments: object, **__: object) -> None:
         if len(arguments) > 1 and ".partial-" not in str(arguments[1]):
@@ -51,13 +63,29 @@ def send(number: int):
 
 @pytest.mark.parametrize("number", HOW, ids=lambda number: number.name)
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_signal_while_saving_leaves_nothing(number, inside, model_directory, text_file, tmp_path, monkeypatch):
+def test_a_signal_while_saving_leaves_nothing(
+    number, inside, model_directory, text_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", send(number))
     out = tmp_path / "new" / "out"
     if inside:
         out.mkdir(parents=True)
-    done = command("compress", model_directory, out, "--method", "shortgpt", "--layers", "3", "--data", text_file, *SMALL)
-    assert done.status == 128 + number and done.err.splitlines()[-1] == f"grasp: error: {HOW[number]}; nothing was left behind"
+    done = command(
+        "compress",
+        model_directory,
+        out,
+        "--method",
+        "shortgpt",
+        "--layers",
+        "3",
+        "--data",
+        text_file,
+        *SMALL,
+    )
+    assert (
+        done.status == 128 + number
+        and done.err.splitlines()[-1] == f"grasp: error: {HOW[number]}; nothing was left behind"
+    )
     assert list(tmp_path.rglob("*")) == ([out.parent, out] if inside else [])
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
@@ -91,7 +119,9 @@ def test_a_closed_terminal_cannot_be_written_to(monkeypatch):
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(cli, "cli", gone)
-    monkeypatch.setattr(cli.click, "echo", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(
+        cli.click, "echo", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+    )
     assert command().status == 128 + signal.SIGHUP
 
 
@@ -113,16 +143,43 @@ def test_a_file_that_ends_too_soon_is_no_interrupt(monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint(model_directory, text_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("checkpoint") / "small"
-    assert command("compress", model_directory, out, "--method", "grasp", "--layers", "3", "--data", text_file, *SMALL).status == 0
+    assert (
+        command(
+            "compress",
+            model_directory,
+            out,
+            "--method",
+            "grasp",
+            "--layers",
+            "3",
+            "--data",
+            text_file,
+            *SMALL,
+        ).status
+        == 0
+    )
     return out
 
 
-TRAIN = ("--max-steps", "4", "--batch-size", "2", "--max-length", "32", "--held-out", "2", "--eval-every", "2")
+TRAIN = (
+    "--max-steps",
+    "4",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "32",
+    "--held-out",
+    "2",
+    "--eval-every",
+    "2",
+)
 
 
 @pytest.mark.parametrize(("where", "step"), [("first", 0), ("training", 2), ("saving", 4)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_recover_says_which_state_is_kept(where, step, number, checkpoint, text_file, tmp_path, monkeypatch):
+def test_recover_says_which_state_is_kept(
+    where, step, number, checkpoint, text_file, tmp_path, monkeypatch
+):
     from grasp.compensation.trainer import Compensation
 
     take = Compensation.training_step
@@ -139,12 +196,15 @@ def test_recover_says_which_state_is_kept(where, step, number, checkpoint, text_
             patch.setattr(Compensation, "training_step", step_or_signal)
         done = command("recover", checkpoint, tmp_path / "out", "--data", text_file, *TRAIN)
     run, said = tmp_path / "out.recovery", done.err.splitlines()[-1]
-    assert done.status == 128 + number and not (tmp_path / "out").exists() and partials(tmp_path) == []
+    assert (
+        done.status == 128 + number and not (tmp_path / "out").exists() and partials(tmp_path) == []
+    )
     if where == "first":
         assert said.endswith("nothing was left behind") and not run.exists()
         return
     assert (
-        said == f"grasp: error: {HOW[number]}; the state of step {step} is kept in {run}; the same command with --resume goes on from there"
+        said == f"grasp: error: {HOW[number]}; the state of step {step} is kept in {run}; the same"
+        " command with --resume goes on from there"
     )
     done = command("recover", checkpoint, tmp_path / "out", "--data", text_file, *TRAIN, "--resume")
     assert done.status == 0 and not run.exists(), done.err
@@ -157,7 +217,10 @@ def test_two_runs_do_not_train_in_one_folder(checkpoint, text_file, tmp_path):
     with run_folder(tmp_path / "run", {}, resume=False):
         before = contents(tmp_path)
         for resume in (True, False):
-            with pytest.raises(CheckpointError, match="another process is training in it"), run_folder(tmp_path / "run", {}, resume):
+            with (
+                pytest.raises(CheckpointError, match="another process is training in it"),
+                run_folder(tmp_path / "run", {}, resume),
+            ):
                 pass
         assert contents(tmp_path) == before
     assert list(tmp_path.iterdir()) == []
@@ -168,7 +231,10 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, monkeypatch):
     from grasp.errors import CheckpointError
 
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="the run cannot be begun"), run_folder(tmp_path / "file" / "run", {}, resume=False):
+    with (
+        pytest.raises(CheckpointError, match="the run cannot be begun"),
+        run_folder(tmp_path / "file" / "run", {}, resume=False),
+    ):
         pass
 
 
@@ -176,8 +242,9 @@ def test_a_run_folder_that_cannot_be_made(tmp_path, monkeypatch):
 def experiment(tmp_path, model_directory, text_file) -> Path:
     path = tmp_path / "two.toml"
     path.write_text(
-        f"model = {model_directory!r}\n[calibration]\ndata = {text_file!r}\nnum_samples = 2\nseq_len = 16\n[evaluation]\n"
-        f"ppl = [{text_file!r}]\nseq_len = 32\nnum_blocks = 2\n[[methods]]\nmethod = 'shortgpt'\nnum_layers = 1\n"
+        f"model = {model_directory!r}\n[calibration]\ndata = {text_file!r}\nnum_samples ="
+        f" 2\nseq_len = 16\n[evaluation]\nppl = [{text_file!r}]\nseq_len = 32\nnum_blocks ="
+        " 2\n[[methods]]\nmethod = 'shortgpt'\nnum_layers = 1\n"
     )
     return path
 
@@ -195,8 +262,15 @@ def test_compare_says_which_cells_are_kept(finished, experiment, tmp_path, monke
     monkeypatch.setattr(comparison, "_run_apart", cell)
     out = tmp_path / "out.json"
     done = command("compare", experiment, "-o", out)
-    said = f"1 of 2 cells are finished in {out}; the same command goes on from there" if finished else "no cell is finished"
-    assert done.status == 128 + signal.SIGTERM and done.err.splitlines()[-1] == f"grasp: error: ended by SIGTERM; {said}"
+    said = (
+        f"1 of 2 cells are finished in {out}; the same command goes on from there"
+        if finished
+        else "no cell is finished"
+    )
+    assert (
+        done.status == 128 + signal.SIGTERM
+        and done.err.splitlines()[-1] == f"grasp: error: ended by SIGTERM; {said}"
+    )
     assert out.exists() == bool(finished)
 
 
@@ -214,8 +288,15 @@ def test_the_demo_says_what_is_finished(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "compress", compress)
     done = command("demo", "-o", tmp_path / "shown")
-    left = f"{tmp_path / 'shown'} holds what was finished (grasp); remove it to begin anew" if finished else "nothing was left behind"
-    assert done.status == 128 + signal.SIGTERM and done.err.splitlines()[-1] == f"grasp: error: ended by SIGTERM; {left}"
+    left = (
+        f"{tmp_path / 'shown'} holds what was finished (grasp); remove it to begin anew"
+        if finished
+        else "nothing was left behind"
+    )
+    assert (
+        done.status == 128 + signal.SIGTERM
+        and done.err.splitlines()[-1] == f"grasp: error: ended by SIGTERM; {left}"
+    )
 
 
 # --- children
@@ -281,7 +362,9 @@ def test_an_interrupted_parent_ends_its_child_even_a_deaf_one(tmp_path, monkeypa
     monkeypatch.setattr(children, "PATIENCE", 0.2)
     note = tmp_path / "child"
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    script = CHILD.format(portable=False, busy=BUSY["deaf"] + f"\nos.kill({os.getpid()}, signal.SIGALRM)").replace("time.sleep(300)\n", "")
+    script = CHILD.format(
+        portable=False, busy=BUSY["deaf"] + f"\nos.kill({os.getpid()}, signal.SIGALRM)"
+    ).replace("time.sleep(300)\n", "")
     with pytest.raises(KeyboardInterrupt):
         run_child([sys.executable, "-c", script + "time.sleep(300)", str(note)])
     assert not is_alive(int(note.read_text()))
@@ -289,7 +372,14 @@ def test_an_interrupted_parent_ends_its_child_even_a_deaf_one(tmp_path, monkeypa
 
 def test_what_a_child_says_and_that_it_leaves_no_descriptor_open():
     before = len(os.listdir("/dev/fd"))
-    done = run_child([sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"], stderr=subprocess.PIPE)
+    done = run_child(
+        [
+            sys.executable,
+            "-c",
+            "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)",
+        ],
+        stderr=subprocess.PIPE,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
     with pytest.raises(FileNotFoundError):
         run_child(["/no/such/program"])
@@ -299,11 +389,15 @@ def test_what_a_child_says_and_that_it_leaves_no_descriptor_open():
 def test_a_cell_that_nobody_waits_for_is_no_child(monkeypatch):
     """`grasp compare X --cell KEY` typed by a person: nothing is watched."""
     monkeypatch.delenv(LIFELINE, raising=False)
-    monkeypatch.setattr(children.threading, "Thread", lambda **_: pytest.fail("a thread was started"))
+    monkeypatch.setattr(
+        children.threading, "Thread", lambda **_: pytest.fail("a thread was started")
+    )
     end_with_parent()
 
 
-@pytest.mark.parametrize("words", [("compare", "x.toml", "--cell", "k"), ("demo", "--measure", "x")])
+@pytest.mark.parametrize(
+    "words", [("compare", "x.toml", "--cell", "k"), ("demo", "--measure", "x")]
+)
 def test_the_hidden_commands_end_with_their_parent(words, monkeypatch):
     """Before anything heavy is imported."""
 
@@ -319,14 +413,36 @@ def test_the_hidden_commands_end_with_their_parent(words, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_killed_compare_leaves_no_cell_computing(number, experiment, tmp_path):
     """As a user meets it: the cell is found by its parent's number while it computes."""
-    experiment.write_text(experiment.read_text().replace("num_blocks = 2", "num_blocks = 40").replace("seq_len = 32", "seq_len = 128"))
-    parent = subprocess.Popen([sys.executable, "-m", "grasp", "compare", str(experiment), "-o", str(tmp_path / "out.json")], cwd=tmp_path)
+    experiment.write_text(
+        experiment.read_text()
+        .replace("num_blocks = 2", "num_blocks = 40")
+        .replace("seq_len = 32", "seq_len = 128")
+    )
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "grasp",
+            "compare",
+            str(experiment),
+            "-o",
+            str(tmp_path / "out.json"),
+        ],
+        cwd=tmp_path,
+    )
 
     def cells() -> list[int]:
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(parent.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return [int(line) for line in found.stdout.split()]
 
     assert wait_for(lambda: bool(cells()), 60)
@@ -339,7 +455,9 @@ def test_a_killed_compare_leaves_no_cell_computing(number, experiment, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
+)
 def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file, tmp_path):
     """SIGTERM and SIGHUP clean up; after SIGKILL the next run does."""
     script = (
@@ -350,8 +468,24 @@ def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file
         "    print('now', flush=True)\n    time.sleep(100)\n"
         "transformers.PreTrainedTokenizerBase.save_pretrained = wait\nmain()\n"
     )
-    words = ["compress", model_directory, str(tmp_path / "out"), "--method", "shortgpt", "--layers", "3", "--data", text_file, *SMALL]
-    with subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    words = [
+        "compress",
+        model_directory,
+        str(tmp_path / "out"),
+        "--method",
+        "shortgpt",
+        "--layers",
+        "3",
+        "--data",
+        text_file,
+        *SMALL,
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
         try:
             assert child.stdout.readline() == "now\n"
             [scratch] = partials(tmp_path)
@@ -360,7 +494,9 @@ def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file
         finally:
             child.kill()
     if number != signal.SIGKILL:
-        assert child.returncode == 128 + number and f"{HOW[number]}; nothing was left behind" in said
+        assert (
+            child.returncode == 128 + number and f"{HOW[number]}; nothing was left behind" in said
+        )
         assert list(tmp_path.iterdir()) == []
         return
     assert list(tmp_path.iterdir()) == [scratch]
@@ -369,7 +505,9 @@ def test_a_run_that_is_killed_while_it_writes(number, model_directory, text_file
     assert json.loads((tmp_path / "out" / "grasp.json").read_text())["edits"]
 
 
-def test_a_disk_that_is_full_before_the_first_state_is_kept(checkpoint, text_file, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_before_the_first_state_is_kept(
+    checkpoint, text_file, tmp_path, monkeypatch
+):
     """There is nothing to go on from, and it is not promised."""
     from grasp.compensation import trainer
 
@@ -378,5 +516,9 @@ def test_a_disk_that_is_full_before_the_first_state_is_kept(checkpoint, text_fil
 
     monkeypatch.setattr(trainer, "save_file", full)
     done = command("recover", checkpoint, tmp_path / "out", "--data", text_file, *TRAIN)
-    assert "the state of step 0 cannot be written" in done.err and "nothing was left behind" in done.err and "--resume" not in done.err
+    assert (
+        "the state of step 0 cannot be written" in done.err
+        and "nothing was left behind" in done.err
+        and "--resume" not in done.err
+    )
     assert done.status == 2 and list(tmp_path.iterdir()) == []

@@ -27,13 +27,17 @@ def test_full_rank_is_exact(m: int, n: int, seed: int, split: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(m=sizes, n=sizes, seed=st.integers(0, 99), split=splits, data=st.data())
 def test_eckart_young(m: int, n: int, seed: int, split: str, data: st.DataObject) -> None:
-    """The leading groups give the best approximation: the squared error is the sum of the squared singular values left out."""
+    """The leading groups give the best approximation: the squared error is the sum of the squared
+    singular values left out.
+    """
     weight = matrix(m, n, seed)
     rank = data.draw(st.integers(0, min(m, n)))
     u, s, vh = svd(weight)
     a, b = factors(u, s, vh, torch.arange(rank), split)
     assert a.shape == (rank, n) and b.shape == (m, rank)
-    assert float((weight - b @ a).square().sum()) == pytest.approx(float(s[rank:].square().sum()), abs=1e-9)
+    assert float((weight - b @ a).square().sum()) == pytest.approx(
+        float(s[rank:].square().sum()), abs=1e-9
+    )
 
 
 def test_any_subset_of_groups_costs_what_it_leaves_out() -> None:
@@ -42,7 +46,9 @@ def test_any_subset_of_groups_costs_what_it_leaves_out() -> None:
     kept = torch.tensor([0, 2, 5])
     a, b = factors(u, s, vh, kept)
     left_out = torch.tensor([1, 3, 4, 6])
-    assert float((weight - b @ a).square().sum()) == pytest.approx(float(s[left_out].square().sum()))
+    assert float((weight - b @ a).square().sum()) == pytest.approx(
+        float(s[left_out].square().sum())
+    )
 
 
 def test_narrow_weights_are_decomposed_in_float32() -> None:
@@ -52,7 +58,9 @@ def test_narrow_weights_are_decomposed_in_float32() -> None:
 
 def test_ranks_of_the_paper() -> None:
     """smollm2 at r = 10 %: 28, 14 and 41 (design: `int(m n r / (m + n))`)."""
-    assert [rank_for_ratio(m, n, 0.1) for m, n in ((576, 576), (192, 576), (1536, 576), (576, 1536))] == [28, 14, 41, 41]
+    assert [
+        rank_for_ratio(m, n, 0.1) for m, n in ((576, 576), (192, 576), (1536, 576), (576, 1536))
+    ] == [28, 14, 41, 41]
 
 
 def test_rounding_does_not_lose_a_rank_to_floating_point() -> None:

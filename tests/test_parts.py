@@ -1,19 +1,25 @@
-"""Tensor parallelism without a server: what every device holds of a low-rank linear, and that together they compute the whole."""
+"""Tensor parallelism without a server: what every device holds of a low-rank linear, and that
+together they compute the whole.
+"""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from grasp.core.modeling_grasp import LowRankLinear
-from grasp.core.quantized_grasp import QuantizedLinear
+from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.serving.parts import Part, Stack, global_order, local_places, padded, spans
 
 IN, SIZES, HEAD = 24, (24, 12, 12), 4
 DEVICES = [1, 2, 3, 6]
 
 
-def matrix(kind: str, out: int, rank: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(tensors as a checkpoint has them, the matrix (out, in) they stand for) of one kind: dense, pair, pivoted."""
+def matrix(
+    kind: str, out: int, rank: int, seed: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(tensors as a checkpoint has them, the matrix (out, in) they stand for) of one kind: dense,
+    pair, pivoted.
+    """
     generator = torch.Generator().manual_seed(seed)
     if kind == "dense":
         weight = torch.randn(out, IN, generator=generator, dtype=torch.float64)
@@ -28,8 +34,12 @@ def matrix(kind: str, out: int, rank: int, seed: int) -> tuple[dict[str, torch.T
     return tensors, module.product()
 
 
-def run(parts: list[Part], stored: list[dict[str, torch.Tensor]], x: torch.Tensor, fill: int = 1) -> torch.Tensor:
-    """One device's output, by plain products; ranks filled up to a multiple of `fill`, as some kernels want."""
+def run(
+    parts: list[Part], stored: list[dict[str, torch.Tensor]], x: torch.Tensor, fill: int = 1
+) -> torch.Tensor:
+    """One device's output, by plain products; ranks filled up to a multiple of `fill`, as some
+    kernels want.
+    """
     for part, tensors in zip(parts, stored, strict=True):
         for name in sorted(tensors, reverse=part.out_features % 8 == 0):  # any order
             part.load(name, tensors[name], torch.device("cpu"), torch.float64)
@@ -38,21 +48,39 @@ def run(parts: list[Part], stored: list[dict[str, torch.Tensor]], x: torch.Tenso
 
     def second(part):
         factor = part.second()
-        return None if factor is None else lambda z: linear(z, padded(factor, 1, fill if part.rank else 1))
+        return (
+            None
+            if factor is None
+            else lambda z: linear(z, padded(factor, 1, fill if part.rank else 1))
+        )
 
     width = sum(len(span) for part in parts for span in part.outputs)
     widths = [part.first().shape[0] for part in parts]
-    stack = Stack([r.shape[0] for r in rows], widths, [second(p) for p in parts], [p.pivoted for p in parts], global_order(parts), width)
+    stack = Stack(
+        [r.shape[0] for r in rows],
+        widths,
+        [second(p) for p in parts],
+        [p.pivoted for p in parts],
+        global_order(parts),
+        width,
+    )
     return stack(x, lambda inputs: linear(inputs, torch.cat(rows)))
 
 
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize(
-    "kinds", [("pair",) * 3, ("pivoted",) * 3, ("pair", "dense", "pivoted"), ("dense", "pivoted", "pair")], ids=" ".join
+    "kinds",
+    [("pair",) * 3, ("pivoted",) * 3, ("pair", "dense", "pivoted"), ("dense", "pivoted", "pair")],
+    ids=" ".join,
 )
 def test_split_by_outputs(kinds, devices):
-    """q, k, v stacked, each its own kind and rank: the devices' heads laid side by side are the whole output."""
-    made = [matrix(kind, size, rank, seed) for seed, (kind, size, rank) in enumerate(zip(kinds, SIZES, (5, 3, 7), strict=True))]
+    """q, k, v stacked, each its own kind and rank: the devices' heads laid side by side are the
+    whole output.
+    """
+    made = [
+        matrix(kind, size, rank, seed)
+        for seed, (kind, size, rank) in enumerate(zip(kinds, SIZES, (5, 3, 7), strict=True))
+    ]
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     kv_heads = SIZES[1] // HEAD
     replicas = max(1, devices // kv_heads)
@@ -62,10 +90,22 @@ def test_split_by_outputs(kinds, devices):
         index = [device, device // replicas, device // replicas]
         here = spans(SIZES, local, index, stored_as_one=False)
         parts = [
-            Part(f"m.{i}", SIZES[i], IN, here[i], range(IN), None if kinds[i] == "dense" else (5, 3, 7)[i], kinds[i] == "pivoted")
+            Part(
+                f"m.{i}",
+                SIZES[i],
+                IN,
+                here[i],
+                range(IN),
+                None if kinds[i] == "dense" else (5, 3, 7)[i],
+                kinds[i] == "pivoted",
+            )
             for i in range(3)
         ]
-        for i, piece in enumerate(run(parts, [tensors for tensors, _ in made], x, fill=8 if device % 2 else 1).split(local, dim=-1)):
+        for i, piece in enumerate(
+            run(parts, [tensors for tensors, _ in made], x, fill=8 if device % 2 else 1).split(
+                local, dim=-1
+            )
+        ):
             if i == 0 or device % replicas == 0:
                 found[i].append(piece)
     for i, (_, whole) in enumerate(made):
@@ -90,14 +130,19 @@ def test_split_by_inputs(kind, devices):
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["pair", "pivoted"])
 def test_stored_as_one(kind, devices):
-    """Phi-3 and GPT-2 keep q, k, v as one matrix, so one pair stands for three: every device takes its heads of each."""
+    """Phi-3 and GPT-2 keep q, k, v as one matrix, so one pair stands for three: every device takes
+    its heads of each.
+    """
     tensors, whole = matrix(kind, sum(SIZES), 9, 1)
     x = torch.randn(5, IN, dtype=torch.float64)
     for device in range(devices):
         local = [size // devices for size in SIZES]
         [here] = spans(SIZES, local, [device] * 3, stored_as_one=True)
         part = Part("qkv", sum(SIZES), IN, here, range(IN), 9, kind == "pivoted")
-        q, k, v = (rows[device * n : (device + 1) * n] for rows, n in zip(whole.split(SIZES), local, strict=True))
+        q, k, v = (
+            rows[device * n : (device + 1) * n]
+            for rows, n in zip(whole.split(SIZES), local, strict=True)
+        )
         torch.testing.assert_close(run([part], [tensors], x), linear(x, torch.cat((q, k, v))))
 
 
@@ -116,13 +161,18 @@ def test_rank_zero(kind):
     tensors, whole = matrix(kind, 20, 0, 3)
     part = Part("o", 20, IN, [range(20)], range(IN), 0, kind == "pivoted")
     x = torch.randn(4, IN, dtype=torch.float64)
-    assert torch.equal(run([part], [tensors], x), torch.zeros(4, 20, dtype=torch.float64)) and not whole.any()
-    assert torch.equal(Stack([0], [0], [None], [False], None, 20)(x, None), torch.zeros(4, 20, dtype=torch.float64))
+    assert (
+        torch.equal(run([part], [tensors], x), torch.zeros(4, 20, dtype=torch.float64))
+        and not whole.any()
+    )
+    assert torch.equal(
+        Stack([0], [0], [None], [False], None, 20)(x, None), torch.zeros(4, 20, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_few_bits_are_dequantised_and_sliced(scheme):
-    """The stored numbers of a pair, in any order, give the slices of the matrices they stand for."""
+    """The stored numbers of a pair, in any order, give slices of the matrices they stand for."""
     module = QuantizedLinear(IN, 20, False, scheme, 32, rank=6)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in module.named_parameters():

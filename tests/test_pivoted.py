@@ -1,4 +1,6 @@
-"""Pivoted pairs: the same product in rank² fewer numbers, as numbers, as a module and as a checkpoint."""
+"""Pivoted pairs: the same product in rank² fewer numbers, as numbers, as a module and as a
+checkpoint.
+"""
 
 import json
 import subprocess
@@ -19,14 +21,16 @@ from transformers import AutoModelForCausalLM
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize, apply
+from grasp.core.layers.modeling_grasp import GraspConfig, LowRankLinear
 from grasp.core.linalg import balanced, pivoted
-from grasp.core.modeling_grasp import GraspConfig, LowRankLinear
 from grasp.errors import CheckpointError
 from grasp.stages.budget import pivoted_parameters
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def put_together(head, rest, places):
@@ -39,19 +43,25 @@ def put_together(head, rest, places):
 @settings(max_examples=60, deadline=None)
 @given(m=st.integers(1, 24), n=st.integers(1, 24), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_the_product_in_fewer_numbers(m, n, share, seed):
-    """From rank 0 to full: the product to nine digits, rank (m + n - rank) numbers, and every row in its place."""
+    """From rank 0 to full: the product to nine digits, rank (m + n - rank) numbers, and every row
+    in its place.
+    """
     rank = round(share * min(m, n))
     left, right = numbers(m, rank, seed=seed), numbers(rank, n, seed=seed + 1)
     head, rest, places = pivoted(left, right)
     assert torch.allclose(put_together(head, rest, places), left @ right, atol=1e-9)
-    assert head.numel() + rest.numel() == rank * (m + n - rank) and (rank == min(m, n) or head.numel() + rest.numel() < m * n)
+    assert head.numel() + rest.numel() == rank * (m + n - rank) and (
+        rank == min(m, n) or head.numel() + rest.numel() < m * n
+    )
     assert sorted(places.tolist()) == list(range(m)) and places.dtype == torch.int32
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("m", "rank"), [(40, 3), (40, 20), (40, 39), (150, 100)])
 def test_no_coefficient_exceeds_two(m, rank, seed):
-    """So a narrow dtype does not amplify rounding, though some rows are a thousand times others and some nearly alike."""
+    """So a narrow dtype does not amplify rounding, though some rows are a thousand times others and
+    some nearly alike.
+    """
     left = numbers(m, rank, seed=seed) * torch.logspace(-3, 0, m)[:, None]
     left[1] = left[0] + 1e-6 * left[1]
     head, rest, places = pivoted(left, numbers(rank, 30))
@@ -62,7 +72,9 @@ def test_no_coefficient_exceeds_two(m, rank, seed):
 def test_rows_that_defeat_elimination_are_exchanged():
     """Pivots by LU alone would leave coefficients of about 2^14 here."""
     size = 16
-    left = torch.cat((torch.eye(size) - torch.ones(size, size).tril(-1), -torch.ones(1, size))).double()
+    left = torch.cat(
+        (torch.eye(size) - torch.ones(size, size).tril(-1), -torch.ones(1, size))
+    ).double()
     right = numbers(size, 20)
     head, rest, places = pivoted(left, right)
     assert float(rest.abs().max()) <= 2
@@ -72,7 +84,11 @@ def test_rows_that_defeat_elimination_are_exchanged():
 @pytest.mark.parametrize("lost", ["a direction", "all", "equal rows"])
 def test_factors_of_lower_rank_than_they_claim(lost):
     left = numbers(12, 5)
-    left = {"a direction": left * torch.tensor([1, 1, 0, 1, 1]), "all": 0 * left, "equal rows": left[:1].repeat(12, 1)}[lost]
+    left = {
+        "a direction": left * torch.tensor([1, 1, 0, 1, 1]),
+        "all": 0 * left,
+        "equal rows": left[:1].repeat(12, 1),
+    }[lost]
     head, rest, places = pivoted(left, numbers(5, 9))
     assert bool(rest.isfinite().all()) and float(rest.abs().max()) <= 2
     assert torch.allclose(put_together(head, rest, places), left @ numbers(5, 9), atol=1e-9)
@@ -82,7 +98,9 @@ def test_the_product_alone_counts():
     """Factors scaled against each other by a thousand millions make the same pair."""
     left, right = numbers(12, 4), numbers(4, 9)
     scale = torch.tensor([1e-9, 1.0, 1e3, 1e9], dtype=torch.float64)
-    assert torch.allclose(put_together(*pivoted(left * scale, right / scale[:, None])), left @ right, atol=1e-9)
+    assert torch.allclose(
+        put_together(*pivoted(left * scale, right / scale[:, None])), left @ right, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,7 +109,10 @@ def test_rounding_to_a_narrow_dtype_costs_no_more_than_for_two_thin_matrices(dty
     exact = left @ right
 
     def error(first, second, join):
-        return float((join(first.to(dtype).double(), second.to(dtype).double()) - exact).norm() / exact.norm())
+        return float(
+            (join(first.to(dtype).double(), second.to(dtype).double()) - exact).norm()
+            / exact.norm()
+        )
 
     head, rest, places = pivoted(left, right)
     weight_in, weight = balanced(left, right)
@@ -113,7 +134,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        self.numel = max(
+            [self.numel, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))]
+        )
         return made
 
 
@@ -156,7 +179,11 @@ def test_forward_is_the_dense_linear(rank, bias, dtype):
 
 def test_its_size_is_what_the_budget_counts():
     made, _, _ = module(4, bias=False)
-    assert sum(p.numel() for p in made.parameters()) == pivoted_parameters((12, 9), 4) == 4 * (12 + 9 - 4)
+    assert (
+        sum(p.numel() for p in made.parameters())
+        == pivoted_parameters((12, 9), 4)
+        == 4 * (12 + 9 - 4)
+    )
 
 
 def test_gradients_reach_both_factors_and_the_input():
@@ -166,7 +193,11 @@ def test_gradients_reach_both_factors_and_the_input():
     made(x).square().sum().backward()
     dense = x.detach().clone().requires_grad_(True)
     linear(dense, weight, made.bias).square().sum().backward()
-    assert torch.allclose(x.grad, dense.grad) and bool(made.weight.grad.any()) and bool(made.weight_in.grad.any())
+    assert (
+        torch.allclose(x.grad, dense.grad)
+        and bool(made.weight.grad.any())
+        and bool(made.weight_in.grad.any())
+    )
 
 
 def test_casting_leaves_the_places_alone():
@@ -178,8 +209,13 @@ def test_casting_leaves_the_places_alone():
 def test_an_edit_that_does_not_fit_is_refused():
     """A plain pair's factors with places, and a pivoted pair's without."""
     path = "model.layers.1.mlp.up_proj"
-    head, rest, places = pivoted(numbers(48, 4, dtype=torch.float32), numbers(4, 32, dtype=torch.float32))
-    for edit in (Factorize(path, head, torch.zeros(48, 4), places=places), Factorize(path, head, rest)):
+    head, rest, places = pivoted(
+        numbers(48, 4, dtype=torch.float32), numbers(4, 32, dtype=torch.float32)
+    )
+    for edit in (
+        Factorize(path, head, torch.zeros(48, 4), places=places),
+        Factorize(path, head, rest),
+    ):
         with pytest.raises(grasp.GraspError, match="do not fit"):
             apply(Decoder(build("llama")), edit)
 
@@ -192,7 +228,9 @@ def saved(tmp_path_factory):
     """(directory, compressed model, token ids, logits): a tiny Llama with pivoted pairs."""
     ids = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
     out = tmp_path_factory.mktemp("pivoted") / "out"
-    model = grasp.compress(build("llama"), out, method="grasp-fisher", ratio=0.2, data=grasp.Calibration(ids, "random")).model
+    model = grasp.compress(
+        build("llama"), out, method="grasp-fisher", ratio=0.2, data=grasp.Calibration(ids, "random")
+    ).model
     return out, model, ids, logits(model, ids)
 
 
@@ -208,7 +246,9 @@ def pairs(model):
 def test_loaded_it_computes_the_same(saved, tmp_path):
     """By transformers and by grasp; and again after it was saved once more."""
     directory, model, ids, expected = saved
-    assert any(found.rank > 0 for found in pairs(model)) and all(found.pivoted for found in pairs(model))
+    assert any(found.rank > 0 for found in pairs(model)) and all(
+        found.pivoted for found in pairs(model)
+    )
     for source in (directory, tmp_path / "again"):
         loaded = AutoModelForCausalLM.from_pretrained(source)
         assert close(logits(loaded, ids), expected) and len(pairs(loaded)) == len(pairs(model))
@@ -219,7 +259,10 @@ def test_loaded_it_computes_the_same(saved, tmp_path):
 def test_its_size_in_memory_is_the_one_promised(saved):
     directory, _, _, _ = saved
     promised = json.loads((directory / "grasp.json").read_text())["parameters"]["after"]
-    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters()) == promised
+    assert (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters())
+        == promised
+    )
 
 
 def test_loaded_in_a_narrow_dtype(saved):
@@ -233,7 +276,9 @@ def test_loaded_in_a_narrow_dtype(saved):
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "opt"])
 def test_other_families_too(name, calibration, tmp_path):
-    result = grasp.compress(build(name), tmp_path, method="grasp-fisher", ratio=0.2, data=calibration)
+    result = grasp.compress(
+        build(name), tmp_path, method="grasp-fisher", ratio=0.2, data=calibration
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert close(logits(loaded, calibration.ids), logits(result.model, calibration.ids))
     assert any(found.bias is not None for found in pairs(loaded)) == FAMILY_ROWS[name].biased
@@ -247,18 +292,27 @@ folder = sys.argv[1]
 for source in (sys.argv[2], folder + "/again"):
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     with torch.no_grad():
-        equal = torch.allclose(model(input_ids=torch.load(folder + "/ids.pt"), use_cache=False).logits, torch.load(folder + "/logits.pt"), atol=1e-5)
+        equal = torch.allclose(model(input_ids=torch.load(folder + "/ids.pt"), \
+use_cache=False).logits, torch.load(folder + "/logits.pt"), atol=1e-5)
     model.save_pretrained(folder + "/again")
     print("RESULT", equal, sum(p.numel() for p in model.parameters()), "grasp" in sys.modules)
 """
 
 
 def test_without_grasp(saved, tmp_path):
-    """In a process where grasp cannot be imported, by the file the checkpoint carries; and what that saves loads the same way."""
+    """In a process where grasp cannot be imported, by the file the checkpoint carries; and what
+    that saves loads the same way.
+    """
     directory, model, ids, expected = saved
     torch.save(ids, tmp_path / "ids.pt")
     torch.save(expected, tmp_path / "logits.pt")
-    arguments = [sys.executable, "-c", WITHOUT.format(before=NO_GRASP), str(tmp_path), str(directory)]
+    arguments = [
+        sys.executable,
+        "-c",
+        WITHOUT.format(before=NO_GRASP),
+        str(tmp_path),
+        str(directory),
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     line = f"RESULT True {sum(p.numel() for p in model.parameters())} False"
     assert done.stdout.splitlines().count(line) == 2, done.stderr[-2000:]
@@ -267,7 +321,14 @@ def test_without_grasp(saved, tmp_path):
 @pytest.mark.parametrize(("storage", "version"), [("pivoted", 2), ("pair", 1)])
 def test_the_format_is_the_lowest_that_fits(storage, version, calibration, tmp_path):
     """So that an older grasp can still read plain pairs."""
-    grasp.compress(build("llama"), tmp_path, method="grasp-fisher", ratio=0.2, storage=storage, data=calibration)
+    grasp.compress(
+        build("llama"),
+        tmp_path,
+        method="grasp-fisher",
+        ratio=0.2,
+        storage=storage,
+        data=calibration,
+    )
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["version"] == version
     assert set(written["pivoted"]) == (set(written["ranks"]) if storage == "pivoted" else set())
@@ -280,7 +341,9 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["version"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"grasp format 4.*reads up to 3.*pip install -U grasp-llm"):
+    with pytest.raises(
+        ValueError, match=r"grasp format 4.*reads up to 3.*pip install -U grasp-llm"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="grasp format 4"):
         grasp.load(tmp_path)
@@ -290,8 +353,12 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
 
 def test_pivoted_and_plain_pairs_in_one_model(calibration, tmp_path):
     """A second method on top of the first: each pair is loaded as it was stored."""
-    first = grasp.compress(build("llama"), method="grasp-fisher", layers=(1,), retain_ratio=0.5, data=calibration)
-    second = grasp.compress(first.model, tmp_path, method="grasp", layers=(2,), retain_ratio=0.5, data=calibration)
+    first = grasp.compress(
+        build("llama"), method="grasp-fisher", layers=(1,), retain_ratio=0.5, data=calibration
+    )
+    second = grasp.compress(
+        first.model, tmp_path, method="grasp", layers=(2,), retain_ratio=0.5, data=calibration
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {found.pivoted for found in pairs(loaded)} == {True, False}
     assert close(logits(loaded, calibration.ids), logits(second.model, calibration.ids))
@@ -302,7 +369,10 @@ def test_peft_lora_on_top(saved, tmp_path):
 
     directory, _, ids, _ = saved
     torch.manual_seed(0)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(directory), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(directory),
+        LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    )
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(4):
@@ -321,7 +391,14 @@ def test_generation_with_and_without_a_cache(saved):
     _, model, ids, _ = saved
     prompt = ids[:2, :6]
     texts = [
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=258, use_cache=cache)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=258,
+            use_cache=cache,
+        )
         for cache in (True, False)
     ]
     for said in texts:

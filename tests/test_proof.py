@@ -1,4 +1,6 @@
-"""The proof: what is saved is loaded again and must be the model in memory; what could not be saved is said before the work."""
+"""The proof: what is saved is loaded again and must be the model in memory; what could not be saved
+is said before the work.
+"""
 
 import pytest
 import torch
@@ -25,23 +27,44 @@ def model_of(config: str, **more: object):
 
 
 def test_layers_built_from_their_index_are_not_dropped(tmp_path, calibration, monkeypatch):
-    """DiffLlama's lambda_init follows from the index, and no config says it: refused before the work; the last layer may go."""
+    """DiffLlama's lambda_init follows from the index, and no config says it: refused before the
+    work; the last layer may go.
+    """
     monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
     for fields in ({"layers": (1,)}, {"layers": (0, 3)}, {"num_layers": 1}):
-        with pytest.raises(grasp.GraspError, match=r"'diffllama' model cannot be dropped: .*lambda_init' is 0\."):
-            grasp.compress(model_of("DiffLlamaConfig"), tmp_path / "out", method="shortgpt", data=calibration, **fields)
+        with pytest.raises(
+            grasp.GraspError, match=r"'diffllama' model cannot be dropped: .*lambda_init' is 0\."
+        ):
+            grasp.compress(
+                model_of("DiffLlamaConfig"),
+                tmp_path / "out",
+                method="shortgpt",
+                data=calibration,
+                **fields,
+            )
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    result = grasp.compress(model_of("DiffLlamaConfig"), tmp_path / "out", method="shortgpt", data=calibration, layers=(3,))
+    result = grasp.compress(
+        model_of("DiffLlamaConfig"),
+        tmp_path / "out",
+        method="shortgpt",
+        data=calibration,
+        layers=(3,),
+    )
     assert len(result.decoder.stack) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_that_loads_as_another_model_is_not_written(tmp_path, calibration, monkeypatch, dtype):
+def test_a_checkpoint_that_loads_as_another_model_is_not_written(
+    tmp_path, calibration, monkeypatch, dtype
+):
     monkeypatch.setattr(edits, "check_droppable", lambda *_: None)
     monkeypatch.setattr("grasp.methods.shortgpt.check_droppable", lambda *_: None)
     model = model_of("DiffLlamaConfig").to(dtype)
-    with pytest.raises(grasp.GraspError, match=r"OUT .*: the checkpoint, as it loads again, is not the model: .*lambda_init"):
+    with pytest.raises(
+        grasp.GraspError,
+        match=r"OUT .*: the checkpoint, as it loads again, is not the model: .*lambda_init",
+    ):
         grasp.compress(model, tmp_path / "out", method="shortgpt", data=calibration, layers=(1,))
     assert list(tmp_path.iterdir()) == []
 
@@ -57,7 +80,13 @@ DROPPED = {
 MORE = {
     "smollm3": {"no_rope_layers": [1, 0, 1, 1], "pad_token_id": 258},
     "cohere2": {"sliding_window": 8, "layer_types": ["full_attention", *["sliding_attention"] * 3]},
-    "bart": {"decoder_layers": 4, "encoder_layers": 4, "d_model": 32, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
+    "bart": {
+        "decoder_layers": 4,
+        "encoder_layers": 4,
+        "d_model": 32,
+        "decoder_ffn_dim": 48,
+        "decoder_attention_heads": 4,
+    },
 }
 
 
@@ -82,8 +111,14 @@ def spoil(part: str, folder) -> None:
 def test_a_weight_that_was_written_wrongly_is_found(part, tmp_path, monkeypatch):
     decoder = Decoder(build("qwen3"))
     write = decoder.model.save_pretrained
-    monkeypatch.setattr(decoder.model, "save_pretrained", lambda folder, **options: (write(folder, **options), spoil(part, folder)))
-    with pytest.raises(grasp.GraspError, match=f"is not the model: the weight '{part}' is another one"):
+    monkeypatch.setattr(
+        decoder.model,
+        "save_pretrained",
+        lambda folder, **options: (write(folder, **options), spoil(part, folder)),
+    )
+    with pytest.raises(
+        grasp.GraspError, match=f"is not the model: the weight '{part}' is another one"
+    ):
         save(decoder, tmp_path / "out", MANIFEST, "")
     assert list(tmp_path.iterdir()) == []
 
@@ -131,7 +166,9 @@ def test_the_dense_export_is_proved(tmp_path, model_directory, calibration, monk
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_difference(dtype, tmp_path, calibration):
-    """A model cast in memory rounds its buffers too; its attention may run by another kernel than that of the model that loads."""
+    """A model cast in memory rounds its buffers too; its attention may run by another kernel than
+    that of the model that loads.
+    """
     model = build("llama").to(dtype)
     model.set_attn_implementation("eager")
     grasp.compress(model, tmp_path / "out", method="grasp", layers=(1,), data=calibration)
@@ -164,20 +201,30 @@ def stubborn(model, tokenizer):
 @pytest.mark.parametrize(
     ("spoilt", "said"),
     [
-        (zero_temperature, "the generation config could not be saved: .*temperature.*; change model.generation_config"),
+        (
+            zero_temperature,
+            (
+                "the generation config could not be saved: .*temperature.*; change"
+                " model.generation_config"
+            ),
+        ),
         (sampling_without_sampling, "the generation config could not be saved: .*temperature"),
         (no_json, "the config could not be saved: .*set.*; change model.config"),
         (unknown_type, "the config could not be saved: .*mine"),
         (stubborn, "the tokenizer could not be saved: no vocabulary to save; give another one"),
     ],
 )
-def test_what_cannot_be_saved_is_said_before_the_work(spoilt, said, tmp_path, tokenizer, calibration, monkeypatch):
+def test_what_cannot_be_saved_is_said_before_the_work(
+    spoilt, said, tmp_path, tokenizer, calibration, monkeypatch
+):
     import copy
 
     model, mine = build("llama"), copy.deepcopy(tokenizer)
     spoilt(model, mine)
     monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(grasp.GraspError, match=said) as error:
-        grasp.compress(model, tmp_path / "out", tokenizer=mine, method="grasp", layers=(1,), data=calibration)
+        grasp.compress(
+            model, tmp_path / "out", tokenizer=mine, method="grasp", layers=(1,), data=calibration
+        )
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""Weights in 8 and 4 bits: what rounding may change, the checkpoint contract, and what a user can get wrong."""
+"""Weights in 8 and 4 bits: what rounding may change, the checkpoint contract, and what a user can
+get wrong.
+"""
 
 import json
 import subprocess
@@ -17,12 +19,16 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.modeling_grasp import LowRankLinear
-from grasp.core.quantized_grasp import QuantizedLinear, quantized_like
+from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.rounding import rounded
 
 IDS = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
-SCHEMES = {"int8": {"bits": 8}, "int8-dynamic": {"bits": 8, "scheme": "dynamic"}, "int4": {"bits": 4}}
+SCHEMES = {
+    "int8": {"bits": 8},
+    "int8-dynamic": {"bits": 8, "scheme": "dynamic"},
+    "int4": {"bits": 4},
+}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Failed to load", "ignore:.*Triton.*"),
     pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: make test-export"),
@@ -37,7 +43,9 @@ def logits(model) -> torch.Tensor:
 def filled(module: torch.nn.Linear, scheme: str, group_size: int = 32) -> QuantizedLinear:
     """`module`, quantized, with nothing around it."""
     new = quantized_like(module, scheme, group_size)
-    for name, value in rounded("weight", module.weight, scheme, group_size, module.weight.dtype).items():
+    for name, value in rounded(
+        "weight", module.weight, scheme, group_size, module.weight.dtype
+    ).items():
         getattr(new, name).data = value
     if module.bias is not None:
         new.bias.data = module.bias.data.clone()
@@ -49,7 +57,15 @@ def low_rank(tmp_path_factory, model_directory):
     """Checkpoints with pairs and with pivoted pairs, in bfloat16."""
     folder = tmp_path_factory.mktemp("low-rank")
     data = grasp.Calibration(IDS, "random")
-    grasp.compress(model_directory, folder / "pairs", method="grasp", num_layers=2, retain_ratio=0.3, data=data, dtype="bfloat16")
+    grasp.compress(
+        model_directory,
+        folder / "pairs",
+        method="grasp",
+        num_layers=2,
+        retain_ratio=0.3,
+        data=data,
+        dtype="bfloat16",
+    )
     grasp.compress(model_directory, folder / "pivoted", ratio=0.2, data=data, dtype="bfloat16")
     return folder
 
@@ -57,14 +73,25 @@ def low_rank(tmp_path_factory, model_directory):
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_to_the_nearest(columns, dtype):
-    """Against the formulas written down again: no number is further away than half a step (and what the dtype of the scales costs)."""
-    weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)).to(dtype).float()
+    """Against the formulas written down again: no number is further away than half a step (and what
+    the dtype of the scales costs).
+    """
+    weight = (
+        torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)).to(dtype).float()
+    )
     slack = 1 + (0 if dtype == torch.float32 else 2**-6)
     linear = torch.nn.Linear(columns, 24, bias=False)
     linear.weight.data = weight.to(dtype)
     step = (weight.abs().amax(dim=1, keepdim=True) / 127.5).expand_as(weight)
     error = (filled(linear, "int8").dequantized("weight").float() - weight).abs()
-    assert bool((error <= step * slack * (1.0 if dtype == torch.float32 else 1.5) / 2 + weight.abs() * 2**-8 + 1e-7).all())
+    assert bool(
+        (
+            error
+            <= step * slack * (1.0 if dtype == torch.float32 else 1.5) / 2
+            + weight.abs() * 2**-8
+            + 1e-7
+        ).all()
+    )
     found = filled(linear, "int4").dequantized("weight").float()
     for start in range(0, columns, 32):
         group = weight[:, start : start + 32]
@@ -75,13 +102,19 @@ def test_rounding_is_to_the_nearest(columns, dtype):
         if dtype == torch.float32:
             assert torch.allclose(theirs, mine, atol=1e-5)
         else:  # a scale in bfloat16 moves the end of the range by up to 15 of its roundings
-            assert bool(((theirs - group).abs() <= step / 2 + (high - low) * 2**-8 + group.abs() * 2**-7).all())
+            assert bool(
+                (
+                    (theirs - group).abs() <= step / 2 + (high - low) * 2**-8 + group.abs() * 2**-7
+                ).all()
+            )
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 @pytest.mark.parametrize("tokens", [1, 8, 9, 40])
 def test_every_kernel_computes_the_same_product(scheme, tokens):
-    """Few tokens in bfloat16 go through the processor's own kernels: as through the stored numbers, up to bfloat16."""
+    """Few tokens in bfloat16 go through the processor's own kernels: as through the stored numbers,
+    up to bfloat16.
+    """
     torch.manual_seed(0)
     linear = torch.nn.Linear(70, 37).bfloat16()
     module, x = filled(linear, scheme), torch.randn(tokens, 70).bfloat16()
@@ -91,7 +124,12 @@ def test_every_kernel_computes_the_same_product(scheme, tokens):
         assert module(x[None]).shape == (1, tokens, 37)
     again = x.clone().requires_grad_()
     module(again).sum().backward()
-    assert torch.allclose(again.grad.float(), module.dequantized("weight").float().sum(0).expand(tokens, -1), atol=0.1, rtol=0.05)
+    assert torch.allclose(
+        again.grad.float(),
+        module.dequantized("weight").float().sum(0).expand(tokens, -1),
+        atol=0.1,
+        rtol=0.05,
+    )
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -104,26 +142,45 @@ def test_every_family_quantizes_reloads_and_generates(family, scheme, tmp_path):
     again = grasp.load(tmp_path / "out").model
     assert close(logits(again), after)
     told = done.manifest["quantization"]
-    assert told["matrices"] == sum(isinstance(module, QuantizedLinear) for module in again.modules()) > 0
+    assert (
+        told["matrices"]
+        == sum(isinstance(module, QuantizedLinear) for module in again.modules())
+        > 0
+    )
     assert told["bytes_after"] == Decoder(again).num_bytes() < told["bytes_before"]
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
-    text = again.generate(IDS, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=258)
+    text = again.generate(
+        IDS, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=258
+    )
     assert text.shape == (4, 23)
 
 
-@pytest.mark.parametrize(("made", "scheme"), [*(("pairs", scheme) for scheme in SCHEMES), ("pivoted", "int8"), ("pivoted", "int8-dynamic")])
+@pytest.mark.parametrize(
+    ("made", "scheme"),
+    [*(("pairs", scheme) for scheme in SCHEMES), ("pivoted", "int8"), ("pivoted", "int8-dynamic")],
+)
 def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, caplog):
     before = logits(grasp.load(low_rank / made).model)
     done = grasp.quantize(low_rank / made, tmp_path / "out", **SCHEMES[scheme])
-    assert ("lose far more by rounded activations" in caplog.text) == ((made, scheme) == ("pivoted", "int8-dynamic"))
-    pairs = [module for module in done.model.modules() if isinstance(module, QuantizedLinear) and module.rank]
+    assert ("lose far more by rounded activations" in caplog.text) == (
+        (made, scheme) == ("pivoted", "int8-dynamic")
+    )
+    pairs = [
+        module
+        for module in done.model.modules()
+        if isinstance(module, QuantizedLinear) and module.rank
+    ]
     assert pairs and all(module.pivoted == (made == "pivoted") for module in pairs)
     after = logits(done.model)
     assert float((after - before).norm() / before.norm()) < (0.4 if scheme == "int4" else 0.1)
     assert close(logits(grasp.load(tmp_path / "out").model), after)
     manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
-    assert manifest["format_version"] == 3 and manifest["edits"] and manifest["quantization"]["scheme"] == scheme
+    assert (
+        manifest["format_version"] == 3
+        and manifest["edits"]
+        and manifest["quantization"]["scheme"] == scheme
+    )
     decoder = Decoder(done.model)
     assert decoder.num_parameters() == manifest["parameters"]["after"]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
@@ -138,17 +195,31 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
 
 @pytest.mark.parametrize(
     ("scheme", "made", "before", "flag"),
-    [("int4", "pairs", "import grasp", ""), ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"), ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True")],
-)  # fmt: skip
+    [
+        ("int4", "pairs", "import grasp", ""),
+        ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
+        ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
+    ],
+)
 def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_path):
-    """In a new process, with grasp or without it (and without torchao): equal logits; and what it saves again loads again."""
+    """In a new process, with grasp or without it (and without torchao): equal logits; and what it
+    saves again loads again.
+    """
     done = grasp.quantize(low_rank / made, tmp_path / "out", **SCHEMES[scheme])
     with torch.no_grad():
         torch.save(done.model(input_ids=IDS).logits, tmp_path / "logits.pt")
     torch.save(IDS, tmp_path / "ids.pt")
     code = LOAD.format(before=f"sys.modules['torchao'] = None\n{before}", after="", flag=flag)
-    for source, target in ((tmp_path / "out", tmp_path / "again"), (tmp_path / "again", tmp_path / "third")):
-        run = subprocess.run([sys.executable, "-c", code, source, tmp_path, target], capture_output=True, text=True, check=False)
+    for source, target in (
+        (tmp_path / "out", tmp_path / "again"),
+        (tmp_path / "again", tmp_path / "third"),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code, source, tmp_path, target],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert "RESULT True" in run.stdout, run.stderr[-2000:]
     assert (tmp_path / "third" / "quantized_grasp.py").is_file()
 
@@ -158,16 +229,27 @@ def test_without_grasp_and_without_the_flag_it_refuses(model_directory, tmp_path
     grasp.quantize(model_directory, tmp_path / "out", bits=8)
     code = LOAD.format(before=NO_GRASP, after="", flag="")
     run = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "out", tmp_path, tmp_path / "x"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, tmp_path / "out", tmp_path, tmp_path / "x"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode != 0 and "RESULT" not in run.stdout and "MISMATCH" in run.stderr
 
 
 def test_rank_zero_and_moves(tmp_path, calibration):
-    """A pair of rank 0 has nothing to round. Casting, copying and moving a quantized model leave its whole numbers alone."""
+    """A pair of rank 0 has nothing to round. Casting, copying and moving a quantized model leave
+    its whole numbers alone.
+    """
     import copy
 
-    small = grasp.compress(build("gpt2", dtype=torch.bfloat16), layers=(1,), retain_ratio=0.0, data=calibration, method="grasp")
+    small = grasp.compress(
+        build("gpt2", dtype=torch.bfloat16),
+        layers=(1,),
+        retain_ratio=0.0,
+        data=calibration,
+        method="grasp",
+    )
     done = grasp.quantize(small.decoder, tmp_path / "out", bits=4)
     after = logits(done.model)
     assert any(isinstance(module, LowRankLinear) for module in done.model.modules())
@@ -189,10 +271,16 @@ def test_compress_dequantises_and_says_so(low_rank, model_directory, tmp_path, c
     plain = grasp.compress(build("gpt2"), method="shortgpt", num_layers=1, data=data).decoder
     grasp.quantize(plain, tmp_path / "g", bits=8)
     kept = logits(grasp.load(tmp_path / "g").model)
-    grasp.compress(str(tmp_path / "g"), tmp_path / "again", method="shortgpt", num_layers=1, data=data)
+    grasp.compress(
+        str(tmp_path / "g"), tmp_path / "again", method="shortgpt", num_layers=1, data=data
+    )
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "quantization_config" not in config and "auto_map" not in config
-    assert kept.shape == logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")).shape == dense.shape
+    assert (
+        kept.shape
+        == logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")).shape
+        == dense.shape
+    )
 
 
 def test_compress_takes_a_model_that_torchao_quantized(model_directory, tmp_path, caplog):
@@ -200,10 +288,14 @@ def test_compress_takes_a_model_that_torchao_quantized(model_directory, tmp_path
     from transformers import TorchAoConfig
 
     theirs = AutoModelForCausalLM.from_pretrained(
-        model_directory, dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        model_directory,
+        dtype=torch.bfloat16,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)),
     )
     theirs.save_pretrained(tmp_path / "ao")
-    result = grasp.compress(str(tmp_path / "ao"), tmp_path / "small", ratio=0.2, data=grasp.Calibration(IDS, "random"))
+    result = grasp.compress(
+        str(tmp_path / "ao"), tmp_path / "small", ratio=0.2, data=grasp.Calibration(IDS, "random")
+    )
     assert "already quantized (torchao)" in caplog.text
     assert close(logits(grasp.load(tmp_path / "small").model), logits(result.model))
     with pytest.raises(grasp.GraspError, match="quantized already"):
@@ -218,14 +310,24 @@ def test_a_format_that_cannot_be_read_here_is_one_clear_line(model_directory, tm
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
     with pytest.raises(grasp.GraspError, match="gptq") as said:
-        grasp.compress(str(tmp_path / "gptq"), tmp_path / "out", ratio=0.2, data=grasp.Calibration(IDS, "random"))
+        grasp.compress(
+            str(tmp_path / "gptq"),
+            tmp_path / "out",
+            ratio=0.2,
+            data=grasp.Calibration(IDS, "random"),
+        )
     assert "\n" not in str(said.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bits": 3}, "--bits 3: must be 8 or 4"), ({"bits": 4, "scheme": "dynamic"}, "needs --bits 8"), ({"bits": 8, "scheme": "x"}, "--scheme x"), ({"bits": 4, "group_size": 48}, "--group-size 48: must be one of 32")],
-)  # fmt: skip
+    [
+        ({"bits": 3}, "--bits 3: must be 8 or 4"),
+        ({"bits": 4, "scheme": "dynamic"}, "needs --bits 8"),
+        ({"bits": 8, "scheme": "x"}, "--scheme x"),
+        ({"bits": 4, "group_size": 48}, "--group-size 48: must be one of 32"),
+    ],
+)
 def test_bad_input_is_said_before_any_work(options, message, model_directory, tmp_path):
     with pytest.raises(grasp.GraspError, match=message):
         grasp.quantize(model_directory, tmp_path / "out", **options)
@@ -238,7 +340,10 @@ def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path, monkeypatch
         grasp.quantize(tmp_path / "q", tmp_path / "q2", bits=8)
     with pytest.raises(grasp.GraspError, match="not an empty directory"):
         grasp.quantize(model_directory, tmp_path / "q", bits=8)
-    with pytest.raises(grasp.GraspError, match=r"--bits 4: \d+ pairs .* are pivoted.*--bits 8, or `grasp compress --storage pair`"):
+    with pytest.raises(
+        grasp.GraspError,
+        match=r"--bits 4: \d+ pairs .* are pivoted.*--bits 8, or `grasp compress --storage pair`",
+    ):
         grasp.quantize(low_rank / "pivoted", tmp_path / "q3", bits=4)
     assert not (tmp_path / "q3").exists()
     with pytest.raises(grasp.GraspError, match="recover the checkpoint it was made from"):
@@ -268,9 +373,22 @@ def test_a_damaged_checkpoint_never_loads(fault, model_directory, tmp_path):
 
 def test_the_command_line(model_directory, tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "grasp", "quantize", model_directory, tmp_path / "out", "--bits", "8", "--json", "--quiet"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "grasp",
+            "quantize",
+            model_directory,
+            tmp_path / "out",
+            "--bits",
+            "8",
+            "--json",
+            "--quiet",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["quantization"]["scheme"] == "int8" and Path(told["manifest"]).is_file()

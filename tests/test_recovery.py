@@ -1,4 +1,6 @@
-"""Compensation on tiny models: what is trained, what comes back into the checkpoint, how a run goes on, and what users get wrong."""
+"""Compensation on tiny models: what is trained, what comes back into the checkpoint, how a run goes
+on, and what users get wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,18 @@ from grasp.report.anatomy import recovery as curve_of
 from grasp.report.reading import Checkpoint
 
 SMALL = {
-    "max_steps": 6, "batch_size": 4, "micro_batch": 2, "held_out": 8, "max_length": 256, "learning_rate": 1e-2, "eval_every": 2,
-    "precision": "float32", "warmup_steps": 0, "lora_rank": 4, "lora_dropout": 0.0,
-}  # fmt: skip
+    "max_steps": 6,
+    "batch_size": 4,
+    "micro_batch": 2,
+    "held_out": 8,
+    "max_length": 256,
+    "learning_rate": 1e-2,
+    "eval_every": 2,
+    "precision": "float32",
+    "warmup_steps": 0,
+    "lora_rank": 4,
+    "lora_dropout": 0.0,
+}
 """A run of a second."""
 
 
@@ -34,7 +45,9 @@ SMALL = {
 def dense(tmp_path_factory, tokenizer) -> str:
     path = tmp_path_factory.mktemp("dense") / "llama"
     model = build("llama")
-    model.config.max_position_embeddings = 512  # Alpaca's prompt is 150 bytes, and here a token is a byte
+    model.config.max_position_embeddings = (
+        512  # Alpaca's prompt is 150 bytes, and here a token is a byte
+    )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
@@ -50,20 +63,28 @@ def checkpoints(tmp_path_factory, dense, text_file) -> dict[str, str]:
         "shortgpt": {"layers": (1, 2)},
     }
     for name, fields in given.items():
-        grasp.compress(dense, folder / name, method=name, data=text_file, num_samples=2, seq_len=32, **fields)
+        grasp.compress(
+            dense, folder / name, method=name, data=text_file, num_samples=2, seq_len=32, **fields
+        )
     return {name: str(folder / name) for name in given}
 
 
 @pytest.fixture(scope="session")
 def alpaca(tmp_path_factory) -> str:
-    rows = [{"instruction": f"Add {n} and {n + 1}.", "input": "", "output": f"The sum is {2 * n + 1}."} for n in range(60)]
+    rows = [
+        {"instruction": f"Add {n} and {n + 1}.", "input": "", "output": f"The sum is {2 * n + 1}."}
+        for n in range(60)
+    ]
     path = tmp_path_factory.mktemp("alpaca") / "alpaca.json"
     path.write_text(json.dumps(rows))
     return str(path)
 
 
 def weights(path: str | Path) -> dict[str, torch.Tensor]:
-    return {name: value.detach() for name, value in AutoModelForCausalLM.from_pretrained(path).named_parameters()}
+    return {
+        name: value.detach()
+        for name, value in AutoModelForCausalLM.from_pretrained(path).named_parameters()
+    }
 
 
 def changed(before: str | Path, after: str | Path) -> set[str]:
@@ -82,12 +103,17 @@ def factors(path: str | Path) -> set[str]:
 
 @pytest.mark.parametrize("method", ["grasp", "grasp-fisher"])
 @pytest.mark.parametrize("objective", ["lm", "distill", "layer"])
-def test_factors_alone_change_and_the_held_out_loss_falls(checkpoints, alpaca, tmp_path, method, objective):
+def test_factors_alone_change_and_the_held_out_loss_falls(
+    checkpoints, alpaca, tmp_path, method, objective
+):
+    # some start close to the teacher
     gentle = {
         **SMALL,
         "learning_rate": 1e-2 if objective == "lm" else 1e-3 if method == "grasp" else 1e-4,
-    }  # some start close to the teacher
-    done = grasp.recover(checkpoints[method], tmp_path / "out", data=alpaca, objective=objective, **gentle)
+    }
+    done = grasp.recover(
+        checkpoints[method], tmp_path / "out", data=alpaca, objective=objective, **gentle
+    )
     assert changed(checkpoints[method], tmp_path / "out") == factors(checkpoints[method])
     assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
     assert not list(tmp_path.glob("*.recovery"))  # the states of the run are gone
@@ -96,19 +122,33 @@ def test_factors_alone_change_and_the_held_out_loss_falls(checkpoints, alpaca, t
 def test_layers_trains_all_of_the_layers_that_hold_a_pair(checkpoints, alpaca, tmp_path):
     grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, train="layers", **SMALL)
     assert changed(checkpoints["grasp"], tmp_path / "out") == {
-        name for name in weights(checkpoints["grasp"]) if ".layers.1." in name or ".layers.2." in name
+        name
+        for name in weights(checkpoints["grasp"])
+        if ".layers.1." in name or ".layers.2." in name
     }
 
 
 def test_layers_of_a_model_with_removed_layers_are_all_that_are_left(checkpoints, alpaca, tmp_path):
-    grasp.recover(checkpoints["shortgpt"], tmp_path / "out", data=alpaca, train="layers", objective="layer", start="keep", **SMALL)
-    assert changed(checkpoints["shortgpt"], tmp_path / "out") == {name for name in weights(checkpoints["shortgpt"]) if ".layers." in name}
+    grasp.recover(
+        checkpoints["shortgpt"],
+        tmp_path / "out",
+        data=alpaca,
+        train="layers",
+        objective="layer",
+        start="keep",
+        **SMALL,
+    )
+    assert changed(checkpoints["shortgpt"], tmp_path / "out") == {
+        name for name in weights(checkpoints["shortgpt"]) if ".layers." in name
+    }
 
 
 @pytest.mark.parametrize("method", ["grasp", "grasp-fisher", "shortgpt"])
 def test_lora_merges_into_a_checkpoint_of_the_same_shape(checkpoints, alpaca, tmp_path, method):
     done = grasp.recover(checkpoints[method], tmp_path / "out", data=alpaca, train="lora", **SMALL)
-    matrices = {name for name in weights(checkpoints[method]) if ".layers." in name and "norm" not in name}
+    matrices = {
+        name for name in weights(checkpoints[method]) if ".layers." in name and "norm" not in name
+    }
     assert changed(checkpoints[method], tmp_path / "out") == matrices
     assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
     assert "exactly" in done.manifest["recovery"]["merged"]
@@ -116,7 +156,7 @@ def test_lora_merges_into_a_checkpoint_of_the_same_shape(checkpoints, alpaca, tm
 
 @pytest.mark.parametrize("method", ["grasp", "shortgpt"])
 def test_what_is_saved_has_the_loss_that_was_measured_last(checkpoints, alpaca, tmp_path, method):
-    """Through merging, casting and reloading: a second recovery starts where the first one ended."""
+    """Through merging, casting and reloading: a second recovery starts where the first ended."""
     options = {**SMALL, "train": "lora"}
     first = grasp.recover(checkpoints[method], tmp_path / "one", data=alpaca, **options)
     second = grasp.recover(tmp_path / "one", tmp_path / "two", data=alpaca, **options)
@@ -127,11 +167,22 @@ def test_what_is_saved_has_the_loss_that_was_measured_last(checkpoints, alpaca, 
 def test_an_adapter_can_be_kept(checkpoints, alpaca, tmp_path):
     from peft import PeftModel
 
-    done = grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, train="lora", keep_adapter=True, **SMALL)
+    done = grasp.recover(
+        checkpoints["grasp"],
+        tmp_path / "out",
+        data=alpaca,
+        train="lora",
+        keep_adapter=True,
+        **SMALL,
+    )
     assert changed(checkpoints["grasp"], tmp_path / "out") == set()
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out" / "adapter")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out" / "adapter"
+    )
     ids = torch.arange(20)[None]
-    assert not torch.allclose(model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits)
+    assert not torch.allclose(
+        model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    )
     assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
 
 
@@ -152,7 +203,14 @@ def test_other_families(name, tokenizer, text_file, tmp_path):
     )
     options = {**SMALL, "max_length": 64}
     for train in ("factors", "lora"):
-        done = grasp.recover(tmp_path / "small", tmp_path / train, data=text_file, train=train, objective="distill", **options)
+        done = grasp.recover(
+            tmp_path / "small",
+            tmp_path / train,
+            data=text_file,
+            train=train,
+            objective="distill",
+            **options,
+        )
         assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
 
 
@@ -160,41 +218,69 @@ def test_in_bfloat16_everything_else_is_kept_bit_for_bit(checkpoints, alpaca, tm
     model = AutoModelForCausalLM.from_pretrained(checkpoints["grasp"], dtype=torch.bfloat16)
     shutil.copytree(checkpoints["grasp"], tmp_path / "half")
     model.save_pretrained(tmp_path / "half")
-    done = grasp.recover(tmp_path / "half", tmp_path / "out", data=alpaca, **{**SMALL, "precision": "bfloat16"})
+    done = grasp.recover(
+        tmp_path / "half", tmp_path / "out", data=alpaca, **{**SMALL, "precision": "bfloat16"}
+    )
     assert changed(tmp_path / "half", tmp_path / "out") == factors(tmp_path / "half")
     assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
     assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
 
 
-def test_gradient_checkpointing_and_a_teacher_kept_outside_change_nothing(checkpoints, alpaca, tmp_path):
+def test_gradient_checkpointing_and_a_teacher_kept_outside_change_nothing(
+    checkpoints, alpaca, tmp_path
+):
     options = {**SMALL, "objective": "distill"}
     plain = grasp.recover(checkpoints["grasp"], tmp_path / "plain", data=alpaca, **options)
     saving = grasp.recover(
-        checkpoints["grasp"], tmp_path / "saving", data=alpaca, gradient_checkpointing=True, offload_teacher=True, **options
+        checkpoints["grasp"],
+        tmp_path / "saving",
+        data=alpaca,
+        gradient_checkpointing=True,
+        offload_teacher=True,
+        **options,
     )
-    assert [look.get("held_out_loss") for look in saving.curve] == pytest.approx([look.get("held_out_loss") for look in plain.curve])
+    assert [look.get("held_out_loss") for look in saving.curve] == pytest.approx(
+        [look.get("held_out_loss") for look in plain.curve]
+    )
 
 
 # What is written down
 
 
-def test_the_manifest_says_how_it_was_done_and_the_report_shows_the_curve(checkpoints, alpaca, tmp_path):
-    done = grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, objective="distill", **SMALL)
+def test_the_manifest_says_how_it_was_done_and_the_report_shows_the_curve(
+    checkpoints, alpaca, tmp_path
+):
+    done = grasp.recover(
+        checkpoints["grasp"], tmp_path / "out", data=alpaca, objective="distill", **SMALL
+    )
     manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
     told = manifest["recovery"]
     assert told["recipe"]["objective"] == "distill" and told["recipe"]["learning_rate"] == 1e-2
-    assert told["steps"] == 6 and told["data"]["rows"] == 24 and len(told["data"]["rows_sha256"]) == 64
+    assert (
+        told["steps"] == 6 and told["data"]["rows"] == 24 and len(told["data"]["rows_sha256"]) == 64
+    )
     assert told["teacher"]["num_layers"] == 4 and told["trained_parameters"] == sum(
         weights(tmp_path / "out")[name].numel() for name in factors(tmp_path / "out")
     )
     assert [look["step"] for look in told["curve"] if "held_out_loss" in look] == [0, 2, 4, 6]
     assert told["curve"] == done.curve and told["best"] == min(
-        (look for look in done.curve if "held_out_loss" in look), key=lambda look: look["held_out_loss"]
+        (look for look in done.curve if "held_out_loss" in look),
+        key=lambda look: look["held_out_loss"],
     )
-    assert manifest["edits"] == json.loads((Path(checkpoints["grasp"]) / "grasp.json").read_text())["edits"]
-    assert {point["kind"] for point in curve_of(Checkpoint.read(tmp_path / "out"))} == {"training", "held out"}
+    assert (
+        manifest["edits"]
+        == json.loads((Path(checkpoints["grasp"]) / "grasp.json").read_text())["edits"]
+    )
+    assert {point["kind"] for point in curve_of(Checkpoint.read(tmp_path / "out"))} == {
+        "training",
+        "held out",
+    }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "grasp compress" in card and "grasp recover grasp out" in card and "--objective distill" in card
+    assert (
+        "grasp compress" in card
+        and "grasp recover grasp out" in card
+        and "--objective distill" in card
+    )
 
 
 def test_the_best_state_is_saved_not_the_last(checkpoints, alpaca, tmp_path, monkeypatch):
@@ -203,7 +289,9 @@ def test_the_best_state_is_saved_not_the_last(checkpoints, alpaca, tmp_path, mon
     looks = {look["step"]: look["held_out_loss"] for look in done.curve if "held_out_loss" in look}
     assert done.best["step"] == 2 and looks[2] < looks[4]
     monkeypatch.undo()
-    again = grasp.recover(tmp_path / "out", tmp_path / "again", data=alpaca, **{**SMALL, "max_steps": 1})
+    again = grasp.recover(
+        tmp_path / "out", tmp_path / "again", data=alpaca, **{**SMALL, "max_steps": 1}
+    )
     assert again.curve[0]["held_out_loss"] == pytest.approx(done.best["held_out_loss"], abs=1e-5)
 
 
@@ -226,7 +314,14 @@ def test_the_quick_preset_settles_its_learning_rate(checkpoints, alpaca, tmp_pat
     options = {key: value for key, value in SMALL.items() if key != "learning_rate"}
     for method, rate in (("grasp", 1e-4), ("shortgpt", 1e-3)):  # factors are half of the tiny model
         train = "factors" if method == "grasp" else "lora"
-        done = grasp.recover(checkpoints[method], tmp_path / method, data=alpaca, preset="quick", train=train, **options)
+        done = grasp.recover(
+            checkpoints[method],
+            tmp_path / method,
+            data=alpaca,
+            preset="quick",
+            train=train,
+            **options,
+        )
         assert (
             done.manifest["recovery"]["recipe"]["learning_rate"] == rate
             and f"--learning-rate {rate}" in done.manifest["recovery"]["command"]
@@ -252,11 +347,16 @@ def test_resume_is_bit_identical(checkpoints, alpaca, tmp_path):
         grasp.recover(checkpoints["grasp"], tmp_path / "cut", progress=die, **options)
     assert not (tmp_path / "cut").exists()
     run = tmp_path / "cut.recovery"
-    assert {path.suffix for path in run.rglob("*") if path.is_file()} == {".json", ".safetensors"}  # nothing is pickled
-    with pytest.raises(CheckpointError, match=r"holds a run, at step 4; go on from it with --resume, or remove it"):
+    # nothing is pickled
+    assert {path.suffix for path in run.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    with pytest.raises(
+        CheckpointError, match=r"holds a run, at step 4; go on from it with --resume, or remove it"
+    ):
         grasp.recover(checkpoints["grasp"], tmp_path / "cut", **options)
     with pytest.raises(CheckpointError, match=r"begun with lora_rank 4, not 2"):
-        grasp.recover(checkpoints["grasp"], tmp_path / "cut", resume=True, **{**options, "lora_rank": 2})
+        grasp.recover(
+            checkpoints["grasp"], tmp_path / "cut", resume=True, **{**options, "lora_rank": 2}
+        )
     done = grasp.recover(checkpoints["grasp"], tmp_path / "cut", resume=True, **options)
     assert changed(tmp_path / "whole", tmp_path / "cut") == set()
     assert [look["step"] for look in done.curve] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -267,7 +367,8 @@ def test_a_cache_of_the_teacher_is_made_once(checkpoints, alpaca, tmp_path, monk
     full = grasp.recover(checkpoints["grasp"], tmp_path / "full", **options)
     cached = {**options, "teacher_cache": str(tmp_path / "cache"), "top_k": 260}
     first = grasp.recover(checkpoints["grasp"], tmp_path / "first", **cached)
-    monkeypatch.setattr("grasp.compensation.teacher.Teacher.logits", None)  # would fail if it were asked again
+    # would fail if it were asked again
+    monkeypatch.setattr("grasp.compensation.teacher.Teacher.logits", None)
     second = grasp.recover(checkpoints["grasp"], tmp_path / "second", **cached)
     assert changed(tmp_path / "first", tmp_path / "second") == set()
     # log-probabilities are kept in half precision
@@ -282,7 +383,10 @@ def test_a_cache_of_the_teacher_is_made_once(checkpoints, alpaca, tmp_path, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": "factor"}, "--train factor: unknown; allowed: factors, layers, lora; did you mean 'factors'?"),
+        (
+            {"train": "factor"},
+            "--train factor: unknown; allowed: factors, layers, lora; did you mean 'factors'?",
+        ),
         ({"preset": "fast"}, "--preset fast: unknown"),
         ({"lr": 1e-3}, "--lr: grasp recover has no such field"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: must be above 0"),
@@ -297,7 +401,9 @@ def test_a_cache_of_the_teacher_is_made_once(checkpoints, alpaca, tmp_path, monk
 )
 def test_flags_that_cannot_be(checkpoints, alpaca, tmp_path, options, message):
     with pytest.raises(GraspError, match=message):
-        grasp.recover(checkpoints["grasp"], tmp_path / "out", **{**SMALL, "data": alpaca, **options})
+        grasp.recover(
+            checkpoints["grasp"], tmp_path / "out", **{**SMALL, "data": alpaca, **options}
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,14 +423,21 @@ def test_flags_that_cannot_be(checkpoints, alpaca, tmp_path, options, message):
 def test_data_without_anything_to_learn(checkpoints, tmp_path, rows, message):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=message):
-        grasp.recover(checkpoints["grasp"], tmp_path / "out", **{**SMALL, "data": str(tmp_path / "data.json")})
+        grasp.recover(
+            checkpoints["grasp"], tmp_path / "out", **{**SMALL, "data": str(tmp_path / "data.json")}
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_train(dense, checkpoints, alpaca, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no grasp.json in it; give a checkpoint that `grasp compress` wrote"):
+    with pytest.raises(
+        CheckpointError, match=r"no grasp.json in it; give a checkpoint that `grasp compress` wrote"
+    ):
         grasp.recover(dense, tmp_path / "out", data=alpaca, **SMALL)
-    with pytest.raises(RecipeError, match=r"--train factors: .* has layers removed and no low-rank matrix; use --train lora"):
+    with pytest.raises(
+        RecipeError,
+        match=r"--train factors: .* has layers removed and no low-rank matrix; use --train lora",
+    ):
         grasp.recover(checkpoints["shortgpt"], tmp_path / "out", data=alpaca, **SMALL)
     untouched = tmp_path / "untouched"
     shutil.copytree(dense, untouched)
@@ -340,20 +453,29 @@ def test_a_teacher_that_does_not_fit(checkpoints, alpaca, tmp_path, tokenizer):
     with pytest.raises(GraspError, match=r"--teacher|MODEL"):
         grasp.recover(checkpoints["grasp"], tmp_path / "out", teacher="nobody/nothing", **options)
     with pytest.raises(RecipeError, match=r"has 2 layers, but .* was made from a model with 4"):
-        grasp.recover(checkpoints["grasp"], tmp_path / "out", teacher=checkpoints["shortgpt"], **options)
+        grasp.recover(
+            checkpoints["grasp"], tmp_path / "out", teacher=checkpoints["shortgpt"], **options
+        )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(checkpoints, alpaca, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(
+    checkpoints, alpaca, tmp_path, monkeypatch
+):
     options = {**SMALL, "data": alpaca}
     with monkeypatch.context() as patch:
         disturb(patch, 4, lambda weight: weight.fill_(math.inf))
         with pytest.raises(
             NumericsError,
-            match=r"step 5: the loss is nan; the state of step 4 is kept in .*out.recovery: go on from it with --resume and a smaller --learning-rate",
+            match=(
+                r"step 5: the loss is nan; the state of step 4 is kept in .*out.recovery: go on"
+                r" from it with --resume and a smaller --learning-rate"
+            ),
         ):
             grasp.recover(checkpoints["grasp"], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    done = grasp.recover(checkpoints["grasp"], tmp_path / "out", resume=True, **{**options, "learning_rate": 1e-3})
+    done = grasp.recover(
+        checkpoints["grasp"], tmp_path / "out", resume=True, **{**options, "learning_rate": 1e-3}
+    )
     assert [look["step"] for look in done.curve if "held_out_loss" in look] == [0, 2, 4, 6]
 
 
@@ -363,7 +485,12 @@ def test_a_full_disk_while_a_state_is_saved(checkpoints, alpaca, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "save_optimizer", full)
-        with pytest.raises(CheckpointError, match=r"the state of step 2 cannot be written: .*No space left.*nothing was left behind"):
+        with pytest.raises(
+            CheckpointError,
+            match=(
+                r"the state of step 2 cannot be written: .*No space left.*nothing was left behind"
+            ),
+        ):
             grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, **SMALL)
     assert not (tmp_path / "out").exists()
 
@@ -373,7 +500,8 @@ def test_a_full_disk_at_the_very_end(checkpoints, alpaca, tmp_path, monkeypatch)
     whole = grasp.recover(checkpoints["grasp"], tmp_path / "whole", data=alpaca, **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "transformers.PreTrainedModel.save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            "transformers.PreTrainedModel.save_pretrained",
+            lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
         with pytest.raises(CheckpointError, match="No space left on device"):
             grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, **SMALL)
@@ -384,8 +512,12 @@ def test_a_full_disk_at_the_very_end(checkpoints, alpaca, tmp_path, monkeypatch)
 
 
 def test_a_tracker_that_is_not_there(checkpoints, alpaca, tmp_path):
-    with pytest.raises(RecipeError, match="the training cannot be set up: nonsense is not supported"):
-        grasp.recover(checkpoints["grasp"], tmp_path / "out", data=alpaca, report_to=("nonsense",), **SMALL)
+    with pytest.raises(
+        RecipeError, match="the training cannot be set up: nonsense is not supported"
+    ):
+        grasp.recover(
+            checkpoints["grasp"], tmp_path / "out", data=alpaca, report_to=("nonsense",), **SMALL
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -401,7 +533,10 @@ def test_a_checkpoint_with_a_broken_weight(checkpoints, alpaca, tmp_path):
 
 def test_measuring_on_the_training_text_is_called_leakage(checkpoints, alpaca, text_file, tmp_path):
     grasp.recover(checkpoints["grasp"], tmp_path / "out", data=f"{alpaca},pydoc", **SMALL)
-    assert "LEAKAGE, the model was trained on this file" in grasp.evaluate(tmp_path / "out", ppl=alpaca, seq_len=64).result.notes[0]
+    assert (
+        "LEAKAGE, the model was trained on this file"
+        in grasp.evaluate(tmp_path / "out", ppl=alpaca, seq_len=64).result.notes[0]
+    )
     [note] = grasp.evaluate(tmp_path / "out", ppl="pydoc", seq_len=64, num_blocks=1).result.notes
     assert note.startswith("pydoc: same source") and "LEAKAGE" not in note
 
@@ -411,7 +546,16 @@ def test_measuring_on_the_training_text_is_called_leakage(checkpoints, alpaca, t
 
 def command(*words: str, processes: int = 0) -> list[str]:
     start = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(29500 + os.getpid() % 500), "-m", "grasp"]
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(29500 + os.getpid() % 500),
+            "-m",
+            "grasp",
+        ]
         if processes
         else ["-m", "grasp"]
     )
@@ -430,18 +574,38 @@ def command(*words: str, processes: int = 0) -> list[str]:
 )
 def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, train):
     options = {**SMALL, "train": train}
-    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     more = ["--fsdp"] if way == "fsdp" else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command(checkpoints["grasp"], str(tmp_path / "two"), "--data", alpaca, *flags, *more, "--json", processes=2),
-        check=False, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+        command(
+            checkpoints["grasp"],
+            str(tmp_path / "two"),
+            "--data",
+            alpaca,
+            *flags,
+            *more,
+            "--json",
+            processes=2,
+        ),
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     one = grasp.recover(checkpoints["grasp"], tmp_path / "one", data=alpaca, **options)
     assert told["recovery"]["processes"] == 2
-    losses = [[look["held_out_loss"] for look in curve if "held_out_loss" in look] for curve in (one.curve, told["recovery"]["curve"])]
+    losses = [
+        [look["held_out_loss"] for look in curve if "held_out_loss" in look]
+        for curve in (one.curve, told["recovery"]["curve"])
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
@@ -449,8 +613,23 @@ def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, t
 
 
 @pytest.mark.slow
-def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(checkpoints, alpaca, tmp_path):
-    flags = ["--data", alpaca, "--max-steps", "400", "--eval-every", "5", "--batch-size", "4", "--held-out", "8", "--precision", "float32"]
+def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(
+    checkpoints, alpaca, tmp_path
+):
+    flags = [
+        "--data",
+        alpaca,
+        "--max-steps",
+        "400",
+        "--eval-every",
+        "5",
+        "--batch-size",
+        "4",
+        "--held-out",
+        "8",
+        "--precision",
+        "float32",
+    ]
     words = [checkpoints["grasp"], str(tmp_path / "out"), *flags]
     child = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
@@ -460,29 +639,81 @@ def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(checkpo
     child.kill()
     child.wait()
     assert not (tmp_path / "out").exists()
-    state = json.loads(next(tmp_path.glob("out.recovery/checkpoint-*/trainer_state.json")).read_text())
+    state = json.loads(
+        next(tmp_path.glob("out.recovery/checkpoint-*/trainer_state.json")).read_text()
+    )
     assert 0 < state["global_step"] < 400
     shorter = ["--max-steps", "401"]
-    refused = subprocess.run(command(*words, *shorter, "--resume"), check=False, capture_output=True, text=True)
-    assert refused.returncode == 2 and "was begun with max_steps 400, not 401" in refused.stderr and "Traceback" not in refused.stderr
+    refused = subprocess.run(
+        command(*words, *shorter, "--resume"), check=False, capture_output=True, text=True
+    )
+    assert (
+        refused.returncode == 2
+        and "was begun with max_steps 400, not 401" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
 
 
 @pytest.mark.slow
 def test_the_command_as_a_user_calls_it(checkpoints, alpaca, tmp_path):
-    flags = ["--data", alpaca, "--max-steps", "2", "--batch-size", "4", "--held-out", "8", "--precision", "float32", "--json"]
-    done = subprocess.run(command(checkpoints["grasp"], str(tmp_path / "out"), *flags), check=False, capture_output=True, text=True)
+    flags = [
+        "--data",
+        alpaca,
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--held-out",
+        "8",
+        "--precision",
+        "float32",
+        "--json",
+    ]
+    done = subprocess.run(
+        command(checkpoints["grasp"], str(tmp_path / "out"), *flags),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()
-    assert json.loads(line)["recovery"]["steps"] == 2 and (tmp_path / "out" / "grasp.json").is_file()
-    assert "held-out loss" in done.stderr and "Traceback" not in done.stderr and "Warning" not in done.stderr
-    again = subprocess.run(command(checkpoints["grasp"], str(tmp_path / "out"), *flags), check=False, capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith("grasp: error: OUT ")
+    assert (
+        json.loads(line)["recovery"]["steps"] == 2 and (tmp_path / "out" / "grasp.json").is_file()
+    )
+    assert (
+        "held-out loss" in done.stderr
+        and "Traceback" not in done.stderr
+        and "Warning" not in done.stderr
+    )
+    again = subprocess.run(
+        command(checkpoints["grasp"], str(tmp_path / "out"), *flags),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 2 and again.stderr.strip().splitlines()[-1].startswith(
+        "grasp: error: OUT "
+    )
 
 
 def test_adapters_need_a_dense_matrix(tmp_path, dense, text_file):
     """A checkpoint of low-rank pairs throughout: said before any work, with what trains them."""
     out = tmp_path / "pairs"
-    grasp.compress(dense, out, method="grasp", layers=(0, 1, 2, 3), retain_ratio=0.5, data=text_file, num_samples=2, seq_len=32)
-    with pytest.raises(grasp.GraspError, match=r"--train lora: every matrix .* is a low-rank pair already.*--train factors"):
-        grasp.recover(out, tmp_path / "better", data=text_file, train="lora", max_length=32, max_steps=1)
+    grasp.compress(
+        dense,
+        out,
+        method="grasp",
+        layers=(0, 1, 2, 3),
+        retain_ratio=0.5,
+        data=text_file,
+        num_samples=2,
+        seq_len=32,
+    )
+    with pytest.raises(
+        grasp.GraspError,
+        match=r"--train lora: every matrix .* is a low-rank pair already.*--train factors",
+    ):
+        grasp.recover(
+            out, tmp_path / "better", data=text_file, train="lora", max_length=32, max_steps=1
+        )
     assert not (tmp_path / "better").exists()

@@ -1,4 +1,6 @@
-"""A results file or manifest of any size makes a page that opens, and the page says what it left out."""
+"""A results file or manifest of any size makes a page that opens, and the page says what it left
+out.
+"""
 
 import json
 
@@ -14,11 +16,19 @@ from grasp.report.reading import Checkpoint
 
 LARGE = "word and word again " * 150_000
 BLOATED = {
-    "generation": Result("a", "m", generations=(Generation("Say", LARGE, 9), Generation("Go", LARGE, 9))),
-    "prompt": Result("a", "m", generations=(Generation(LARGE, "x", 9), Generation(LARGE + "2", "x", 9))),
+    "generation": Result(
+        "a", "m", generations=(Generation("Say", LARGE, 9), Generation("Go", LARGE, 9))
+    ),
+    "prompt": Result(
+        "a", "m", generations=(Generation(LARGE, "x", 9), Generation(LARGE + "2", "x", 9))
+    ),
     "note": Result("a", "m", notes=(LARGE, LARGE, LARGE)),
     "error": Result("a", "m", error=LARGE * 3),
-    "protocol": Result("a", "m", scores=(Score("text", 3.0, "perplexity", {"files": [LARGE], LARGE: LARGE, "join": LARGE}),)),
+    "protocol": Result(
+        "a",
+        "m",
+        scores=(Score("text", 3.0, "perplexity", {"files": [LARGE], LARGE: LARGE, "join": LARGE}),),
+    ),
     "fields": Result("a", LARGE, "grasp", {"x": LARGE, "y": {LARGE: 1}}),
     "label": Result(LARGE, "m", LARGE),
 }
@@ -41,12 +51,23 @@ def test_many_rows_are_shown_in_part():
 
 
 def test_what_is_small_is_shown_as_it_is():
-    small = Results((Result("a", "m", generations=(Generation("Say", "x" * 30_000, 9),)),), "small", about={"x": 1})
+    small = Results(
+        (Result("a", "m", generations=(Generation("Say", "x" * 30_000, 9),)),),
+        "small",
+        about={"x": 1},
+    )
     assert bounded(small) is small
 
 
 def test_a_manifest_with_a_large_text_is_cut(tmp_path):
-    manifest = {"format_version": 3, "model": {"source": "m", "family": "Llama", "num_layers": 2, "dtype": "float32"}, "parameters": {"before": 9, "after": 8, "ratio": 0.1}, "edits": [],
-                "method": {"name": "grasp", "paper": ""}, "recipe": {"model": LARGE}, "versions": {"x": LARGE}}  # fmt: skip
+    manifest = {
+        "format_version": 3,
+        "model": {"source": "m", "family": "Llama", "num_layers": 2, "dtype": "float32"},
+        "parameters": {"before": 9, "after": 8, "ratio": 0.1},
+        "edits": [],
+        "method": {"name": "grasp", "paper": ""},
+        "recipe": {"model": LARGE},
+        "versions": {"x": LARGE},
+    }
     (tmp_path / "grasp.json").write_text(json.dumps(manifest))
     assert len(json.dumps(Checkpoint.read(tmp_path).raw)) < 20_000

@@ -1,4 +1,6 @@
-"""Results files: what is written is what is read, and a file that is something else is refused in one line."""
+"""Results files: what is written is what is read, and a file that is something else is refused in
+one line.
+"""
 
 import json
 
@@ -16,7 +18,10 @@ ROW = Result(
     100,
     400,
     0.2,
-    (Score("text", 3.0, "perplexity", {"seq_len": 8}), Score("arc", 0.5, "acc", {"n": 4}, 0.1, (0.3, 0.7))),
+    (
+        Score("text", 3.0, "perplexity", {"seq_len": 8}),
+        Score("arc", 0.5, "acc", {"n": 4}, 0.1, (0.3, 0.7)),
+    ),
     (Generation("a", "b", 1, 0.5, True),),
     {"load": 1.0},
     7,
@@ -25,7 +30,14 @@ ROW = Result(
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
-    written = Results((ROW, Result("broken", "x", error="out of memory")), "t", "grasp eval", {"torch": "2"}, {"cpu": "x"}, {"seed": 0})
+    written = Results(
+        (ROW, Result("broken", "x", error="out of memory")),
+        "t",
+        "grasp eval",
+        {"torch": "2"},
+        {"cpu": "x"},
+        {"seed": 0},
+    )
     written.write(tmp_path / "r.json")
     assert Results.read(tmp_path / "r.json") == written
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
@@ -38,7 +50,14 @@ def test_scores_are_found_by_unit_and_name():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"kind": "other"}', '{"kind": "grasp-results", "format_version": 1, "rows": [{"label": "a"}]}']
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"kind": "other"}',
+        '{"kind": "grasp-results", "format_version": 1, "rows": [{"label": "a"}]}',
+    ],
 )
 def test_anything_else_is_refused_by_name(tmp_path, text):
     path = tmp_path / "r.json"

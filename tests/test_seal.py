@@ -1,4 +1,6 @@
-"""The seal: a checkpoint that is not as it was written says so at every load, and `grasp verify` finds every change."""
+"""The seal: a checkpoint that is not as it was written says so at every load, and `grasp verify`
+finds every change.
+"""
 
 import json
 import logging
@@ -21,7 +23,9 @@ def written(tmp_path_factory, model_directory):
     """A checkpoint as grasp wrote it."""
     out = tmp_path_factory.mktemp("sealed") / "out"
     ids = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(1))
-    grasp.compress(model_directory, out, method="grasp", layers=(1,), data=grasp.Calibration(ids, "random"))
+    grasp.compress(
+        model_directory, out, method="grasp", layers=(1,), data=grasp.Calibration(ids, "random")
+    )
     return out
 
 
@@ -44,7 +48,11 @@ def warnings_of(caplog, place: Path) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "grasp"):
         grasp.load(place)
-    return [record.getMessage() for record in caplog.records if "changed after it was written" in record.getMessage()]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if "changed after it was written" in record.getMessage()
+    ]
 
 
 def test_every_file_is_sealed(written):
@@ -63,18 +71,47 @@ def test_what_was_not_changed_is_not_warned_of(copy, caplog):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: set_field(p / "config.json", "rms_norm_eps", value=0.1), "config.json: rms_norm_eps is 0.1, was 1e-06"),
-        (lambda p: set_field(p / "config.json", "rope_parameters", "rope_theta", value=5000), "config.json: rope_parameters.rope_theta is 5000, was 10000.0"),
-        (lambda p: set_field(p / "config.json", "new", value=True), "config.json: new is true, was not there"),
-        (lambda p: set_field(p / "generation_config.json", "eos_token_id", value=3), "generation_config.json: eos_token_id is 3, was 257"),
-        (lambda p: set_field(p / "grasp.json", "parameters", "after", value=1), "grasp.json: is not as it was written"),
-        (lambda p: (p / "config.json").write_text((p / "config.json").read_text() + " "), "config.json: is not as it was written"),
-        (lambda p: (p / "tokenizer.json").write_text((p / "tokenizer.json").read_text().replace('"<pad>"', '"<PAD>"')), "tokenizer.json: is not as it was written"),
-        (lambda p: (p / "chat_template.jinja").write_text("hello"), "chat_template.jinja: is not as it was written"),
+        (
+            lambda p: set_field(p / "config.json", "rms_norm_eps", value=0.1),
+            "config.json: rms_norm_eps is 0.1, was 1e-06",
+        ),
+        (
+            lambda p: set_field(p / "config.json", "rope_parameters", "rope_theta", value=5000),
+            "config.json: rope_parameters.rope_theta is 5000, was 10000.0",
+        ),
+        (
+            lambda p: set_field(p / "config.json", "new", value=True),
+            "config.json: new is true, was not there",
+        ),
+        (
+            lambda p: set_field(p / "generation_config.json", "eos_token_id", value=3),
+            "generation_config.json: eos_token_id is 3, was 257",
+        ),
+        (
+            lambda p: set_field(p / "grasp.json", "parameters", "after", value=1),
+            "grasp.json: is not as it was written",
+        ),
+        (
+            lambda p: (p / "config.json").write_text((p / "config.json").read_text() + " "),
+            "config.json: is not as it was written",
+        ),
+        (
+            lambda p: (p / "tokenizer.json").write_text(
+                (p / "tokenizer.json").read_text().replace('"<pad>"', '"<PAD>"')
+            ),
+            "tokenizer.json: is not as it was written",
+        ),
+        (
+            lambda p: (p / "chat_template.jinja").write_text("hello"),
+            "chat_template.jinja: is not as it was written",
+        ),
         (lambda p: (p / "generation_config.json").unlink(), "generation_config.json: is gone"),
-        (lambda p: (p / "added_tokens.json").write_text("{}"), "added_tokens.json: was not there when it was written"),
+        (
+            lambda p: (p / "added_tokens.json").write_text("{}"),
+            "added_tokens.json: was not there when it was written",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_change_is_one_warning_that_names_file_and_field(copy, caplog, change, said):
     change(copy)
     [warning] = warnings_of(caplog, copy)
@@ -86,7 +123,11 @@ def test_many_changes_are_still_one_short_warning(copy, caplog):
         set_field(copy / "config.json", f"field_{number}", value="x" * 200)
     (copy / "generation_config.json").unlink()
     [warning] = warnings_of(caplog, copy)
-    assert "and 15 more fields" in warning and "generation_config.json: is gone" in warning and len(warning) < 900
+    assert (
+        "and 15 more fields" in warning
+        and "generation_config.json: is gone" in warning
+        and len(warning) < 900
+    )
 
 
 def verify(place: Path, *flags: str):
@@ -97,7 +138,11 @@ def test_verify_says_when_nothing_differs(written):
     done = verify(written, "--json")
     assert done.exit_code == 0
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["same"] and said["differences"] == [] and said["bytes"] > (written / "model.safetensors").stat().st_size
+    assert (
+        said["same"]
+        and said["differences"] == []
+        and said["bytes"] > (written / "model.safetensors").stat().st_size
+    )
 
 
 def test_verify_finds_two_tensors_of_one_shape_that_changed_places(copy):
@@ -116,16 +161,26 @@ def test_verify_names_what_is_gone_and_what_was_added(copy):
     (copy / "adapter").mkdir()
     (copy / "adapter" / "adapter_config.json").write_text("{}")
     done = verify(copy, "--json")
-    found = {one["file"]: one["kind"] for one in json.loads(done.stdout.splitlines()[-1])["differences"]}
+    found = {
+        one["file"]: one["kind"] for one in json.loads(done.stdout.splitlines()[-1])["differences"]
+    }
     assert done.exit_code == 1
-    assert found == {"tokenizer.json": "missing", "notes.txt": "surplus", "adapter/adapter_config.json": "surplus"}
+    assert found == {
+        "tokenizer.json": "missing",
+        "notes.txt": "surplus",
+        "adapter/adapter_config.json": "surplus",
+    }
 
 
 def test_an_edited_card_is_a_note(copy):
     (copy / "README.md").write_text("# mine\n")
     done = verify(copy, "--json")
     said = json.loads(done.stdout.splitlines()[-1])
-    assert done.exit_code == 0 and said["same"] and said["notes"] == ["README.md: edited, which only people read"]
+    assert (
+        done.exit_code == 0
+        and said["same"]
+        and said["notes"] == ["README.md: edited, which only people read"]
+    )
 
 
 def test_the_exit_status_reaches_the_shell(copy, monkeypatch):
@@ -150,7 +205,15 @@ def test_a_checkpoint_without_a_seal_loads_and_cannot_be_verified(copy, caplog):
         grasp.verify(copy)
 
 
-@pytest.mark.parametrize("seal", [[], {}, {"manifest": 1, "files": {}}, {"manifest": "", "files": {"config.json": {"bytes": "many"}}}])
+@pytest.mark.parametrize(
+    "seal",
+    [
+        [],
+        {},
+        {"manifest": 1, "files": {}},
+        {"manifest": "", "files": {"config.json": {"bytes": "many"}}},
+    ],
+)
 def test_a_damaged_seal_is_said(copy, seal):
     set_field(copy / "grasp.json", SEAL, value=seal)
     for look in (grasp.load, grasp.verify):

@@ -1,4 +1,5 @@
-"""vLLM serves our checkpoints: every family, real servers over HTTP, two devices, and what it says when something is wrong.
+"""vLLM serves our checkpoints: every family, real servers over HTTP, two devices, and what it says
+when something is wrong.
 
 Needs vLLM, so `make test-serving` runs it in an environment of its own; `make test` skips it.
 """
@@ -38,26 +39,40 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: m
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
 
 PROMPTS = [[10, 20, 30, 40, 50], [7, 99, 100, 3], [200] * 12]
-WIDER = {"hidden_size": 128, "n_embd": 128, "intermediate_size": 192, "ffn_dim": 256, "word_embed_proj_dim": 128, "head_dim": 32}
+WIDER = {
+    "hidden_size": 128,
+    "n_embd": 128,
+    "intermediate_size": 192,
+    "ffn_dim": 256,
+    "word_embed_proj_dim": 128,
+    "head_dim": 32,
+}
 """vLLM's attention on CPU wants heads of 32 numbers or more."""
 METHODS = {"grasp": {"num_layers": 2, "retain_ratio": 0.5}, "grasp-fisher": {"ratio": 0.15}}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tokenizer):
-    """Directories of compressed tiny models, `family-method`, and greedy tokens with their log-probabilities by transformers."""
+    """Directories of compressed tiny models, `family-method`, and greedy tokens with their
+    log-probabilities by transformers.
+    """
     folder = tmp_path_factory.mktemp("tiny")
-    blocks = grasp.Calibration(torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1)), "random")
+    blocks = grasp.Calibration(
+        torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1)), "random"
+    )
     found = {}
     for name, row in FAMILY_ROWS.items():
         arguments = {key: WIDER.get(key, value) for key, value in row.arguments.items()}
-        arguments.update({"use_sliding_window": False} if name == "qwen2" else {})  # vLLM has no sliding window in some layers only
+        # vLLM has no sliding window in some layers only
+        arguments.update({"use_sliding_window": False} if name == "qwen2" else {})
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(FAMILY_ROWS, name, replace(row, arguments=arguments))
             models = {method: build(name) for method in METHODS}
         for method, fields in METHODS.items():
             out = folder / f"{name}-{method}"
-            grasp.compress(models[method], out, method=method, data=blocks, tokenizer=tokenizer, **fields)
+            grasp.compress(
+                models[method], out, method=method, data=blocks, tokenizer=tokenizer, **fields
+            )
             found[out.name] = (out, greedy(grasp.load(out).model, PROMPTS, 12))
     return found
 
@@ -85,7 +100,9 @@ def engine(path, **options):
 
     llm = None
     try:
-        llm = LLM(str(path), max_model_len=64, **{"dtype": "float32", "enforce_eager": True, **options})
+        llm = LLM(
+            str(path), max_model_len=64, **{"dtype": "float32", "enforce_eager": True, **options}
+        )
         yield llm
     finally:
         del llm
@@ -97,51 +114,84 @@ def served(llm, prompts, steps):
     """What `greedy` gives, by vLLM."""
     from vllm import SamplingParams
 
-    how = SamplingParams(temperature=0, max_tokens=steps, logprobs=1, ignore_eos=True, detokenize=False)
-    results = [found.outputs[0] for found in llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)]
-    return [(list(o.token_ids), [o.logprobs[i][t].logprob for i, t in enumerate(o.token_ids)]) for o in results]
+    how = SamplingParams(
+        temperature=0, max_tokens=steps, logprobs=1, ignore_eos=True, detokenize=False
+    )
+    results = [
+        found.outputs[0]
+        for found in llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False
+        )
+    ]
+    return [
+        (list(o.token_ids), [o.logprobs[i][t].logprob for i, t in enumerate(o.token_ids)])
+        for o in results
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_family_gives_the_same_tokens(tiny, family, method):
-    """Fused q/k/v and gate/up, biases, tied embeddings, Conv1D, matrices stored as one, pairs and pivoted pairs."""
+    """Fused q/k/v and gate/up, biases, tied embeddings, Conv1D, matrices stored as one, pairs and
+    pivoted pairs.
+    """
     path, expected = tiny[f"{family}-{method}"]
     with engine(path) as llm:
-        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
             assert ours == tokens
             assert our_logs == pytest.approx(logs, abs=1e-3)
 
 
 def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
-    """q low-rank, k dense, v pivoted; gate of rank 0, up dense: each part of vLLM's fused linears is its own kind."""
+    """q low-rank, k dense, v pivoted; gate of rank 0, up dense: each part of vLLM's fused linears
+    is its own kind.
+    """
     decoder = Decoder(build_wide(), tokenizer)
     generator = torch.Generator().manual_seed(0)
 
     def pair(out, rank):
-        return torch.randn(rank, 128, generator=generator) / 4, torch.randn(out, rank, generator=generator) / 4
+        return (
+            torch.randn(rank, 128, generator=generator) / 4,
+            torch.randn(out, rank, generator=generator) / 4,
+        )
 
     for layer in (0, 2):
         apply(decoder, Factorize(f"model.layers.{layer}.self_attn.q_proj", *pair(128, 24)))
         apply(decoder, Factorize(f"model.layers.{layer}.mlp.gate_proj", *pair(192, 0)))
         weight_in, weight, places = pivoted(*reversed(pair(64, 20)))
-        apply(decoder, Factorize(f"model.layers.{layer}.self_attn.v_proj", weight_in, weight, places=places))
+        apply(
+            decoder,
+            Factorize(f"model.layers.{layer}.self_attn.v_proj", weight_in, weight, places=places),
+        )
     decoder.model.save_pretrained(tmp_path / "mixed")
     tokenizer.save_pretrained(tmp_path / "mixed")
     expected = greedy(decoder.model, PROMPTS, 12)
     with engine(tmp_path / "mixed") as llm:
-        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("made", "bits"), [("llama-grasp", 8), ("llama-grasp", 4), ("gpt2-grasp", 8), ("gpt2-grasp", 4), ("phi3-grasp-fisher", 8)]
+    ("made", "bits"),
+    [
+        ("llama-grasp", 8),
+        ("llama-grasp", 4),
+        ("gpt2-grasp", 8),
+        ("gpt2-grasp", 4),
+        ("phi3-grasp-fisher", 8),
+    ],
 )
 def test_few_bits_are_served(tiny, tmp_path, made, bits):
     """A checkpoint of `grasp quantize`: dense matrices, pairs and pivoted pairs."""
     grasp.quantize(tiny[made][0], tmp_path / "few", bits=bits)
     expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
     with engine(tmp_path / "few") as llm:
-        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
@@ -149,38 +199,61 @@ def test_compiled_as_vllm_does_by_default(tiny):
     """Without `--enforce-eager` vLLM compiles the model, our products included."""
     path, expected = tiny["llama-grasp-fisher"]
     with engine(path, enforce_eager=False) as llm:
-        for (tokens, logs), (ours, our_logs) in zip(expected, served(llm, PROMPTS, 12), strict=True):
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sixteen_bits(tiny, method):
-    """bfloat16, whose kernels on CPU take whole blocks only: close to transformers in the same dtype."""
+    """bfloat16, whose kernels on CPU take whole blocks only: close to transformers in the same
+    dtype.
+    """
     path, _ = tiny[f"llama-{method}"]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     with engine(path, dtype="bfloat16") as llm:
         for prompt, (ours, our_logs) in zip(PROMPTS, served(llm, PROMPTS, 6), strict=True):
             with torch.no_grad():
-                logs = model(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            assert our_logs == pytest.approx(logs.gather(1, torch.tensor(ours)[:, None])[:, 0].tolist(), abs=0.1)
+                logs = (
+                    model(torch.tensor([prompt + ours]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .float()
+                    .log_softmax(-1)
+                )
+            assert our_logs == pytest.approx(
+                logs.gather(1, torch.tensor(ours)[:, None])[:, 0].tolist(), abs=0.1
+            )
 
 
 def test_two_devices_give_the_same_tokens(tiny, tmp_path):
     """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
     path, expected = tiny["llama-grasp-fisher"]
     code = TWO.format(path=str(path), prompts=PROMPTS)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=TWO_DEVICES, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=TWO_DEVICES,
+        cwd=tmp_path,
+    )
     found = re.search(r"FOUND (.*)", done.stdout)
     assert found, done.stderr[-3000:]
     assert json.loads(found[1]) == [tokens for tokens, _ in expected]
 
 
-TWO_DEVICES = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+TWO_DEVICES = {
+    **os.environ,
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
 TWO = """
 import json
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    llm = LLM("{path}", dtype="float32", enforce_eager=True, max_model_len=64, tensor_parallel_size=2)
+    llm = LLM("{path}", dtype="float32", enforce_eager=True, max_model_len=64, \
+tensor_parallel_size=2)
     how = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     out = llm.generate([dict(prompt_token_ids=ids) for ids in {prompts}], how, use_tqdm=False)
     print("FOUND", json.dumps([list(one.outputs[0].token_ids) for one in out]), flush=True)
@@ -188,9 +261,14 @@ if __name__ == "__main__":
 
 
 def test_lm_eval_runs_on_vllm(tiny, tmp_path):
-    """`lm_eval --model vllm` as a user calls it: log-likelihoods of the answers are those of the model."""
+    """`lm_eval --model vllm` as a user calls it: log-likelihoods of the answers are those of the
+    model.
+    """
     path, _ = tiny["llama-grasp-fisher"]
-    rows = [{"question": f"{n} + {n} =", "choices": [str(2 * n), str(n), "no"], "answer": 0} for n in range(1, 5)]
+    rows = [
+        {"question": f"{n} + {n} =", "choices": [str(2 * n), str(n), "no"], "answer": 0}
+        for n in range(1, 5)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sums.yaml").write_text(f"""
 task: sums
@@ -203,24 +281,50 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 """)
     model = f"pretrained={path},dtype=float32,enforce_eager=True,max_model_len=64"
-    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "vllm", "--model_args", model, "--tasks", "sums"]
-    command += ["--include_path", str(tmp_path), "--batch_size", "auto", "--output_path", str(tmp_path / "found"), "--log_samples"]
+    command = [
+        str(Path(sys.executable).with_name("lm_eval")),
+        "--model",
+        "vllm",
+        "--model_args",
+        model,
+        "--tasks",
+        "sums",
+    ]
+    command += [
+        "--include_path",
+        str(tmp_path),
+        "--batch_size",
+        "auto",
+        "--output_path",
+        str(tmp_path / "found"),
+        "--log_samples",
+    ]
     surroundings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     surroundings.pop("TQDM_DISABLE", None)  # vLLM divides by the time that its progress bar took
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=surroundings, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     [samples] = (tmp_path / "found").rglob("samples_*.jsonl")
     loaded = grasp.load(path)
     for sample in map(json.loads, samples.read_text().splitlines()):
-        for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+        for choice, (found, _) in zip(
+            sample["doc"]["choices"], sample["filtered_resps"], strict=True
+        ):
             context = loaded.tokenizer(sample["doc"]["question"]).input_ids
             ids = context + loaded.tokenizer(" " + choice, add_special_tokens=False).input_ids
             with torch.no_grad():
                 logs = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            assert abs(float(found) - sum(float(logs[at - 1, ids[at]]) for at in range(len(context), len(ids)))) < 1e-3
+            assert (
+                abs(
+                    float(found)
+                    - sum(float(logs[at - 1, ids[at]]) for at in range(len(context), len(ids)))
+                )
+                < 1e-3
+            )
 
 
-# --- real servers -------------------------------------------------------------------------------------------------------------
+# --- real servers
 
 REAL = {
     "grasp": {"method": "grasp", "num_layers": 9, "retain_ratio": 0.1, "num_samples": 4},
@@ -236,7 +340,9 @@ def made(tmp_path_factory):
 
     def make(name: str) -> Path:
         if not (folder / name).exists():
-            grasp.compress("smollm2", folder / name, data="pydoc", seq_len=256, dtype="float32", **REAL[name])
+            grasp.compress(
+                "smollm2", folder / name, data="pydoc", seq_len=256, dtype="float32", **REAL[name]
+            )
         return folder / name
 
     return make
@@ -256,17 +362,48 @@ def server(path, *flags, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", *flags]
-    surroundings = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(path),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "--served-model-name",
+        "m",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        *flags,
+    ]
+    surroundings = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        **environment,
+    }
     log = Path(path).with_suffix(".log")
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=surroundings,
+            start_new_session=True,
+        )
         try:
             for _ in range(300):
                 if process.poll() is not None:
                     pytest.fail(f"the server ended: {log.read_text()[-3000:]}")
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+                ):
                     break
                 time.sleep(1)
             yield f"http://127.0.0.1:{port}"
@@ -277,8 +414,17 @@ def server(path, *flags, **environment):
 
 def ask(url, ids, tokens):
     """One OpenAI-style completion request: (text, log-probabilities)."""
-    body = {"model": "m", "prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    body = {
+        "model": "m",
+        "prompt": ids,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "logprobs": 1,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=300) as answer:
         choice = json.load(answer)["choices"][0]
     return choice["text"], choice["logprobs"]["token_logprobs"], choice["logprobs"]["tokens"]
@@ -289,9 +435,16 @@ def greedy_together(model, prompts, steps):
     """Tokens (prompt, step) and log-probabilities of all prompts, of one length, at once."""
     ids = torch.tensor(prompts)
     done = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, pad_token_id=0, eos_token_id=[],
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        eos_token_id=[],
+    )
     tokens = done.sequences[:, ids.shape[1] :]
     logs = torch.stack(done.logits, dim=1).float().log_softmax(-1)  # prompt, step, vocabulary
     return tokens, logs.gather(-1, tokens[..., None])[..., 0]
@@ -299,7 +452,9 @@ def greedy_together(model, prompts, steps):
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_server_answers_as_transformers_does(name, made, prompts):
-    """16 requests over HTTP at once, 64 tokens each, float32: the greedy text of transformers, and its log-probabilities."""
+    """16 requests over HTTP at once, 64 tokens each, float32: the greedy text of transformers, and
+    its log-probabilities.
+    """
     out = made(name)
     loaded = grasp.load(out)
     tokens, logs = greedy_together(loaded.model, prompts, 64)
@@ -307,20 +462,30 @@ def test_a_real_server_answers_as_transformers_does(name, made, prompts):
     with server(out) as url, ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda ids: ask(url, ids, 64), prompts))
     same = [answer[0] == text for answer, text in zip(answers, texts, strict=True)]
-    assert sum(same) >= 15, [(a[0], t) for a, t, s in zip(answers, texts, same, strict=True) if not s]
+    assert sum(same) >= 15, [
+        (a[0], t) for a, t, s in zip(answers, texts, same, strict=True) if not s
+    ]
     for (_, served_logs, pieces), row, expected in zip(answers, tokens, logs, strict=True):
         agreed = 0
         while agreed < 64 and pieces[agreed] == loaded.tokenizer.decode(row[agreed]):
             agreed += 1
-        assert served_logs[:agreed] == pytest.approx(expected[:agreed].tolist(), abs=1e-3) and agreed
+        assert (
+            served_logs[:agreed] == pytest.approx(expected[:agreed].tolist(), abs=1e-3) and agreed
+        )
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_weights_in_memory_are_those_of_the_files(name, made, monkeypatch):
-    """Bytes of all weights that vLLM holds, before its CPU kernels take copies in an order of their own: those of the files, within 5 %."""
+    """Bytes of all weights that vLLM holds, before its CPU kernels take copies in an order of their
+    own: those of the files, within 5 %.
+    """
     from vllm.model_executor.layers import utils
 
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: setattr(layer, "cpu_linear", linear))
+    monkeypatch.setattr(
+        utils,
+        "dispatch_cpu_unquantized_gemm",
+        lambda layer, remove_weight: setattr(layer, "cpu_linear", linear),
+    )
     with engine(made(name)) as llm:
         [held] = llm.apply_model(all_bytes)
         assert held == pytest.approx(checkpoint_bytes(made(name)), rel=0.05)
@@ -336,7 +501,7 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------------------
+# --- what goes wrong
 
 
 @pytest.fixture
@@ -354,7 +519,11 @@ def rewrite(path, change):
 def without(path, ending):
     """Rewrite the weights without the tensors whose name ends so."""
     tensors = load_file(path / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}, path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def cut(path):
@@ -369,28 +538,52 @@ def more_rank(config):
 
 def dense_again(path):
     """The tensors of a dense model under a config that names ranks."""
-    tensors = {name: tensor.contiguous() for name, tensor in build_wide().state_dict().items() if not name.startswith("lm_head")}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in build_wide().state_dict().items()
+        if not name.startswith("lm_head")
+    }
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 def build_wide():
     row = FAMILY_ROWS["llama"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILY_ROWS, "llama", replace(row, arguments={key: WIDER.get(key, value) for key, value in row.arguments.items()}))
+        patch.setitem(
+            FAMILY_ROWS,
+            "llama",
+            replace(
+                row, arguments={key: WIDER.get(key, value) for key, value in row.arguments.items()}
+            ),
+        )
         return build("llama")
 
 
 FAULTS = {
-    "without factors": (lambda p: without(p, "0.self_attn.q_proj.weight_in"), r"q_proj: the checkpoint lacks weight_in"),
-    "without places": (lambda p: without(p, "1.mlp.down_proj.places"), r"down_proj: the checkpoint lacks places and weight"),
+    "without factors": (
+        lambda p: without(p, "0.self_attn.q_proj.weight_in"),
+        r"q_proj: the checkpoint lacks weight_in",
+    ),
+    "without places": (
+        lambda p: without(p, "1.mlp.down_proj.places"),
+        r"down_proj: the checkpoint lacks places and weight",
+    ),
     "tampered rank": (lambda p: rewrite(p, more_rank), r"has the shape \(.*config\.json asks for"),
-    "dense where the config says low rank": (dense_again, r"weight has the shape \(.*config\.json asks for"),
+    "dense where the config says low rank": (
+        dense_again,
+        r"weight has the shape \(.*config\.json asks for",
+    ),
     "truncated file": (cut, "(?i)incomplete|invalid|header|covered"),
     "newer format": (
         lambda p: rewrite(p, lambda c: c["quantization_config"].update(version=99)),
         r"grasp format 99.*pip install -U grasp-llm",
     ),
-    "unknown family": (lambda p: rewrite(p, lambda c: c.update(architectures=["NoSuchForCausalLM"], model_type="no_such")), "(?i)no_such"),
+    "unknown family": (
+        lambda p: rewrite(
+            p, lambda c: c.update(architectures=["NoSuchForCausalLM"], model_type="no_such")
+        ),
+        "(?i)no_such",
+    ),
 }
 
 
@@ -398,32 +591,50 @@ FAULTS = {
 def test_faults_have_one_clear_line(fault, copy):
     damage, says = FAULTS[fault]
     damage(copy)
-    with pytest.raises(Exception, match=says), engine(copy):  # vLLM wraps them in errors of several kinds
+    # vLLM wraps them in errors of several kinds
+    with pytest.raises(Exception, match=says), engine(copy):
         pytest.fail("the engine started")
 
 
 def test_a_number_of_devices_that_does_not_divide(tiny):
-    with pytest.raises(Exception, match=r"(?i)divisible by tensor parallel size"), engine(tiny["llama-grasp"][0], tensor_parallel_size=3):
+    with (
+        pytest.raises(Exception, match=r"(?i)divisible by tensor parallel size"),
+        engine(tiny["llama-grasp"][0], tensor_parallel_size=3),
+    ):
         pytest.fail("the engine started")
 
 
 def test_without_the_plug_in_the_error_names_the_package(tiny, tmp_path):
     """VLLM_PLUGINS="" is vLLM as it is where grasp-llm is not installed."""
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tiny["llama-grasp"][0])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "VLLM_PLUGINS": ""}, cwd=tmp_path)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        cwd=tmp_path,
+    )
     assert done.returncode != 0
     assert "Unknown quantization method: grasp-llm" in done.stdout + done.stderr
 
 
 def test_an_older_vllm_says_what_it_lacks(monkeypatch):
-    """Where a name that the plug-in needs is missing, our checkpoints stop with a line that says so, and other models still serve."""
+    """Where a name that the plug-in needs is missing, our checkpoints stop with a line that says
+    so, and other models still serve.
+    """
     from vllm.model_executor.layers import quantization
 
     from grasp.serving import vllm_plugin
 
-    monkeypatch.setitem(sys.modules, "grasp.serving.vllm_linear", None)  # what an import that fails looks like
-    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", list(quantization.QUANTIZATION_METHODS[:3]))
+    # what an import that fails looks like
+    monkeypatch.setitem(sys.modules, "grasp.serving.vllm_linear", None)
+    monkeypatch.setattr(
+        quantization, "QUANTIZATION_METHODS", list(quantization.QUANTIZATION_METHODS[:3])
+    )
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
     vllm_plugin.register()
-    with pytest.raises(ValueError, match=r"cannot serve with this vLLM .*; it was tested with vLLM 0\.32"):
+    with pytest.raises(
+        ValueError, match=r"cannot serve with this vLLM .*; it was tested with vLLM 0\.32"
+    ):
         quantization.get_quantization_config("grasp-llm").from_config({"ranks": {}})

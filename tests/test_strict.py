@@ -1,4 +1,6 @@
-"""Nothing is filled in, lost or guessed as a model is read: missing, surplus and ill-fitting weights, and contents that make no sense."""
+"""Nothing is filled in, lost or guessed as a model is read: missing, surplus and ill-fitting
+weights, and contents that make no sense.
+"""
 
 import json
 import shutil
@@ -17,7 +19,7 @@ from test_cli import SMALL, command
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize, apply
-from grasp.core.modeling_grasp import GraspConfig
+from grasp.core.layers.modeling_grasp import GraspConfig
 from grasp.errors import CheckpointError, ModelError
 from grasp.serving.parts import Part
 
@@ -29,9 +31,18 @@ def factorised(name: str, path: Path, pivoted: bool = True) -> torch.nn.Module:
     model = Decoder(build(name))
     for index, linear in enumerate((model.linears(1)[-1], model.linears(2)[0])):
         rows, columns = linear.shape
-        places = torch.randperm(rows, generator=torch.Generator().manual_seed(index)).int() if pivoted and index else None
+        places = (
+            torch.randperm(rows, generator=torch.Generator().manual_seed(index)).int()
+            if pivoted and index
+            else None
+        )
         shape = (rows - 4 if places is not None else rows, 4)
-        apply(model, Factorize(linear.path, torch.randn(4, columns) * 0.1, torch.randn(shape) * 0.1, places=places))
+        apply(
+            model,
+            Factorize(
+                linear.path, torch.randn(4, columns) * 0.1, torch.randn(shape) * 0.1, places=places
+            ),
+        )
     model.model.save_pretrained(path)
     return model.model
 
@@ -55,7 +66,9 @@ def change_weights(path: Path, **change) -> None:
         for name in names:
             tensors[name] = how(tensors[name])
     save_file(
-        {key: value.contiguous() for key, value in tensors.items() if value is not None}, path / "model.safetensors", {"format": "pt"}
+        {key: value.contiguous() for key, value in tensors.items() if value is not None},
+        path / "model.safetensors",
+        {"format": "pt"},
     )
 
 
@@ -99,8 +112,14 @@ def test_a_missing_weight_of_ours_is_not_filled_in(pair):
     tensors = load_file(pair / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, pair / "model.safetensors", {"format": "pt"})
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel, transformers.AutoModelForSequenceClassification):
-        with pytest.raises(ValueError, match=r"missing from the files.*layers\.3\.mlp\.up_proj\.weight"):
+    for auto in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModel,
+        transformers.AutoModelForSequenceClassification,
+    ):
+        with pytest.raises(
+            ValueError, match=r"missing from the files.*layers\.3\.mlp\.up_proj\.weight"
+        ):
             auto.from_pretrained(pair)
 
 
@@ -156,15 +175,27 @@ def test_weights_that_are_no_floats(name, kind, pair):
 
 RANK = {"model.layers.1.mlp.down_proj": 4, "model.layers.2.self_attn.q_proj": 4}
 TABLES = {
-    "scheme 'int7'": {"quantization": {"scheme": "int7", "group_size": 32, "modules": ["model.layers.0.mlp.up_proj"]}},
+    "scheme 'int7'": {
+        "quantization": {
+            "scheme": "int7",
+            "group_size": 32,
+            "modules": ["model.layers.0.mlp.up_proj"],
+        }
+    },
     "scheme 8": {"quantization": {"scheme": 8, "group_size": 32, "modules": []}},
     "group_size 0": {"quantization": {"scheme": "int4", "group_size": 0, "modules": []}},
     "group_size True": {"quantization": {"scheme": "int4", "group_size": True, "modules": []}},
     "must hold scheme": {"quantization": {"scheme": "int4"}},
     "list of paths": {"quantization": {"scheme": "int8", "group_size": 32, "modules": "model"}},
-    "rank of 'model.layers.1.mlp.down_proj' is -1": {"ranks": {**RANK, "model.layers.1.mlp.down_proj": -1}},
-    "rank of 'model.layers.1.mlp.down_proj' is '4'": {"ranks": {**RANK, "model.layers.1.mlp.down_proj": "4"}},
-    "rank of 'model.layers.1.mlp.down_proj' is True": {"ranks": {**RANK, "model.layers.1.mlp.down_proj": True}},
+    "rank of 'model.layers.1.mlp.down_proj' is -1": {
+        "ranks": {**RANK, "model.layers.1.mlp.down_proj": -1}
+    },
+    "rank of 'model.layers.1.mlp.down_proj' is '4'": {
+        "ranks": {**RANK, "model.layers.1.mlp.down_proj": "4"}
+    },
+    "rank of 'model.layers.1.mlp.down_proj' is True": {
+        "ranks": {**RANK, "model.layers.1.mlp.down_proj": True}
+    },
     "only 32 outputs": {"ranks": {**RANK, "model.layers.2.self_attn.q_proj": 99}},
     "must give a rank to each path": {"ranks": [1]},
     "has no rank": {"pivoted": ["model.layers.0.mlp.up_proj"]},
@@ -205,7 +236,10 @@ def test_the_server_checks_the_same_contents(name, tensor, said):
         part.load(name, tensor, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("qdata", [torch.ones(8, 5, dtype=torch.int32), torch.ones(8, 4, dtype=torch.int8), torch.ones(8, 5)])
+@pytest.mark.parametrize(
+    "qdata",
+    [torch.ones(8, 5, dtype=torch.int32), torch.ones(8, 4, dtype=torch.int8), torch.ones(8, 5)],
+)
 def test_the_server_checks_numbers_in_few_bits(qdata):
     part = Part("a.b", 8, 5, [range(8)], range(5), group_size=32)
     part.load("weight", torch.ones(8, 1), torch.device("cpu"), torch.float32)
@@ -222,20 +256,27 @@ def body(model, ids):
 
 
 def test_the_body_alone_loads(family, tmp_path, calibration):
-    """AutoModel, a classifier, and what they save: the paths of config.json are the causal model's."""
+    """AutoModel, a classifier, what they save: the paths of config.json are the causal model's."""
     want = body(factorised(family, tmp_path / "out"), calibration.ids)
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
     assert torch.equal(body(loaded, calibration.ids), want)
     loaded.save_pretrained(tmp_path / "body")
-    assert torch.equal(body(transformers.AutoModel.from_pretrained(tmp_path / "body"), calibration.ids), want)
-    assert torch.equal(body(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "body"), calibration.ids), want)
+    assert torch.equal(
+        body(transformers.AutoModel.from_pretrained(tmp_path / "body"), calibration.ids), want
+    )
+    assert torch.equal(
+        body(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "body"), calibration.ids),
+        want,
+    )
     for name in HEADS:
         auto = getattr(transformers, name)
         if type(loaded.config) in auto._model_mapping:
             model = auto.from_pretrained(tmp_path / "out", num_labels=2)
             assert torch.equal(body(model, calibration.ids), want), name
             model.save_pretrained(tmp_path / name)
-            assert torch.equal(body(auto.from_pretrained(tmp_path / name), calibration.ids), want), name
+            assert torch.equal(
+                body(auto.from_pretrained(tmp_path / name), calibration.ids), want
+            ), name
 
 
 ALL = """
@@ -282,9 +323,14 @@ def own_code(path: Path, tokenizer=None) -> Path:
     """A directory as on the hub, with its own modelling file."""
     build("llama").save_pretrained(path)
     change_config(
-        path, model_type="own", architectures=["OwnForCausalLM"],
-        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
-    )  # fmt: skip
+        path,
+        model_type="own",
+        architectures=["OwnForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    )
     (path / "modeling_own.py").write_text(OWN)
     (path / "configuration_own.py").write_text(OWN_CONFIG)
     if tokenizer is not None:
@@ -298,12 +344,18 @@ def logits(model, ids):
 
 
 def test_a_model_with_code_of_its_own(tmp_path, calibration, monkeypatch):
-    """Loads again with the flag, refuses without, and is what its code makes it (logits doubled)."""
+    """Loads again with the flag, refuses without, and is what its code makes (logits doubled)."""
     own_code(tmp_path / "model")
-    made = grasp.compress(tmp_path / "model", tmp_path / "out", ratio=0.1, data=calibration, trust_remote_code=True)
+    made = grasp.compress(
+        tmp_path / "model", tmp_path / "out", ratio=0.1, data=calibration, trust_remote_code=True
+    )
     want = logits(made.model, calibration.ids)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert type(loaded).__name__ == "OwnForCausalLM" and torch.equal(logits(loaded, calibration.ids), want)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "OwnForCausalLM" and torch.equal(
+        logits(loaded, calibration.ids), want
+    )
     loaded.save_pretrained(tmp_path / "again")
     again = grasp.load(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(logits(again.model, calibration.ids), want)
@@ -313,7 +365,9 @@ def test_a_model_with_code_of_its_own(tmp_path, calibration, monkeypatch):
 
 
 def test_all_of_it_without_grasp(tmp_path, calibration):
-    """In one process that has no grasp: the body of every family, a classifier, a multimodal model, and one with code of its own."""
+    """In one process that has no grasp: the body of every family, a classifier, a multimodal model,
+    and one with code of its own.
+    """
     from test_wrappers import saved
 
     cases = []
@@ -324,17 +378,32 @@ def test_all_of_it_without_grasp(tmp_path, calibration):
     cases.append(("classifier", "AutoModelForSequenceClassification", body(model, calibration.ids)))
     for name in ("gemma3", "llama4"):
         saved(name, tmp_path / f"{name}-dense")
-        made = grasp.compress(tmp_path / f"{name}-dense", tmp_path / name, ratio=0.1, data=calibration)
+        made = grasp.compress(
+            tmp_path / f"{name}-dense", tmp_path / name, ratio=0.1, data=calibration
+        )
         with torch.no_grad():
-            cases.append((name, "AutoModelForImageTextToText", made.model.base_model(input_ids=calibration.ids)[0]))
+            cases.append(
+                (
+                    name,
+                    "AutoModelForImageTextToText",
+                    made.model.base_model(input_ids=calibration.ids)[0],
+                )
+            )
     own = own_code(tmp_path / "own-dense")
-    made = grasp.compress(own, tmp_path / "own", ratio=0.1, data=calibration, trust_remote_code=True)
+    made = grasp.compress(
+        own, tmp_path / "own", ratio=0.1, data=calibration, trust_remote_code=True
+    )
     cases.append(("own", "AutoModelForCausalLM", body(made.model, calibration.ids)))
     for name, _, want in cases:
         torch.save(want, tmp_path / f"{name}.want")
         torch.save(calibration.ids, tmp_path / f"{name}.ids")
     told = json.dumps([(str(tmp_path / name), auto) for name, auto, _ in cases])
-    done = subprocess.run([sys.executable, "-c", ALL.format(before=NO_GRASP), told], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ALL.format(before=NO_GRASP), told],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "RESULT all equal" in done.stdout, done.stderr[-3000:]
 
 
@@ -361,12 +430,17 @@ def test_a_class_that_adds_nothing_is_saved_as_its_base(method, local, tmp_path,
     made = grasp.compress(model, tmp_path / "out", method=method, data=calibration, **size)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded, calibration.ids), logits(made.model, calibration.ids))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
 
 
 def test_a_class_that_adds_something_is_refused_before_any_work(calibration, tmp_path, monkeypatch):
     monkeypatch.setattr(Decoder, "sweep", lambda *_, **__: pytest.fail("work was begun"))
     model = Changed(transformers.LlamaConfig(**_GATED, **_IDS))
-    with pytest.raises(grasp.GraspError, match=r"Changed .* adds forward to LlamaForCausalLM.*register_for_auto_class"):
+    with pytest.raises(
+        grasp.GraspError,
+        match=r"Changed .* adds forward to LlamaForCausalLM.*register_for_auto_class",
+    ):
         grasp.compress(model, tmp_path / "out", ratio=0.1, data=calibration)
     assert Decoder(model).num_layers == 4  # it can be run and looked into all the same

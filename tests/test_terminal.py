@@ -1,4 +1,6 @@
-"""What is shown while something runs: bars on a terminal, else a line now and then, and the first at once."""
+"""What is shown while something runs: bars on a terminal, else a line now and then, and the first
+at once.
+"""
 
 import io
 import time
@@ -7,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from grasp import cli, terminal
-from grasp.terminal import BEAT
+from grasp import cli
+from grasp.terminal import bars as terminal
+from grasp.terminal.bars import BEAT
 
 
 @pytest.fixture
@@ -17,7 +20,11 @@ def said(monkeypatch):
 
     def use(is_terminal: bool) -> io.StringIO:
         text = io.StringIO()
-        monkeypatch.setattr(terminal, "console", Console(file=text, force_terminal=is_terminal, width=100, highlight=False))
+        monkeypatch.setattr(
+            terminal,
+            "console",
+            Console(file=text, force_terminal=is_terminal, width=100, highlight=False),
+        )
         return text
 
     return use
@@ -72,6 +79,11 @@ def test_an_error_ends_the_lines(said):
 
 def test_the_demo_speaks_before_it_loads_anything_heavy(said, monkeypatch, tmp_path):
     text = said(False)
-    monkeypatch.setattr(cli, "_commands", lambda: pytest.exit("loaded") if not text.getvalue() else 1 / 0)
-    assert isinstance(CliRunner().invoke(cli.cli, ["demo", "-o", str(tmp_path / "out")]).exception, ZeroDivisionError)
+    monkeypatch.setattr(
+        cli, "_commands", lambda: pytest.exit("loaded") if not text.getvalue() else 1 / 0
+    )
+    assert isinstance(
+        CliRunner().invoke(cli.cli, ["demo", "-o", str(tmp_path / "out")]).exception,
+        ZeroDivisionError,
+    )
     assert "SmolLM2" in text.getvalue()

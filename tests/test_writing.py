@@ -1,4 +1,6 @@
-"""What is written has the modes that the umask asks for, is whole or not there, and leaves nothing beside it, whatever fails."""
+"""What is written has the modes that the umask asks for, is whole or not there, and leaves nothing
+beside it, whatever fails.
+"""
 
 import errno
 import os
@@ -32,7 +34,11 @@ def umask(request):
 
 
 def modes(directory: Path) -> dict[str, int]:
-    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def picture(path: Path) -> Path:
@@ -43,13 +49,26 @@ def picture(path: Path) -> Path:
 # --- modes
 
 
-def test_the_modes_of_a_checkpoint_are_the_umasks(umask, model_directory, text_file, tmp_path, monkeypatch):
+def test_the_modes_of_a_checkpoint_are_the_umasks(
+    umask, model_directory, text_file, tmp_path, monkeypatch
+):
     """Shards too, in a new directory and in one that was there."""
     monkeypatch.setattr("grasp.core.checkpoint.MAX_SHARD_SIZE", "60KB")
     (tmp_path / "there").mkdir()
     for name in ("new", "there"):
         out = tmp_path / name
-        done = command("compress", model_directory, out, "--method", "shortgpt", "--layers", "3", "--data", text_file, *SMALL)
+        done = command(
+            "compress",
+            model_directory,
+            out,
+            "--method",
+            "shortgpt",
+            "--layers",
+            "3",
+            "--data",
+            text_file,
+            *SMALL,
+        )
         assert done.status == 0, done.err
         assert len(list(out.glob("*.safetensors"))) > 1
         assert set(modes(out).values()) == {0o666 & ~umask}, modes(out)
@@ -84,11 +103,17 @@ def test_the_modes_of_single_files_are_the_umasks(umask, tmp_path):
     assert set(modes(tmp_path).values()) == {0o666 & ~umask}, modes(tmp_path)
 
 
-def test_the_unpacked_model_in_the_cache_has_the_umasks_modes(umask, tmp_path, monkeypatch, decoder, tokenizer, model_directory):
+def test_the_unpacked_model_in_the_cache_has_the_umasks_modes(
+    umask, tmp_path, monkeypatch, decoder, tokenizer, model_directory
+):
     package = tmp_path / "package"
     package.mkdir()
     (package / "model.gguf").touch()
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: type("", (), {"submodule_search_locations": [str(package)]}))
+    monkeypatch.setattr(
+        models.importlib.util,
+        "find_spec",
+        lambda _: type("", (), {"submodule_search_locations": [str(package)]}),
+    )
     read = models.load_model
     monkeypatch.setattr(models, "load_model", lambda *_, **__: read(model_directory))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -126,13 +151,33 @@ def fail(failure: BaseException):
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_full_disk_is_one_line_and_leaves_nothing(name, inside, model_directory, text_file, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    name, inside, model_directory, text_file, tmp_path, monkeypatch
+):
     out = tmp_path / "new" / "out"
     if inside:
         out.mkdir(parents=True)
-    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail(FAILURES[name]))
-    done = command("compress", model_directory, out, "--method", "shortgpt", "--layers", "3", "--data", text_file, *SMALL)
-    assert done.status == 2 and "cannot be written" in done.err and "nothing was left behind" in done.err and str(out) in done.err
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerBase.save_pretrained", fail(FAILURES[name])
+    )
+    done = command(
+        "compress",
+        model_directory,
+        out,
+        "--method",
+        "shortgpt",
+        "--layers",
+        "3",
+        "--data",
+        text_file,
+        *SMALL,
+    )
+    assert (
+        done.status == 2
+        and "cannot be written" in done.err
+        and "nothing was left behind" in done.err
+        and str(out) in done.err
+    )
     assert [path for path in tmp_path.rglob("*")] == ([out.parent, out] if inside else [])
 
 
@@ -147,7 +192,9 @@ def test_what_a_library_says_of_a_disk_that_is_full(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("failure", [*FAILURES.values(), KeyboardInterrupt(), ZeroDivisionError()], ids=repr)
+@pytest.mark.parametrize(
+    "failure", [*FAILURES.values(), KeyboardInterrupt(), ZeroDivisionError()], ids=repr
+)
 def test_a_file_that_cannot_be_finished_leaves_nothing(failure, tmp_path, monkeypatch):
     """Results while they are written, half a picture."""
 
@@ -166,7 +213,9 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(failure, tmp_path, monkey
         with pytest.raises(expected), monkeypatch.context() as patch:
             patch.setattr(Path if name == "write_text" else os, name, fail(failure))
             Results((Result("a", "b"),)).write(tmp_path / "r.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["seen.png"] and (tmp_path / "seen.png").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["seen.png"] and (
+        tmp_path / "seen.png"
+    ).read_text() == "old"
 
 
 @pytest.fixture
@@ -176,7 +225,11 @@ def small_disk(tmp_path):
     place.mkdir()
     if (
         os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place], check=False, capture_output=True).returncode
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", place],
+            check=False,
+            capture_output=True,
+        ).returncode
     ):
         pytest.skip("only root mounts")
     yield place
@@ -185,13 +238,26 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("left", [4, 60, 108])
 def test_a_disk_that_is_really_full(left, small_disk, model_directory, text_file, monkeypatch):
-    """`left` kilobytes when saving begins: too few for the directory, weights (95 kB), tokenizer. (The check beforehand is taken away.)"""
+    """`left` kilobytes when saving begins: too few for the directory, weights (95 kB), tokenizer.
+    (The check beforehand is taken away.)
+    """
     monkeypatch.setattr("grasp.core.checkpoint.check_destination", lambda *_: None)
-    monkeypatch.setattr("grasp.pipeline.check_destination", lambda *_: None)
+    monkeypatch.setattr("grasp.verbs.compress.check_destination", lambda *_: None)
     (small_disk / "filler").write_bytes(bytes((300 - left) * 1024))
     (small_disk / "there").mkdir()
     for out in ("new", "there"):
-        words = ("compress", model_directory, small_disk / out, "--method", "shortgpt", "--layers", "2,3", "--data", text_file, *SMALL)
+        words = (
+            "compress",
+            model_directory,
+            small_disk / out,
+            "--method",
+            "shortgpt",
+            "--layers",
+            "2,3",
+            "--data",
+            text_file,
+            *SMALL,
+        )
         done = command(*words)
         assert done.status == 2 and "cannot be written" in done.err, done.err
         assert sorted(path.name for path in small_disk.rglob("*")) == ["filler", "there"]
@@ -294,14 +360,19 @@ def test_what_is_being_written_is_never_removed(tmp_path):
     """Nor is it room, nor an empty OUT, whatever its process is called and however old it is."""
     with whole(tmp_path / "out") as scratch:
         os.utime(scratch, (0, 0))
-        gone = scratch.rename(scratch.with_name(scratch.name.replace(f"-{os.getpid()}-", "-999999999-")))
+        gone = scratch.rename(
+            scratch.with_name(scratch.name.replace(f"-{os.getpid()}-", "-999999999-"))
+        )
         assert state_of(gone) == "writing"
         with whole(tmp_path / "other"), whole_file(tmp_path / "file"):
             assert len(partials(tmp_path)) == 3
         assert gone.is_dir()
         gone.rename(scratch)
     (tmp_path / "there").mkdir()
-    with whole(tmp_path / "there"), pytest.raises(CheckpointError, match="another process is writing there"):
+    with (
+        whole(tmp_path / "there"),
+        pytest.raises(CheckpointError, match="another process is writing there"),
+    ):
         check_destination(tmp_path / "there", 0)
 
 
@@ -326,7 +397,13 @@ def test_what_another_machine_left_is_named(tmp_path, dead_process, caplog, monk
 
 
 @pytest.mark.parametrize(
-    "name", [".out.partial-", ".out.partial-abcdefgh", ".out.partial-0123abcd-x-0123abcd", "out.partial-0123abcd-9-0123abcd"]
+    "name",
+    [
+        ".out.partial-",
+        ".out.partial-abcdefgh",
+        ".out.partial-0123abcd-x-0123abcd",
+        "out.partial-0123abcd-9-0123abcd",
+    ],
 )
 def test_other_names_are_nobodys_business(name, tmp_path):
     (tmp_path / name).mkdir()
@@ -354,7 +431,15 @@ def test_a_long_name_has_room_for_its_partial(name, tmp_path):
 
 def test_the_public_api_writes_the_same_way(model_directory, text_file, tmp_path, dead_process):
     old = left(tmp_path, dead_process)
-    grasp.compress(model_directory, tmp_path / "out", method="shortgpt", layers=(3,), data=text_file, num_samples=2, seq_len=16)
+    grasp.compress(
+        model_directory,
+        tmp_path / "out",
+        method="shortgpt",
+        layers=(3,),
+        data=text_file,
+        num_samples=2,
+        seq_len=16,
+    )
     assert not old.exists() and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
@@ -362,13 +447,15 @@ def test_loading_needs_nothing_that_a_system_lacks(monkeypatch):
     """Windows has neither such locks nor SIGHUP; a checkpoint loads there all the same."""
     import importlib
 
-    from grasp import interruption
     from grasp.core import partial as locks
+    from grasp.terminal import interruption
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "fcntl", None)
         patch.delattr(signal, "SIGHUP")
-        assert importlib.reload(locks).fcntl is None and importlib.reload(interruption).SIGNALS == (signal.SIGTERM,)
+        assert importlib.reload(locks).fcntl is None and importlib.reload(interruption).SIGNALS == (
+            signal.SIGTERM,
+        )
         with pytest.raises(OSError), locks.hold(Path("nowhere")):
             raise OSError  # the block's own errors are not taken for a lack of locks
     importlib.reload(locks)

@@ -1,7 +1,9 @@
-"""One extra in an environment that holds it and nothing else: `python tests/try_extra.py EXTRA`, as a user calls it.
+"""One extra in an environment that holds it and nothing else: `python tests/try_extra.py EXTRA`, as
+a user calls it.
 
-`none` tries what grasp does without any, and that every verb that needs an extra says in one line which. Run by
-`make test-extras`, each in an environment of its own with an empty HOME. It needs nothing but grasp itself.
+`none` tries what grasp does without any, and that every verb that needs an extra says in one line
+which. Run by `make test-extras`, each in an environment of its own with an empty HOME. It needs
+nothing but grasp itself.
 """
 
 import json
@@ -20,18 +22,38 @@ SMALL = ["--num-samples", "4", "--seq-len", "32", "--ratio", "0.3"]
 
 def grasp(*words: object) -> str:
     """A command that must succeed. Returns what it printed."""
-    done = subprocess.run([sys.executable, "-m", "grasp", *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "grasp", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise SystemExit(f"grasp {' '.join(map(str, words))}: status {done.returncode}\n{done.stderr}")
+        raise SystemExit(
+            f"grasp {' '.join(map(str, words))}: status {done.returncode}\n{done.stderr}"
+        )
     return done.stdout
 
 
 def refused(extra: str, *words: object) -> None:
     """A command that must end in one line that names the extra it needs."""
-    done = subprocess.run([sys.executable, "-m", "grasp", *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "grasp", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("grasp: error:")]
-    if done.returncode != 2 or len(errors) != 1 or f"grasp-llm[{extra}]" not in errors[0] or "Traceback" in done.stderr:
-        raise SystemExit(f"grasp {' '.join(map(str, words))}: does not name the extra '{extra}' in one line\n{done.stderr}")
+    if (
+        done.returncode != 2
+        or len(errors) != 1
+        or f"grasp-llm[{extra}]" not in errors[0]
+        or "Traceback" in done.stderr
+    ):
+        raise SystemExit(
+            f"grasp {' '.join(map(str, words))}: does not name the extra '{extra}' in one"
+            f" line\n{done.stderr}"
+        )
 
 
 def tiny(folder: Path) -> Path:
@@ -40,22 +62,64 @@ def tiny(folder: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE(vocab={s: n for n, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core = Tokenizer(
+        models.BPE(
+            vocab={s: n for n, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>"])
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     return folder
 
 
 def none(model: Path, text: Path, here: Path) -> None:
     grasp("compress", model, here / "out", "--data", text, *SMALL)
-    grasp("eval", here / "out", "--ppl", text, "--seq-len", 32, "--num-blocks", 2, "--generate", "--new-tokens", 4, "-o", here / "r.json")
+    grasp(
+        "eval",
+        here / "out",
+        "--ppl",
+        text,
+        "--seq-len",
+        32,
+        "--num-blocks",
+        2,
+        "--generate",
+        "--new-tokens",
+        4,
+        "-o",
+        here / "r.json",
+    )
     grasp("export", here / "out", here / "dense", "--format", "dense")
-    grasp("inspect", model, "--data", text, "--num-samples", 2, "--seq-len", 32, "-o", here / "look.png")
+    grasp(
+        "inspect",
+        model,
+        "--data",
+        text,
+        "--num-samples",
+        2,
+        "--seq-len",
+        32,
+        "-o",
+        here / "look.png",
+    )
     parquet, gguf = here / "rows.parquet", here / "model.gguf"
     parquet.write_bytes(b"PAR1")
     gguf.write_bytes(b"GGUF" + bytes(60))
@@ -63,7 +127,18 @@ def none(model: Path, text: Path, here: Path) -> None:
     refused("gguf", "compress", gguf, here / "no", "--data", text, *SMALL)
     refused("gguf", "compress", "smollm2", here / "no", "--data", text, *SMALL)
     refused("report", "report", here / "r.json", "-o", here / "r.html")
-    refused("recover", "recover", here / "out", here / "no", "--data", text, "--max-length", 32, "--max-steps", 1)
+    refused(
+        "recover",
+        "recover",
+        here / "out",
+        here / "no",
+        "--data",
+        text,
+        "--max-length",
+        32,
+        "--max-steps",
+        1,
+    )
     refused("quantize", "quantize", here / "out", here / "no", "--bits", 8)
     refused("tasks", "eval", model, "--tasks", "arc_easy")
     for runtime in ("onnx", "openvino"):
@@ -82,17 +157,43 @@ def data(model: Path, text: Path, here: Path) -> None:
 
 def report(model: Path, text: Path, here: Path) -> None:
     grasp("compress", model, here / "out", "--data", text, *SMALL)
-    grasp("eval", here / "out", "--ppl", text, "--seq-len", 32, "--num-blocks", 2, "-o", here / "r.json")
+    grasp(
+        "eval",
+        here / "out",
+        "--ppl",
+        text,
+        "--seq-len",
+        32,
+        "--num-blocks",
+        2,
+        "-o",
+        here / "r.json",
+    )
     grasp("report", here / "out", here / "r.json", "-o", here / "r.html")
     assert "<svg" in (here / "r.html").read_text(encoding="utf-8")
 
 
 def recover(model: Path, text: Path, here: Path) -> None:
-    some = ("--method", "grasp", "--num-layers", 1, "--retain-ratio", 0.2)  # LoRA needs dense matrices beside the pairs
+    # LoRA needs dense matrices beside the pairs
+    some = ("--method", "grasp", "--num-layers", 1, "--retain-ratio", 0.2)
     grasp("compress", model, here / "out", "--data", text, *SMALL[:4], *some)
     for number, what in enumerate((["--train", "lora"], ["--objective", "distill"])):
-        grasp("recover", here / "out", here / f"better{number}", "--data", text, "--max-length", 32, "--batch-size", 2,
-              "--micro-batch", 2, "--max-steps", 2, *what)  # fmt: skip
+        grasp(
+            "recover",
+            here / "out",
+            here / f"better{number}",
+            "--data",
+            text,
+            "--max-length",
+            32,
+            "--batch-size",
+            2,
+            "--micro-batch",
+            2,
+            "--max-steps",
+            2,
+            *what,
+        )
         grasp("eval", here / f"better{number}", "--ppl", text, "--seq-len", 32, "--num-blocks", 2)
 
 
@@ -105,9 +206,16 @@ def quantize(model: Path, text: Path, here: Path) -> None:
 def tasks(model: Path, text: Path, here: Path) -> None:
     folder = here / "tasks" / "arc_easy"
     folder.mkdir(parents=True)
-    row = {"id": "1", "question": "Two and two?", "choices": {"text": ["4", "5"], "label": ["A", "B"]}, "answerKey": "A"}
+    row = {
+        "id": "1",
+        "question": "Two and two?",
+        "choices": {"text": ["4", "5"], "label": ["A", "B"]},
+        "answerKey": "A",
+    }
     (folder / "test.jsonl").write_text("\n".join([json.dumps(row)] * 3), encoding="utf-8")
-    found = json.loads(grasp("eval", model, "--tasks", "arc_easy", "--task-data", here / "tasks", "--json"))
+    found = json.loads(
+        grasp("eval", model, "--tasks", "arc_easy", "--task-data", here / "tasks", "--json")
+    )
     assert any(score["name"] == "arc_easy" for score in found["rows"][0]["scores"]), found
 
 
@@ -120,9 +228,15 @@ def exported(runtime: str) -> Callable[[Path, Path, Path], None]:
 
 
 EXTRAS: dict[str, Callable[[Path, Path, Path], None]] = {
-    "none": none, "data": data, "report": report, "recover": recover, "quantize": quantize, "tasks": tasks,
-    "onnx": exported("onnx"), "openvino": exported("openvino"),
-}  # fmt: skip
+    "none": none,
+    "data": data,
+    "report": report,
+    "recover": recover,
+    "quantize": quantize,
+    "tasks": tasks,
+    "onnx": exported("onnx"),
+    "openvino": exported("openvino"),
+}
 """By name. `gguf` and `demo` are tried by `make demo`, in the environment that it makes."""
 
 

@@ -1,11 +1,13 @@
-"""grasp: make a Hugging Face language model smaller by keeping the singular groups its loss depends on.
+"""grasp: make a Hugging Face language model smaller by keeping the singular groups its loss depends
+on.
 
     import grasp
     result = grasp.compress("smollm2", "small", ratio=0.2)
     grasp.evaluate("small", ppl="pydoc")
     model = grasp.load("small").model
 
-Importing grasp imports neither torch nor transformers; it only arranges that transformers, once loaded, knows grasp checkpoints.
+Importing grasp imports neither torch nor transformers; it only arranges that transformers, once
+loaded, knows grasp checkpoints.
 """
 
 from __future__ import annotations
@@ -22,44 +24,44 @@ if TYPE_CHECKING:
     from grasp.core.records import Calibration as Calibration
     from grasp.core.score import Score as Score
     from grasp.errors import GraspError as GraspError
-    from grasp.inspection import inspect as inspect
-    from grasp.measurement import Evaluation as Evaluation
-    from grasp.measurement import evaluate as evaluate
     from grasp.methods.base import Method as Method
-    from grasp.pipeline import Compression as Compression
-    from grasp.pipeline import compress as compress
-    from grasp.quantization import Quantization as Quantization
-    from grasp.quantization import quantize as quantize
-    from grasp.recovery import Recovery as Recovery
-    from grasp.recovery import recover as recover
-    from grasp.serving.export import Export as Export
-    from grasp.serving.export import export as export
-    from grasp.verification import Verification as Verification
-    from grasp.verification import verify as verify
+    from grasp.verbs.compress import Compression as Compression
+    from grasp.verbs.compress import compress as compress
+    from grasp.verbs.evaluate import Evaluation as Evaluation
+    from grasp.verbs.evaluate import evaluate as evaluate
+    from grasp.verbs.export import Export as Export
+    from grasp.verbs.export import export as export
+    from grasp.verbs.inspect import inspect as inspect
+    from grasp.verbs.quantize import Quantization as Quantization
+    from grasp.verbs.quantize import quantize as quantize
+    from grasp.verbs.recover import Recovery as Recovery
+    from grasp.verbs.recover import recover as recover
+    from grasp.verbs.verify import Verification as Verification
+    from grasp.verbs.verify import verify as verify
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Calibration": "core.records",
     "Checkpoint": "core.checkpoint",
-    "Compression": "pipeline",
+    "Compression": "verbs.compress",
     "Decoder": "core.decoder",
-    "Evaluation": "measurement",
-    "Export": "serving.export",
+    "Evaluation": "verbs.evaluate",
+    "Export": "verbs.export",
     "GraspError": "errors",
     "Method": "methods.base",
-    "Quantization": "quantization",
-    "Recovery": "recovery",
+    "Quantization": "verbs.quantize",
+    "Recovery": "verbs.recover",
     "Score": "core.score",
-    "Verification": "verification",
-    "compress": "pipeline",
-    "evaluate": "measurement",
-    "export": "serving.export",
-    "inspect": "inspection",
+    "Verification": "verbs.verify",
+    "compress": "verbs.compress",
+    "evaluate": "verbs.evaluate",
+    "export": "verbs.export",
+    "inspect": "verbs.inspect",
     "load": "core.checkpoint",
-    "quantize": "quantization",
-    "recover": "recovery",
-    "verify": "verification",
+    "quantize": "verbs.quantize",
+    "recover": "verbs.recover",
+    "verify": "verbs.verify",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

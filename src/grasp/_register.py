@@ -1,7 +1,9 @@
-"""Registers grasp checkpoints with transformers the moment transformers' quantizers are imported, and not before.
+"""Registers grasp checkpoints with transformers the moment transformers' quantizers are imported,
+and not before.
 
-`import grasp` must stay light, yet after it `AutoModelForCausalLM.from_pretrained` must know low-rank checkpoints, whichever
-of the two was imported first. So a finder waits on `sys.meta_path` for one module of transformers and steps aside.
+`import grasp` must stay light, yet after it `AutoModelForCausalLM.from_pretrained` must know
+low-rank checkpoints, whichever of the two was imported first. So a finder waits on `sys.meta_path`
+for one module of transformers and steps aside.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 TRIGGER = "transformers.quantizers.auto"
-"""The module whose registry a checkpoint's `quant_method` is looked up in; imported before any model is loaded."""
+"""The module whose registry a checkpoint's `quant_method` is looked up in; imported before any
+model is loaded.
+"""
 
 
 def register_when_transformers_loads() -> None:
@@ -27,13 +31,18 @@ def register_when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    register = getattr(importlib.import_module("grasp.core.modeling_grasp"), "register", None)
-    if register is not None:  # None while that module is itself being imported: it registers at its end
+    register = getattr(
+        importlib.import_module("grasp.core.layers.modeling_grasp"), "register", None
+    )
+    # None while that module is itself being imported: it registers at its end
+    if register is not None:
         register()
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != TRIGGER:
             return None
         sys.meta_path.remove(self)

@@ -1,1 +1,1 @@
-"""Compensation: a short training after compression that brings back what was lost (paper, GRASP*)."""
+"""Compensation: a short training after compression to bring back what was lost (paper, GRASP*)."""

@@ -10,13 +10,18 @@ from torch import nn
 
 
 class Outputs:
-    """Within the block, notes what each of the modules gives: `found[n]` is the hidden state (batch, seq, hidden) behind module n."""
+    """Within the block, notes what each of the modules gives: `found[n]` is the hidden state
+    (batch, seq, hidden) behind module n.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.modules, self.found = modules, [torch.empty(0)] * len(modules)
 
     def __enter__(self) -> Outputs:
-        self.handles = [module.register_forward_hook(self._note(number)) for number, module in enumerate(self.modules)]
+        self.handles = [
+            module.register_forward_hook(self._note(number))
+            for number, module in enumerate(self.modules)
+        ]
         return self
 
     def _note(self, number: int) -> Callable[..., None]:

@@ -1,12 +1,16 @@
-"""A closed-form start: output factors that give the dense outputs best, in the least-squares sense, on the compressed model's own inputs.
+"""A closed-form start: output factors that give the dense outputs best, in the least-squares sense,
+on the compressed model's own inputs.
 
-For a pair (B, A) in the place of W, with x the inputs that the compressed model itself produces and z = Ax:
+For a pair (B, A) in the place of W, with x the inputs that the compressed model itself produces and
+z = Ax:
 
     B* = argmin sum |Wx - Bz|^2 = B + (sum (Wx - Bz) z') (sum z z' + e I)^-1
 
-First layer to last, and in a layer in order of use, since every solution changes the inputs of what follows. (All at once is worse than
-nothing: smollm2, 9 layers, divergence from the dense model 1.62 before, 3.96 after.) Only sums of size (rank, rank) and (out, rank) are
-kept. A pivoted pair reproduces `rank` of the outputs exactly, as A gives them; the others are solved for in the same way.
+First layer to last, and in a layer in order of use, since every solution changes the inputs of what
+follows. (All at once is worse than nothing: smollm2, 9 layers, divergence from the dense model 1.62
+before, 3.96 after.) Only sums of size (rank, rank) and (out, rank) are kept. A pivoted pair
+reproduces `rank` of the outputs exactly, as A gives them; the others are solved for in the same
+way.
 """
 
 from __future__ import annotations
@@ -18,19 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp.compensation.rows import Collate, Rows, read_by_model
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
 from grasp.core.sweep import Progress
+from grasp.data.rows import Collate, Rows, read_by_model
 from grasp.errors import NumericsError
 
 RIDGE = 1e-4
-"""e, as a share of the mean diagonal of sum z z': directions that the text hardly uses stay as they are."""
+"""e, as a share of the mean diagonal of sum z z': directions that the text hardly uses stay as they
+are.
+"""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A low-rank pair of the compressed model and the dense matrix W (out, in) in whose place it is."""
+    """A low-rank pair of the compressed model and the dense matrix W (out, in) in whose place it
+    is.
+    """
 
     path: str
     layer: int
@@ -39,27 +47,44 @@ class Pair:
 
 
 def pairs_of(decoder: Decoder, teacher: Decoder, origin: Sequence[int]) -> list[Pair]:
-    """Every pair, in order of use. `origin[i]`: the teacher's layer that layer i of the model was."""
+    """Every pair, in order of use. `origin[i]`: the teacher's layer that layer i was."""
     found = []
     for index, layer in enumerate(decoder.stack):
         dense = teacher.layer(origin[index]).linears
         modules = dict(layer.named_modules())
         for _, name in decoder.family.matrices:
             if is_low_rank(modules[name]) and modules[name].weight.numel():
-                found.append(Pair(f"{decoder.family.layers}.{index}.{name}", index, modules[name], dense[name].weight))
+                found.append(
+                    Pair(
+                        f"{decoder.family.layers}.{index}.{name}",
+                        index,
+                        modules[name],
+                        dense[name].weight,
+                    )
+                )
     return found
 
 
 @torch.no_grad()
 def least_squares(
-    decoder: Decoder, pairs: Sequence[Pair], rows: Rows, collate: Collate, *, batch: int, progress: Progress
+    decoder: Decoder,
+    pairs: Sequence[Pair],
+    rows: Rows,
+    collate: Collate,
+    *,
+    batch: int,
+    progress: Progress,
 ) -> dict[str, float]:
-    """Refit the output factor of every pair on `rows`. Returns, per pair, which share of its squared output error is left.
+    """Refit the output factor of every pair on `rows`. Returns, per pair, which share of its
+    squared output error is left.
 
     Raises `NumericsError` where a factor would not be finite.
     """
     left: dict[str, float] = {}
-    batches = [collate([rows[index] for index in range(first, min(first + batch, len(rows)))]) for first in range(0, len(rows), batch)]
+    batches = [
+        collate([rows[index] for index in range(first, min(first + batch, len(rows)))])
+        for first in range(0, len(rows), batch)
+    ]
     for index in sorted({pair.layer for pair in pairs}):
         seen = [_inputs_of(decoder, decoder.stack[index], found) for found in batches]
         for pair in pairs:
@@ -99,17 +124,24 @@ def _inputs_of(decoder: Decoder, layer: nn.Module, batch: Mapping[str, Tensor]) 
         pass
     finally:
         handle.remove()
-    real = torch.arange(found["input_ids"].shape[1], device=decoder.device) < found["length"][:, None]
+    real = (
+        torch.arange(found["input_ids"].shape[1], device=decoder.device) < found["length"][:, None]
+    )
     return _Seen(caught[0], caught[1], real)
 
 
 def _refit(layer: nn.Module, pair: Pair, seen: Sequence[_Seen]) -> float:
-    """Solve for the output factor of one pair. Returns the share of the squared error that is left."""
+    """Solve for the output factor of one pair. Returns the share of squared error that is left."""
     module = pair.module
-    order = module.places.long().argsort()[module.rank :] if module.pivoted else slice(None)  # the outputs that the rows of B give
-    dense, inner_factor, factor = pair.dense.float()[order], module.weight_in.float(), module.weight.float()
-    gram = torch.zeros(module.rank, module.rank, dtype=torch.float64, device=dense.device)  # sum z z'
-    missing = torch.zeros(len(dense), module.rank, dtype=torch.float64, device=dense.device)  # sum (Wx - Bz) z'
+    # the outputs that the rows of B give
+    order = module.places.long().argsort()[module.rank :] if module.pivoted else slice(None)
+    dense = pair.dense.float()[order]
+    inner_factor = module.weight_in.float()
+    factor = module.weight.float()
+    # sum z z'
+    gram = torch.zeros(module.rank, module.rank, dtype=torch.float64, device=dense.device)
+    # sum (Wx - Bz) z'
+    missing = torch.zeros(len(dense), module.rank, dtype=torch.float64, device=dense.device)
     error = 0.0
     for call in seen:
         x = _input_of(layer, module, call)  # tokens, in
@@ -118,10 +150,16 @@ def _refit(layer: nn.Module, pair: Pair, seen: Sequence[_Seen]) -> float:
         gram += (inner.T @ inner).double()
         missing += (rest.T @ inner).double()
         error += float(rest.square().sum())
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(module.rank, dtype=gram.dtype, device=gram.device)
+    ridge = (
+        RIDGE
+        * gram.diagonal().mean().clamp_min(1e-30)
+        * torch.eye(module.rank, dtype=gram.dtype, device=gram.device)
+    )
     change = torch.linalg.solve(gram + ridge, missing.T).T  # rows of B, rank
     if not bool(torch.isfinite(change).all()):
-        raise NumericsError(f"--start least-squares: '{pair.path}' has no finite solution; use --start keep")
+        raise NumericsError(
+            f"--start least-squares: '{pair.path}' has no finite solution; use --start keep"
+        )
     module.weight.add_(change.to(module.weight.dtype))
     gained = 2 * (change * missing).sum() - ((change @ gram) * change).sum()
     return 1 - float(gained) / max(error, 1e-30)

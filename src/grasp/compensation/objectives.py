@@ -1,8 +1,11 @@
-"""What a compensation minimises. Each objective is a sum over the asked positions of a batch, in its own unit; the trainer divides by their number.
+"""What a compensation minimises. Each objective is a sum over the asked positions of a batch, in
+its own unit; the trainer divides by their number.
 
 lm        cross-entropy of the next token, nats (the paper)
-distill   T^2 KL(teacher || model) of the next token's distribution at temperature T, nats; optionally mixed with lm
-layer     squared error of the hidden state behind every edited layer, over the squared length of the teacher's
+distill   T^2 KL(teacher || model) of the next token's distribution at temperature T, nats;
+          optionally mixed with lm
+layer     squared error of the hidden state behind every edited layer, over the squared length of
+          the teacher's
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from grasp.compensation.hooks import Outputs
-from grasp.compensation.rows import IGNORED
 from grasp.compensation.teacher import CachedTeacher, Teacher
+from grasp.data.rows import IGNORED
 
 Inputs = dict[str, Tensor]
 """What the model reads: ids, and positions or a mask."""
 
 
 class Objective(ABC):
-    """Called with the model as the trainer wraps it, a batch's inputs, its labels (batch, seq) and the numbers of its rows (batch,)."""
+    """Called with the model as the trainer wraps it, a batch's inputs, its labels (batch, seq) and
+    the numbers of its rows (batch,).
+    """
 
     @abstractmethod
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor, rows: Tensor) -> Tensor:
@@ -46,9 +51,13 @@ class LanguageModel(Objective):
 
 
 class Distill(Objective):
-    """KL from the teacher's predictions, mixed with `lm_weight` of the cross-entropy of the same tokens."""
+    """KL from the teacher's predictions, mixed with `lm_weight` of the cross-entropy of the same
+    tokens.
+    """
 
-    def __init__(self, teacher: Teacher | CachedTeacher, temperature: float = 1.0, lm_weight: float = 0.0):
+    def __init__(
+        self, teacher: Teacher | CachedTeacher, temperature: float = 1.0, lm_weight: float = 0.0
+    ):
         self.teacher, self.temperature, self.lm_weight = teacher, temperature, lm_weight
 
     def __call__(self, model: nn.Module, inputs: Inputs, labels: Tensor, rows: Tensor) -> Tensor:
@@ -59,18 +68,26 @@ class Distill(Objective):
         else:
             loss = divergence(logits, self.teacher.logits(inputs, labels), self.temperature)
         if self.lm_weight:
-            loss = (1 - self.lm_weight) * loss + self.lm_weight * cross_entropy(logits.float(), tokens, reduction="sum")
+            loss = (1 - self.lm_weight) * loss + self.lm_weight * cross_entropy(
+                logits.float(), tokens, reduction="sum"
+            )
         return loss
 
 
 def divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 sum KL(p || q): `reference` gives p, `logits` q, both (n, vocab), softened by T. The gradient has the size it has at T = 1."""
-    mine, theirs = log_softmax(logits.float() / temperature, -1), log_softmax(reference.float() / temperature, -1)
+    """T^2 sum KL(p || q): `reference` gives p, `logits` q, both (n, vocab), softened by T. The
+    gradient has the size it has at T = 1.
+    """
+    mine = log_softmax(logits.float() / temperature, -1)
+    theirs = log_softmax(reference.float() / temperature, -1)
     return temperature**2 * kl_div(mine, theirs, reduction="sum", log_target=True)
 
 
-def divergence_of_most_likely(logits: Tensor, tokens: Tensor, logs: Tensor, temperature: float = 1.0) -> Tensor:
-    """The same where only p's most likely `tokens` (n, k) and their `logs` (n, k) are known; all others count as one outcome.
+def divergence_of_most_likely(
+    logits: Tensor, tokens: Tensor, logs: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """The same where only p's most likely `tokens` (n, k) and their `logs` (n, k) are known; all
+    others count as one outcome.
 
     Never more than the whole divergence (log-sum inequality).
     """
@@ -86,7 +103,9 @@ def _remainder(logs: Tensor) -> Tensor:
 
 
 class MatchLayers(Objective):
-    """Hidden states behind the edited layers: `places` are (module of the model, index of the teacher's layer)."""
+    """Hidden states behind the edited layers: `places` are (module of the model, index of the
+    teacher's layer).
+    """
 
     def __init__(self, teacher: Teacher, places: Sequence[tuple[nn.Module, int]]):
         self.teacher, self.places = teacher, list(places)

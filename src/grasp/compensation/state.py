@@ -1,7 +1,9 @@
-"""The state of a training on disk: safetensors and JSON, never pickle; whole tensors, whatever the processes share among them.
+"""The state of a training on disk: safetensors and JSON, never pickle; whole tensors, whatever the
+processes share among them.
 
-A state folder holds `trained.safetensors` (what is trained), `optimizer.safetensors` and `optimizer.json` (AdamW's moments, the schedule),
-`rng_<process>.safetensors` (random numbers) and the trainer's own `trainer_state.json`, written last: a folder without it is incomplete.
+A state folder holds `trained.safetensors` (what is trained), `optimizer.safetensors` and
+`optimizer.json` (AdamW's moments, the schedule), `rng_<process>.safetensors` (random numbers) and
+the trainer's own `trainer_state.json`, written last: a folder without it is incomplete.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ _SCATTER = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, str
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter, whole, by its name; on the first process only. Every process must call it."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}  # a tied one once
+    """Every trained parameter, whole, by its name; on the first process only. Every process must
+    call it.
+    """
+    # a tied one once
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: Any = get_model_state_dict(model, options=_GATHER)
     return {name: value.contiguous().clone() for name, value in found.items() if name in trained}
 
@@ -42,24 +47,38 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     set_model_state_dict(model, saved, options=_SCATTER)
 
 
-def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], folder: Path, writes: bool) -> None:
+def save_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Mapping[str, Any],
+    folder: Path,
+    writes: bool,
+) -> None:
     """AdamW's moments and the schedule. Every process must call it; one `writes`."""
     full: Any = get_optimizer_state_dict(model, optimizer, options=_GATHER)
     if writes:
-        moments = {f"{key}/{name}": value for key, values in full["state"].items() for name, value in values.items()}
+        moments = {
+            f"{key}/{name}": value
+            for key, values in full["state"].items()
+            for name, value in values.items()
+        }
         save_file(moments, folder / f"{OPTIMIZER}.safetensors")
         record = {"param_groups": full["param_groups"], "schedule": dict(schedule)}
         (folder / f"{OPTIMIZER}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+) -> dict[str, Any]:
     """Put AdamW's moments back. Returns the state of the schedule."""
     record = json.loads((folder / f"{OPTIMIZER}.json").read_text(encoding="utf-8"))
     state: dict[str, Any] = {}
     for key, value in load_file(folder / f"{OPTIMIZER}.safetensors").items():
         parameter, _, name = key.rpartition("/")
         state.setdefault(parameter, {})[name] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": record["param_groups"]}, options=_SCATTER)
+    set_optimizer_state_dict(
+        model, optimizer, {"state": state, "param_groups": record["param_groups"]}, options=_SCATTER
+    )
     return record["schedule"]
 
 

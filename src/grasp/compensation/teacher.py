@@ -1,7 +1,9 @@
-"""The dense model that a compensation learns from: run beside the model, kept outside the device, or asked once and remembered.
+"""The dense model that a compensation learns from: run beside the model, kept outside the device,
+or asked once and remembered.
 
-A cache holds, for every asked position of every row, the teacher's k most likely tokens and their log-probabilities: 6 k bytes a position.
-It is found again by a hash of the rows, the teacher's weights, k and the temperature, in three `.npy` files (nothing is pickled).
+A cache holds, for every asked position of every row, the teacher's k most likely tokens and their
+log-probabilities: 6 k bytes a position. It is found again by a hash of the rows, the teacher's
+weights, k and the temperature, in three `.npy` files (nothing is pickled).
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from grasp.compensation.hooks import Outputs
-from grasp.compensation.rows import IGNORED, Collate, Rows, read_by_model
 from grasp.core.decoder import Decoder
 from grasp.core.provenance import describe_model
 from grasp.core.sweep import Progress
 from grasp.core.writing import whole
+from grasp.data.rows import IGNORED, Collate, Rows, read_by_model
 from grasp.errors import NumericsError, RecipeError
 
 
@@ -50,7 +52,9 @@ class Teacher:
 
 
 def offload(teacher: Decoder, device: torch.device, folder: Path) -> None:
-    """Keep the weights of `teacher` in main memory (in `folder`, where the device is the processor itself) and bring them in layer by layer."""
+    """Keep the weights of `teacher` in main memory (in `folder`, where the device is the processor
+    itself) and bring them in layer by layer.
+    """
     from accelerate import cpu_offload, disk_offload
 
     if device.type == "cpu":
@@ -59,29 +63,41 @@ def offload(teacher: Decoder, device: torch.device, folder: Path) -> None:
         cpu_offload(teacher.model, execution_device=device)
 
 
-def check_teacher(model: Decoder, teacher: Decoder, num_layers: int | None) -> None:
-    """Raise `RecipeError` where the teacher does not read and predict the same tokens, or is not the model that was compressed."""
-    if teacher.config.vocab_size != model.config.vocab_size or (
-        teacher.tokenizer is not None and model.tokenizer is not None and teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab()
+def check_teacher(decoder: Decoder, teacher: Decoder, num_layers: int | None) -> None:
+    """Raise `RecipeError` where the teacher does not read and predict the same tokens, or is not
+    the model that was compressed.
+    """
+    if teacher.config.vocab_size != decoder.config.vocab_size or (
+        teacher.tokenizer is not None
+        and decoder.tokenizer is not None
+        and teacher.tokenizer.get_vocab() != decoder.tokenizer.get_vocab()
     ):
-        raise RecipeError(f"--teacher {teacher.source}: its tokenizer is not that of {model.source}; give the model it was made from")
+        raise RecipeError(
+            f"--teacher {teacher.source}: its tokenizer is not that of {decoder.source}; give the"
+            " model it was made from"
+        )
     if num_layers is not None and teacher.num_layers != num_layers:
         raise RecipeError(
-            f"--teacher {teacher.source}: has {teacher.num_layers} layers, but {model.source} was made from a model with {num_layers}; give that one"
+            f"--teacher {teacher.source}: has {teacher.num_layers} layers, but {decoder.source} was"
+            f" made from a model with {num_layers}; give that one"
         )
 
 
 class CachedTeacher:
-    """What a teacher said about some rows: its most likely tokens, read from disk as they are asked for."""
+    """What a teacher said about some rows: its most likely tokens, read from disk as they are asked
+    for.
+    """
 
     def __init__(self, folder: Path, temperature: float):
-        self.tokens = numpy.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)  # positions, k
-        self.logs = numpy.load(folder / "logs.npy", mmap_mode="r", allow_pickle=False)  # positions, k
+        # positions, k
+        self.tokens = numpy.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        # positions, k
+        self.logs = numpy.load(folder / "logs.npy", mmap_mode="r", allow_pickle=False)
         self.starts = numpy.load(folder / "starts.npy", allow_pickle=False)  # rows + 1
         self.temperature = temperature
 
     def most_likely(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities (asked, k) of the asked positions of these rows, in order."""
+        """Tokens and log-probabilities (asked, k) of these rows' asked positions, in order."""
         parts = [slice(int(self.starts[row]), int(self.starts[row + 1])) for row in rows.tolist()]
         tokens = numpy.concatenate([self.tokens[part] for part in parts]).astype("int64")
         logs = numpy.concatenate([self.logs[part] for part in parts]).astype("float32")
@@ -99,18 +115,38 @@ def remember(
     batch: int,
     progress: Progress,
 ) -> CachedTeacher:
-    """Ask the teacher about every row of the sets, or find what it said before. Raises `NumericsError`, and `CheckpointError` on a full disk."""
-    key = {"rows": [rows.sha256 for rows in sets], "every": [rows.every for rows in sets], "k": top_k, "temperature": temperature}
-    digest = hashlib.sha256(json.dumps({**key, "teacher": teacher.description["weights_fingerprint"]}).encode()).hexdigest()
+    """Ask the teacher about every row of the sets, or find what it said before. Raises
+    `NumericsError`, and `CheckpointError` on a full disk.
+    """
+    key = {
+        "rows": [rows.sha256 for rows in sets],
+        "every": [rows.every for rows in sets],
+        "k": top_k,
+        "temperature": temperature,
+    }
+    digest = hashlib.sha256(
+        json.dumps({**key, "teacher": teacher.description["weights_fingerprint"]}).encode()
+    ).hexdigest()
     place = folder / f"teacher-{digest[:16]}"
     if not place.is_dir():
         with whole(place) as scratch:
-            _write(teacher, sets, collate, scratch, min(top_k, teacher.decoder.config.vocab_size), temperature, batch, progress)
+            _write(
+                teacher,
+                sets,
+                collate,
+                scratch,
+                min(top_k, teacher.decoder.config.vocab_size),
+                temperature,
+                batch,
+                progress,
+            )
     return CachedTeacher(place, temperature)
 
 
 def _mapped(path: Path, dtype: str, shape: tuple[int, int]) -> Any:
-    """An array in a file that has its room on the disk: one with holes would end the process when the disk is full."""
+    """An array in a file that has its room on the disk: one with holes would end the process when
+    the disk is full.
+    """
     made = numpy.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
@@ -120,20 +156,36 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, int]) -> Any:
 
 @torch.no_grad()
 def _write(
-    teacher: Teacher, sets: Sequence[Rows], collate: Collate, folder: Path, k: int, temperature: float, batch: int, progress: Progress
+    teacher: Teacher,
+    sets: Sequence[Rows],
+    collate: Collate,
+    folder: Path,
+    k: int,
+    temperature: float,
+    batch: int,
+    progress: Progress,
 ) -> None:
     items = [rows[index] for rows in sets for index in range(len(rows))]
     counts = [sum(label != IGNORED for label in item["labels"][1:]) for item in items]
     starts = numpy.concatenate(([0], numpy.cumsum(counts)))
     numpy.save(folder / "starts.npy", starts, allow_pickle=False)
     shape = (int(starts[-1]), k)
-    tokens, logs = _mapped(folder / "tokens.npy", "int32", shape), _mapped(folder / "logs.npy", "float16", shape)
+    tokens = _mapped(folder / "tokens.npy", "int32", shape)
+    logs = _mapped(folder / "logs.npy", "float16", shape)
     for first in range(0, len(items), batch):
         progress("asking the teacher", first, len(items))
-        found = {name: tensor.to(teacher.decoder.device) for name, tensor in collate(items[first : first + batch]).items()}
-        whole_logs = torch.log_softmax(teacher.logits(read_by_model(found), found["labels"]).float() / temperature, -1)
+        found = {
+            name: tensor.to(teacher.decoder.device)
+            for name, tensor in collate(items[first : first + batch]).items()
+        }
+        whole_logs = torch.log_softmax(
+            teacher.logits(read_by_model(found), found["labels"]).float() / temperature, -1
+        )
         if not bool(torch.isfinite(whole_logs).all()):
-            raise NumericsError(f"--teacher {teacher.decoder.source}: its predictions are not finite; try --precision float32")
+            raise NumericsError(
+                f"--teacher {teacher.decoder.source}: its predictions are not finite; try"
+                " --precision float32"
+            )
         best = whole_logs.topk(k)
         part = slice(int(starts[first]), int(starts[min(first + batch, len(items))]))
         tokens[part], logs[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()

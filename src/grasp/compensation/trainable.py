@@ -1,9 +1,11 @@
 """Which parameters are trained, and how they come back into a checkpoint.
 
     factors   the two factors of every low-rank pair
-    layers    every parameter of the layers that hold a pair; of a model with layers removed and no pair, of all that are left
-    lora      a peft adapter on every dense matrix of the decoder layers; pairs, which are thin already, are trained as they are, so that
-              everything merges exactly and no rank changes. With `keep_adapter` pairs get an adapter too, and nothing is merged
+    layers    every parameter of the layers that hold a pair; of a model with layers removed and no
+              pair, of all that are left
+    lora      a peft adapter on every dense matrix of the decoder layers; pairs, which are thin
+              already, are trained as they are, so that everything merges exactly and no rank
+              changes. With `keep_adapter` pairs get an adapter too, and nothing is merged
 
 What is trained is kept in float32, whatever the rest is in.
 """
@@ -21,12 +23,13 @@ from torch import Tensor, nn
 from grasp.compensation.recipe import Recipe
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
-from grasp.core.modeling_grasp import fuse
+from grasp.core.layers.modeling_grasp import fuse
 from grasp.errors import NumericsError, RecipeError
 
 
 def choose(decoder: Decoder, recipe: Recipe, dropped: int) -> nn.Module:
-    """Mark what is trained (`requires_grad`) and return the model to train: the same one, or peft's wrapper around it.
+    """Mark what is trained (`requires_grad`) and return the model to train: the same one, or peft's
+    wrapper around it.
 
     `dropped`: how many layers were removed when it was made.
     """
@@ -35,10 +38,15 @@ def choose(decoder: Decoder, recipe: Recipe, dropped: int) -> nn.Module:
         parameter.requires_grad_(False)
     check_trainable(decoder, recipe, dropped)
     pairs = _pairs(decoder)
-    fuse(model, together=False)  # each factor gets memory of its own below; products are shared only where no gradient is
+    # each factor gets memory of its own below; products are shared only where no gradient is
+    fuse(model, together=False)
     trained = wrap(decoder, recipe) if recipe.train == "lora" else model
     if recipe.train == "layers":
-        holders = [layer.module for layer in decoder.layers() if any(is_low_rank(m) for m in layer.module.modules())]
+        holders = [
+            layer.module
+            for layer in decoder.layers()
+            if any(is_low_rank(m) for m in layer.module.modules())
+        ]
         for module in holders or [layer.module for layer in decoder.layers()]:
             module.requires_grad_(True)
     elif not recipe.keep_adapter:
@@ -52,7 +60,11 @@ def choose(decoder: Decoder, recipe: Recipe, dropped: int) -> nn.Module:
 
 
 def _pairs(decoder: Decoder) -> list[Any]:
-    return [module for module in decoder.model.modules() if is_low_rank(module) and module.weight_in.numel()]
+    return [
+        module
+        for module in decoder.model.modules()
+        if is_low_rank(module) and module.weight_in.numel()
+    ]
 
 
 def check_trainable(decoder: Decoder, recipe: Recipe, dropped: int) -> None:
@@ -60,29 +72,36 @@ def check_trainable(decoder: Decoder, recipe: Recipe, dropped: int) -> None:
     if _pairs(decoder):
         if recipe.train == "lora" and not _targets(decoder, recipe):
             raise RecipeError(
-                f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so none is left to put an adapter on; "
-                "use --train factors, which trains them, or --keep-adapter"
+                f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so"
+                " none is left to put an adapter on; use --train factors, which trains them, or"
+                " --keep-adapter"
             )
         return
     if not dropped:
         raise RecipeError(
-            f"DIR {decoder.source}: has neither low-rank matrices nor removed layers, so there is nothing to recover; give a compressed checkpoint"
+            f"DIR {decoder.source}: has neither low-rank matrices nor removed layers, so there is"
+            " nothing to recover; give a compressed checkpoint"
         )
     if recipe.train == "factors":
         raise RecipeError(
-            f"--train factors: {decoder.source} has layers removed and no low-rank matrix; use --train lora, or layers for all that are left"
+            f"--train factors: {decoder.source} has layers removed and no low-rank matrix; use"
+            " --train lora, or layers for all that are left"
         )
 
 
 def settled(decoder: Decoder, recipe: Recipe) -> Recipe:
     """The recipe with a learning rate, where it leaves that to the model.
 
-    smollm2, `distill`: factors of 9 layers (3 % of all numbers) learn well at 1e-3, factors of every matrix (76 %) are undone by it and learn
-    well at 1e-4 (docs/log.md).
+    smollm2, `distill`: factors of 9 layers (3 % of all numbers) learn well at 1e-3, factors of
+    every matrix (76 %) are undone by it and learn well at 1e-4 (docs/log.md).
     """
     if recipe.learning_rate is not None:
         return recipe
-    trained = decoder.num_parameters() if recipe.train == "layers" else sum(p.weight.numel() + p.weight_in.numel() for p in _pairs(decoder))
+    trained = (
+        decoder.num_parameters()
+        if recipe.train == "layers"
+        else sum(p.weight.numel() + p.weight_in.numel() for p in _pairs(decoder))
+    )
     few = recipe.train == "lora" or trained < decoder.num_parameters() / 10
     return replace(recipe, learning_rate=1e-3 if few else 1e-4)
 
@@ -92,11 +111,17 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = _targets(decoder, recipe)
-    transposed = bool(targets) and not isinstance(decoder.model.get_submodule(targets[0]), nn.Linear)
+    transposed = bool(targets) and not isinstance(
+        decoder.model.get_submodule(targets[0]), nn.Linear
+    )
     config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets,
-        fan_in_fan_out=transposed, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )
     state = torch.random.get_rng_state()
     torch.manual_seed(recipe.seed)
     wrapped = get_peft_model(decoder.model, config)
@@ -105,7 +130,9 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
 
 
 def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
-    """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept the pairs too."""
+    """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept
+    the pairs too.
+    """
     names = {name for _, name in decoder.family.matrices}
     return [
         f"{decoder.family.layers}.{index}.{name}"
@@ -116,7 +143,8 @@ def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
 
 
 def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
-    """Put the trained `state` into the checkpoint it was trained from, as that was stored; adapters are merged.
+    """Put the trained `state` into the checkpoint it was trained from, as that was stored; adapters
+    are merged.
 
     Raises `NumericsError` where a weight is not finite in the checkpoint's own precision.
     """
@@ -132,8 +160,12 @@ def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) ->
     fuse(decoder.model)
 
 
-def write_adapter(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor], folder: Path, base: str) -> None:
-    """The trained `state` as a peft adapter for the checkpoint `base`. The decoder is wrapped in it afterwards."""
+def write_adapter(
+    decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor], folder: Path, base: str
+) -> None:
+    """The trained `state` as a peft adapter for the checkpoint `base`. The decoder is wrapped in it
+    afterwards.
+    """
     wrapped: Any = wrap(decoder, recipe)
     _fill(wrapped, state)
     wrapped.peft_config["default"].base_model_name_or_path = base
@@ -146,7 +178,9 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
         known[name].copy_(value)
         if not bool(torch.isfinite(known[name]).all()):
-            raise NumericsError(f"'{name}': the trained weight is not finite in {known[name].dtype}")
+            raise NumericsError(
+                f"'{name}': the trained weight is not finite in {known[name].dtype}"
+            )
 
 
 def numbers(model: nn.Module) -> int:

@@ -1,4 +1,6 @@
-"""Hugging Face's `Trainer`, told what to minimise, how to keep its state without pickle, and to stop at the first loss that is not finite."""
+"""Hugging Face's `Trainer`, told what to minimise, how to keep its state without pickle, and to
+stop at the first loss that is not finite.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from grasp.compensation.objectives import LanguageModel, Objective
-from grasp.compensation.rows import IGNORED, Collate, TrainingData, read_by_model
 from grasp.compensation.state import (
     TRAINED,
     last_state,
@@ -33,6 +34,7 @@ from grasp.compensation.state import (
     trained_state,
 )
 from grasp.core.sweep import Progress
+from grasp.data.rows import IGNORED, Collate, TrainingData, read_by_model
 from grasp.errors import CheckpointError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -41,20 +43,41 @@ BEST = "best"
 
 
 class Compensation(Trainer):
-    """Trains the marked parameters of `model` on `data` towards `objective`. `model_dtype` bfloat16: products in bfloat16 (autocast)."""
+    """Trains the marked parameters of `model` on `data` towards `objective`. `model_dtype`
+    bfloat16: products in bfloat16 (autocast).
+    """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the asked tokens of the whole batch, all its parts and all processes
+    # compute_loss divides by the asked tokens of the whole batch, all its parts and all processes
+    loss_is_scaled_for_ga = True
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, collate: Collate, *,
-                 dtype: torch.dtype, progress: Progress):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data: TrainingData,
+        objective: Objective,
+        collate: Collate,
+        *,
+        dtype: torch.dtype,
+        progress: Progress,
+    ):
         self.objective, self.dtype, self.read_tokens = objective, dtype, 0
-        super().__init__(model=model, args=args, train_dataset=data.train, eval_dataset=data.held_out, data_collator=collate,
-                         callbacks=[Shown(self, progress)])  # fmt: skip
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            data_collator=collate,
+            callbacks=[Shown(self, progress)],
+        )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # so that the trainer counts the labels of the whole batch
+        # so that the trainer counts the labels of the whole batch
+        self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate leaves sharding out where the processes are CPU ones; it works there all the same."""
+        """accelerate leaves sharding out where the processes are CPU ones; it works there all the
+        same.
+        """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:  # type: ignore[has-type]
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -66,10 +89,22 @@ class Compensation(Trainer):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in the run's precision."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.args.device.type, self.dtype)
+        return (
+            nullcontext()
+            if self.dtype == torch.float32
+            else torch.autocast(self.args.device.type, self.dtype)
+        )
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The objective's mean over the asked tokens of the whole batch. Raises `NumericsError` naming the step."""
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The objective's mean over the asked tokens of the whole batch. Raises `NumericsError`
+        naming the step.
+        """
         assert num_items_in_batch is not None
         with self.autocast():
             total = self.objective(model, read_by_model(inputs), inputs["labels"], inputs["row"])
@@ -81,8 +116,12 @@ class Compensation(Trainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean objective and mean cross-entropy of the answers over the held-out rows; the best state so far is kept."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean objective and mean cross-entropy of the answers over the held-out rows; the best
+        state so far is kept.
+        """
         self.model.eval()
         lm, sums = LanguageModel(), []
         same = isinstance(self.objective, LanguageModel)
@@ -90,28 +129,52 @@ class Compensation(Trainer):
             inputs = self._prepare_inputs(batch)
             for row in range(len(inputs["row"])):
                 one = {
-                    name: value[row : row + 1, : int(inputs["length"][row])] if value.dim() > 1 else value[row : row + 1]
+                    name: (
+                        value[row : row + 1, : int(inputs["length"][row])]
+                        if value.dim() > 1
+                        else value[row : row + 1]
+                    )
                     for name, value in inputs.items()
                 }
                 with self.autocast():
                     answers = lm(self.model, read_by_model(one), one["answers"], one["row"])
-                    total = answers if same else self.objective(self.model, read_by_model(one), one["labels"], one["row"])
+                    total = (
+                        answers
+                        if same
+                        else self.objective(
+                            self.model, read_by_model(one), one["labels"], one["row"]
+                        )
+                    )
                 counts = [(one[name][:, 1:] != IGNORED).sum() for name in ("labels", "answers")]
-                sums.append(torch.stack([total.double(), counts[0].double(), answers.double(), counts[1].double()])[None])
-        objective, asked, answers, answered = self.accelerator.gather_for_metrics(torch.cat(sums)).sum(0).tolist()
+                sums.append(
+                    torch.stack(
+                        [total.double(), counts[0].double(), answers.double(), counts[1].double()]
+                    )[None]
+                )
+        objective, asked, answers, answered = (
+            self.accelerator.gather_for_metrics(torch.cat(sums)).sum(0).tolist()
+        )
         found = {"eval_loss": objective / asked, "eval_lm_loss": answers / max(answered, 1)}
         if not math.isfinite(found["eval_loss"]):
-            raise NumericsError(f"step {self.state.global_step}: the held-out loss is {found['eval_loss']}")
+            raise NumericsError(
+                f"step {self.state.global_step}: the held-out loss is {found['eval_loss']}"
+            )
         self.log(found)
         self._keep_best(found)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, found
+        )
         return found
 
     def _keep_best(self, found: dict[str, float]) -> None:
         """A copy of what is trained, where the held-out loss is lower than ever."""
         folder = Path(self.args.output_dir) / BEST
         note = folder / "best.json"
-        before = json.loads(note.read_text(encoding="utf-8"))["eval_loss"] if note.is_file() else math.inf
+        before = (
+            json.loads(note.read_text(encoding="utf-8"))["eval_loss"]
+            if note.is_file()
+            else math.inf
+        )
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         if found["eval_loss"] >= before:
@@ -122,7 +185,9 @@ class Compensation(Trainer):
                 scratch = folder.with_name(f"{BEST}.new")
                 scratch.mkdir(parents=True, exist_ok=True)
                 save_file(state, scratch / TRAINED)
-                (scratch / note.name).write_text(json.dumps({"step": self.state.global_step, **found}), encoding="utf-8")
+                (scratch / note.name).write_text(
+                    json.dumps({"step": self.state.global_step, **found}), encoding="utf-8"
+                )
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(scratch, folder)
         self.accelerator.wait_for_everyone()
@@ -133,7 +198,9 @@ class Compensation(Trainer):
         with said_plainly(Path(self.args.output_dir), self.state.global_step):
             super()._save_checkpoint(model, trial)
             newest = last_state(Path(self.args.output_dir))
-            for older in Path(self.args.output_dir).glob("checkpoint-*") if self.args.should_save else ():
+            for older in (
+                Path(self.args.output_dir).glob("checkpoint-*") if self.args.should_save else ()
+            ):
                 if older != newest:
                     shutil.rmtree(older)
 
@@ -146,12 +213,20 @@ class Compensation(Trainer):
             save_file(state, folder / TRAINED)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if name != "lr_lambdas"}
-        save_optimizer(self.model, self._inner_optimizer(), schedule, Path(output_dir), self.args.should_save)
+        schedule = {
+            name: value
+            for name, value in self.lr_scheduler.state_dict().items()
+            if name != "lr_lambdas"
+        }
+        save_optimizer(
+            self.model, self._inner_optimizer(), schedule, Path(output_dir), self.args.should_save
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -160,7 +235,8 @@ class Compensation(Trainer):
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         found: Any = self.optimizer
-        return getattr(found, "optimizer", found)  # under accelerate's wrapper, whose step() may skip
+        # under accelerate's wrapper, whose step() may skip
+        return getattr(found, "optimizer", found)
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_random(Path(output_dir), self.args.process_index)
@@ -180,8 +256,14 @@ def said_plainly(run: Path, step: int) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as failure:
         kept = "those before it are kept: make room and go on with --resume"
-        said = kept if last_state(run) is not None else "nothing was left behind: make room and begin again"
-        raise CheckpointError(f"{run}: the state of step {step} cannot be written: {failure}; {said}") from failure
+        said = (
+            kept
+            if last_state(run) is not None
+            else "nothing was left behind: make room and begin again"
+        )
+        raise CheckpointError(
+            f"{run}: the state of step {step} cannot be written: {failure}; {said}"
+        ) from failure
 
 
 class Shown(TrainerCallback):
@@ -190,20 +272,39 @@ class Shown(TrainerCallback):
     WORDS: ClassVar = {"loss": "loss", "eval_loss": "held out"}
 
     def __init__(self, trainer: Compensation, progress: Progress):
-        self.trainer, self.progress, self.latest, self.began = trainer, progress, dict[str, str](), time.perf_counter()
+        self.trainer = trainer
+        self.progress = progress
+        self.latest = dict[str, str]()
+        self.began = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.fsdp and not isinstance(self.trainer.model, FSDPModule):
-            raise RecipeError("--fsdp: accelerate did not shard the model; leave --fsdp out, or use another release of accelerate")
+            raise RecipeError(
+                "--fsdp: accelerate did not shard the model; leave --fsdp out, or use another"
+                " release of accelerate"
+            )
         self.began = time.perf_counter()
         self._show(state)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        new = {word: f"{word} {logs[name]:.3f}" for name, word in self.WORDS.items() if logs and name in logs}
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        new = {
+            word: f"{word} {logs[name]:.3f}"
+            for name, word in self.WORDS.items()
+            if logs and name in logs
+        }
         self.latest.update(new)
         if new and state.is_world_process_zero:
-            level = logging.INFO if "eval_loss" in (logs or {}) else logging.DEBUG  # for those who read the output in a file
-            logger.log(level, "step %d of %d: %s", state.global_step, state.max_steps, ", ".join(self.latest.values()))
+            # for those who read the output in a file
+            level = logging.INFO if "eval_loss" in (logs or {}) else logging.DEBUG
+            logger.log(
+                level,
+                "step %d of %d: %s",
+                state.global_step,
+                state.max_steps,
+                ", ".join(self.latest.values()),
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._show(state)
@@ -211,5 +312,8 @@ class Shown(TrainerCallback):
     def _show(self, state: Any) -> None:
         if state.is_world_process_zero:
             speed = self.trainer.read_tokens / max(time.perf_counter() - self.began, 1e-9)
-            said = [*self.latest.values(), *([f"{speed:,.0f} tokens/s".replace(",", " ")] if self.trainer.read_tokens else [])]
+            said = [
+                *self.latest.values(),
+                *([f"{speed:,.0f} tokens/s".replace(",", " ")] if self.trainer.read_tokens else []),
+            ]
             self.progress(", ".join(["training", *said]), state.global_step, state.max_steps)

@@ -21,12 +21,12 @@ from transformers import TrainingArguments
 
 from grasp.compensation.objectives import Objective
 from grasp.compensation.recipe import Recipe
-from grasp.compensation.rows import Collate, TrainingData
 from grasp.compensation.state import TRAINED, last_state
 from grasp.compensation.trainer import BEST, Compensation
 from grasp.core.destination import name_of, real
 from grasp.core.partial import hold
 from grasp.core.sweep import Progress
+from grasp.data.rows import Collate, TrainingData
 from grasp.errors import CheckpointError, Interrupted, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -34,14 +34,18 @@ logger = logging.getLogger(__name__)
 RECORD = "recipe.json"
 
 Look = dict[str, float | int]
-"""What is known of one step: "step", "loss", "held_out_loss", "held_out_lm_loss", those that were taken."""
+"""What is known of one step: "step", "loss", "held_out_loss", "held_out_lm_loss", those that were
+taken.
+"""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run ended with. `state`: the trained parameters, where their held-out loss was lowest; empty on all processes but the first.
+    """What a run ended with. `state`: the trained parameters, where their held-out loss was lowest;
+    empty on all processes but the first.
 
-    `curve`: a record a look, {"step", "loss", "held_out_loss", "held_out_lm_loss"}; `best` is the one that `state` belongs to.
+    `curve`: a record a look, {"step", "loss", "held_out_loss", "held_out_lm_loss"}; `best` is the
+    one that `state` belongs to.
     """
 
     state: dict[str, Tensor]
@@ -59,17 +63,30 @@ def world_size() -> int:
 
 def number_of_steps(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of the whole run."""
-    return recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(rows / recipe.batch_size)))
+    return recipe.max_steps or max(
+        1, math.ceil(recipe.epochs * math.ceil(rows / recipe.batch_size))
+    )
 
 
 def arguments(
-    recipe: Recipe, folder: Path, steps: int, *, device: torch.device, fsdp: str | None, report_to: Sequence[str]
+    recipe: Recipe,
+    folder: Path,
+    steps: int,
+    *,
+    device: torch.device,
+    fsdp: str | None,
+    report_to: Sequence[str],
 ) -> TrainingArguments:
-    """The recipe in the trainer's words. Raises `RecipeError` for a batch that the processes cannot share."""
+    """The recipe in the trainer's words. Raises `RecipeError` for a batch that the processes cannot
+    share.
+    """
     world = world_size()
     each, rest = divmod(recipe.batch_size, world)
     if rest or not each:
-        raise RecipeError(f"--batch-size {recipe.batch_size}: cannot be shared by {world} processes; give a multiple of {world}")
+        raise RecipeError(
+            f"--batch-size {recipe.batch_size}: cannot be shared by {world} processes; give a"
+            f" multiple of {world}"
+        )
     part = next(size for size in range(min(recipe.micro_batch, each), 0, -1) if each % size == 0)
     often = min(recipe.eval_every or max(1, steps // 10), steps)
     warmup = min(recipe.warmup_steps, steps // 10)
@@ -77,46 +94,78 @@ def arguments(
         logger.info("warm-up: %d steps, a tenth of %d, not %d", warmup, steps, recipe.warmup_steps)
     try:
         found = TrainingArguments(
-            output_dir=str(folder), use_cpu=device.type == "cpu", seed=recipe.seed, data_seed=recipe.seed,
-            per_device_train_batch_size=part, gradient_accumulation_steps=each // part, per_device_eval_batch_size=part,
-            max_steps=steps, learning_rate=recipe.learning_rate, warmup_steps=warmup, weight_decay=recipe.weight_decay,
-            lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-            max_grad_norm=recipe.max_grad_norm, optim="adamw_torch",
+            output_dir=str(folder),
+            use_cpu=device.type == "cpu",
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            per_device_train_batch_size=part,
+            gradient_accumulation_steps=each // part,
+            per_device_eval_batch_size=part,
+            max_steps=steps,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=warmup,
+            weight_decay=recipe.weight_decay,
+            lr_scheduler_type=(
+                "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
+            ),
+            max_grad_norm=recipe.max_grad_norm,
+            optim="adamw_torch",
             **_checkpointing(recipe.gradient_checkpointing),
-            eval_strategy="steps", eval_steps=often, eval_on_start=True, save_strategy="steps", save_steps=often,
-            logging_steps=max(1, often // 5), logging_nan_inf_filter=False, report_to=list(report_to) or "none", disable_tqdm=True,
-            remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+            eval_strategy="steps",
+            eval_steps=often,
+            eval_on_start=True,
+            save_strategy="steps",
+            save_steps=often,
+            logging_steps=max(1, often // 5),
+            logging_nan_inf_filter=False,
+            report_to=list(report_to) or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
             ddp_backend="gloo" if world > 1 and device.type == "cpu" else None,
-            fsdp=fsdp is not None, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [fsdp]} if fsdp else None,
-        )  # fmt: skip
+            fsdp=fsdp is not None,
+            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": [fsdp]} if fsdp else None,
+        )
     except (ImportError, RuntimeError, ValueError) as failure:
-        raise RecipeError(f"the training cannot be set up: {' '.join(str(failure).split())[:300]}") from failure
-    found._n_gpu = min(1, found.n_gpu)  # one device a process; several GPUs are used through torchrun
+        raise RecipeError(
+            f"the training cannot be set up: {' '.join(str(failure).split())[:300]}"
+        ) from failure
+    # one device a process; several GPUs are used through torchrun
+    found._n_gpu = min(1, found.n_gpu)
     return found
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
     """The trainer's name for it changed within transformers 5."""
     known = {one.name for one in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in known
+        else "gradient_checkpointing"
+    )
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
 def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None:
-    """Make the run's folder, or find the state to go on from. Raises `CheckpointError` where the two runs are not the same."""
+    """Make the run's folder, or find the state to go on from. Raises `CheckpointError` where the
+    two runs are not the same.
+    """
     note = folder / RECORD
     if resume and note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
         for name, value in record.items():
             if name != "learning_rate" and before.get(name) != value:
                 raise CheckpointError(
-                    f"--resume: {folder} was begun with {name} {before.get(name)}, not {value}; give the same, or remove it to begin anew"
+                    f"--resume: {folder} was begun with {name} {before.get(name)}, not {value};"
+                    " give the same, or remove it to begin anew"
                 )
         return last_state(folder)
     state = last_state(folder)
     if state is not None:
         raise CheckpointError(
-            f"{folder}: holds a run, at step {state.name.rpartition('-')[2]}; go on from it with --resume, or remove it to begin anew"
+            f"{folder}: holds a run, at step {state.name.rpartition('-')[2]}; go on from it with"
+            " --resume, or remove it to begin anew"
         )
     if resume:
         logger.info("--resume: %s holds no run; beginning anew", folder)
@@ -129,7 +178,8 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
 
 @contextmanager
 def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[Path | None]:
-    """The folder of a run, within the block; gives the state to go on from. It stays only where there is a state in it to lose.
+    """The folder of a run, within the block; gives the state to go on from. It stays only where
+    there is a state in it to lose.
 
     Raises `CheckpointError` where it cannot be made, or where another process trains in it.
     """
@@ -138,7 +188,9 @@ def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[P
             if _first() and folder.is_dir():
                 held.enter_context(hold(folder))
         except BlockingIOError:
-            raise CheckpointError(f"{folder}: another process is training in it; wait for it, or choose another OUT") from None
+            raise CheckpointError(
+                f"{folder}: another process is training in it; wait for it, or choose another OUT"
+            ) from None
         try:
             try:
                 state = begin_run(folder, record, resume)
@@ -178,28 +230,52 @@ def _first() -> bool:
 
 
 def train(
-    model: nn.Module, args: TrainingArguments, data: TrainingData, objective: Objective, collate: Collate, *,
-    dtype: torch.dtype, progress: Progress, resume_from: Path | None,
-) -> Trained:  # fmt: skip
-    """Train the marked parameters of `model`. Raises `NumericsError` at the first loss that is not finite, naming the step."""
+    model: nn.Module,
+    args: TrainingArguments,
+    data: TrainingData,
+    objective: Objective,
+    collate: Collate,
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
+    resume_from: Path | None,
+) -> Trained:
+    """Train the marked parameters of `model`. Raises `NumericsError` at the first loss that is not
+    finite, naming the step.
+    """
     try:
-        trainer = Compensation(model, args, data, objective, collate, dtype=dtype, progress=progress)
-    except (ImportError, RuntimeError, ValueError) as failure:  # a tracker that is unknown or not installed
-        raise RecipeError(f"the training cannot be set up: {' '.join(str(failure).split())[:300]}") from failure
+        trainer = Compensation(
+            model, args, data, objective, collate, dtype=dtype, progress=progress
+        )
+    except (ImportError, RuntimeError, ValueError) as failure:
+        # a tracker that is unknown or not installed
+        raise RecipeError(
+            f"the training cannot be set up: {' '.join(str(failure).split())[:300]}"
+        ) from failure
     folder = Path(args.output_dir)
     try:
-        done = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        done = trainer.train(
+            resume_from_checkpoint=None if resume_from is None else str(resume_from)
+        )
     except NumericsError as failure:
         raise NumericsError(f"{failure}; {_way_on(folder)}") from failure
     if trainer.state.log_history and not any(
-        "eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history
+        "eval_loss" in log and log["step"] == trainer.state.global_step
+        for log in trainer.state.log_history
     ):
         trainer.evaluate()
     curve = _curve(trainer.state.log_history)
     state, best = {}, min(curve, key=lambda look: look.get("held_out_loss", math.inf))
     if trainer.is_world_process_zero():
         state = load_file(folder / BEST / TRAINED)
-    return Trained(state, curve, best, trainer.state.global_step, trainer.read_tokens, done.metrics["train_runtime"])
+    return Trained(
+        state,
+        curve,
+        best,
+        trainer.state.global_step,
+        trainer.read_tokens,
+        done.metrics["train_runtime"],
+    )
 
 
 def _way_on(folder: Path) -> str:
@@ -208,7 +284,8 @@ def _way_on(folder: Path) -> str:
     if state is None:
         return "nothing was learnt yet; try a smaller --learning-rate or --precision float32"
     return (
-        f"the state of step {state.name.rpartition('-')[2]} is kept in {folder}: go on from it with --resume and a smaller --learning-rate"
+        f"the state of step {state.name.rpartition('-')[2]} is kept in {folder}: go on from it with"
+        " --resume and a smaller --learning-rate"
     )
 
 

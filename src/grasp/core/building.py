@@ -1,7 +1,9 @@
-"""What a decoder layer is besides its weights: its modules and their settings, such as the window of an attention.
+"""What a decoder layer is besides its weights: its modules and their settings, such as the window
+of an attention.
 
-transformers builds them from the config and the layer's index, and saves neither. So a layer that moves forward when one before it is dropped
-is built anew, and it has to come out the same: by config lists that run along the layers and are cut with them, or not at all.
+transformers builds them from the config and the layer's index, and saves neither. So a layer that
+moves forward when one before it is dropped is built anew, and it has to come out the same: by
+config lists that run along the layers and are cut with them, or not at all.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from torch import nn
 INDEX = ("layer_idx", "layer_id", "layer_number", "layer_num")
 """Attributes that hold the layer's own index."""
 IDLE = ("training", "gradient_checkpointing", "p")
-"""Settings that do not matter to a model that answers; what is named after dropout does not either."""
+"""Settings that do not matter to a model that answers; what is named after dropout does not either.
+"""
 
 
-def layers_differ(here: Iterable[nn.Module], there: Iterable[nn.Module], but: tuple[str, ...] = ()) -> Iterator[str]:
-    """Where the layers `there` are not built as the layers `here`: modules, shapes of dense weights, and settings (not those named in `but`)."""
+def layers_differ(
+    here: Iterable[nn.Module], there: Iterable[nn.Module], but: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Where the layers `there` are not built as the layers `here`: modules, shapes of dense
+    weights, and settings (not those named in `but`).
+    """
     for index, (old, new) in enumerate(zip(here, there, strict=True)):
         now = dict(new.named_modules())
         for path, module in old.named_modules():
@@ -30,13 +37,26 @@ def layers_differ(here: Iterable[nn.Module], there: Iterable[nn.Module], but: tu
             for name, value in settings(module).items():
                 if name in found and name not in but and found[name] != value:
                     yield f"'{place}.{name}' is {found[name]}, not {value}"
-            for name, tensor in module.named_parameters(recurse=False) if type(module) is type(now[path]) else ():
+            for name, tensor in (
+                module.named_parameters(recurse=False) if type(module) is type(now[path]) else ()
+            ):
                 other = getattr(now[path], name, None)
                 if other is None or other.shape != tensor.shape:
-                    yield f"'{place}.{name}' is {None if other is None else tuple(other.shape)}, not {tuple(tensor.shape)}"
+                    yield (
+                        f"'{place}.{name}' is {None if other is None else tuple(other.shape)}, not"
+                        f" {tuple(tensor.shape)}"
+                    )
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
     """The plain values that a module holds."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str, type(None)))}
-    return {name: value for name, value in plain.items() if name[0] != "_" and name not in IDLE and "drop" not in name}
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, type(None)))
+    }
+    return {
+        name: value
+        for name, value in plain.items()
+        if name[0] != "_" and name not in IDLE and "drop" not in name
+    }

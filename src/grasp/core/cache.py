@@ -1,4 +1,6 @@
-"""The key-value cache of a model: one that grows, one of fixed size for compiled graphs, or one that forgets nothing for exported ones."""
+"""The key-value cache of a model: one that grows, one of fixed size for compiled graphs, or one
+that forgets nothing for exported ones.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,19 @@ from transformers import DynamicCache, StaticCache
 from grasp.core.decoder import Decoder
 
 
-def new_cache(model: Decoder, fixed_length: int | None = None) -> Any:
-    """An empty cache: growing with the text as in `generate()`, or with room for `fixed_length` tokens from the start."""
+def new_cache(decoder: Decoder, fixed_length: int | None = None) -> Any:
+    """An empty cache: growing with the text as in `generate()`, or with room for `fixed_length`
+    tokens from the start.
+    """
     if fixed_length is None:
-        return DynamicCache(config=model.config)
-    return StaticCache(config=model.config, max_cache_len=fixed_length)
+        return DynamicCache(config=decoder.config)
+    return StaticCache(config=decoder.config, max_cache_len=fixed_length)
 
 
 def full_cache() -> Any:
-    """An empty cache that keeps every token, also where a layer looks back over a window only (its mask then applies the window)."""
+    """An empty cache that keeps every token, also where a layer looks back over a window only (its
+    mask then applies the window).
+    """
     return DynamicCache()
 
 

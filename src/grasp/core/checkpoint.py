@@ -1,6 +1,8 @@
-"""The checkpoint: an ordinary Hugging Face directory, plus `grasp.json` (the manifest) and a model card.
+"""The checkpoint: an ordinary Hugging Face directory, plus `grasp.json` (the manifest) and a model
+card.
 
-Written whole or not at all (`grasp.core.writing`), so a crash or a full disk leaves nothing that loads. Nothing is pickled.
+Written whole or not at all (`grasp.core.writing`), so a crash or a full disk leaves nothing that
+loads. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -29,17 +31,27 @@ MAX_SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the model, its tokenizer, and the manifest (empty for a model that grasp did not write)."""
+    """A loaded checkpoint: the model, its tokenizer, and the manifest (empty for a model that grasp
+    did not write).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     manifest: dict[str, Any]
 
 
-def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, beside: Callable[[Path], None] | None = None) -> None:
-    """Write the model as it is now to `out`, with its manifest and model card; `beside` adds to the directory once the model is in it.
+def save(
+    decoder: Decoder,
+    out: Path,
+    manifest: dict[str, Any],
+    card: str,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the model as it is now to `out`, with its manifest and model card; `beside` adds to the
+    directory once the model is in it.
 
-    Raises `CheckpointError`, also where what was written does not load again as this model; `out` is then untouched.
+    Raises `CheckpointError`, also where what was written does not load again as this model; `out`
+    is then untouched.
     """
     check_destination(out, decoder.num_bytes())
     said = answer(decoder)
@@ -62,8 +74,8 @@ def save(decoder: Decoder, out: Path, manifest: dict[str, Any], card: str, besid
 def load(source: PathLike, **options: Any) -> Checkpoint:
     """Load a checkpoint, or any other MODEL; options as for `load_model`.
 
-    The dense matrices are never built: peak memory is that of the small model. Raises `CheckpointError` for a damaged or
-    incomplete directory and for one written by a newer grasp.
+    The dense matrices are never built: peak memory is that of the small model. Raises
+    `CheckpointError` for a damaged or incomplete directory and for one written by a newer grasp.
     """
     manifest = read_manifest(Path(source)) if (Path(source) / MANIFEST).is_file() else {}
     decoder = load_model(os.fspath(source), **options)

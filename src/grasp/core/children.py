@@ -1,8 +1,10 @@
-"""Processes that end with the one that started them, however that one ends: killed, terminated, its terminal closed.
+"""Processes that end with the one that started them, however that one ends: killed, terminated, its
+terminal closed.
 
-The child holds the reading end of a pipe whose other end only the parent has; when the parent ends, the system closes it, and a thread of
-the child sees that. On Linux the kernel is asked for the same besides, which works while the child is busy outside Python.
-A child that ends so has nothing to clean up: it answers on stdout and writes no files.
+The child holds the reading end of a pipe whose other end only the parent has; when the parent ends,
+the system closes it, and a thread of the child sees that. On Linux the kernel is asked for the same
+besides, which works while the child is busy outside Python. A child that ends so has nothing to
+clean up: it answers on stdout and writes no files.
 """
 
 from __future__ import annotations
@@ -23,12 +25,23 @@ PATIENCE = 10.0
 PR_SET_PDEATHSIG = 1
 
 
-def run_child(command: Sequence[str], stderr: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command that calls `end_with_parent`; its stdout (and, with `subprocess.PIPE`, stderr) as text. It ends if this is interrupted."""
+def run_child(
+    command: Sequence[str], stderr: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that calls `end_with_parent`; its stdout (and, with `subprocess.PIPE`, stderr)
+    as text. It ends if this is interrupted.
+    """
     end, hold = os.pipe()
     try:
         environment = {**os.environ, LIFELINE: str(end)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, pass_fds=(end,)) as child:
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+            pass_fds=(end,),
+        ) as child:
             try:
                 out, said = child.communicate()
             except BaseException:

@@ -1,6 +1,8 @@
-"""`Decoder`: a typed view of a Hugging Face causal language model, and the sweep that shows it a calibration set.
+"""`Decoder`: a typed view of a Hugging Face causal language model, and the sweep that shows it a
+calibration set.
 
-Paths and layer indices are always those of the model as it was loaded: dropping layer 3 does not rename layer 4.
+Paths and layer indices are always those of the model as it was loaded: dropping layer 3 does not
+rename layer 4.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.core.bos import block_bos, num_rows
 from grasp.core.families import Family, find_family, select
 from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
+from grasp.core.layers.modeling_grasp import auto_classes
+from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import wide
 from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.modeling_grasp import auto_classes
-from grasp.core.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
 from grasp.core.tokens import check_ids, tokenise
@@ -34,15 +36,22 @@ logger = logging.getLogger(__name__)
 
 
 class Decoder:
-    """A causal language model seen as a stack of layers of linears; of a multimodal one, its text decoder.
+    """A causal language model seen as a stack of layers of linears; of a multimodal one, its text
+    decoder.
 
-    `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model. Where its layers and matrices are is
-    found out when it is first asked: a model that is only run may be of any kind. `beside`: files that a saved copy takes along.
+    `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model.
+    Where its layers and matrices are is found out when it is first asked: a model that is only run
+    may be of any kind. `beside`: files that a saved copy takes along.
 
     Raises `ModelError` for a model that does not give the logits of a text.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, source: str = ""):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        source: str = "",
+    ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.source = source or getattr(model.config, "_name_or_path", "")
@@ -81,38 +90,75 @@ class Decoder:
 
     @cached_property
     def block_bos(self) -> int | None:
-        """The token every block of text must begin with, for models that need one; else None. Found out once, before any edit."""
-        manifest = read_manifest(Path(self.source)) if self.source and (Path(self.source) / MANIFEST).is_file() else {}
-        return block_bos(self.model, self.tokenizer, self.config, manifest.get("calibration", {}).get("bos"))
+        """The token every block of text must begin with, for models that need one; else None. Found
+        out once, before any edit.
+        """
+        manifest = (
+            read_manifest(Path(self.source))
+            if self.source and (Path(self.source) / MANIFEST).is_file()
+            else {}
+        )
+        return block_bos(
+            self.model, self.tokenizer, self.config, manifest.get("calibration", {}).get("bos")
+        )
 
     def tokenize(self, text: str, most: int | None = None) -> Tensor:
-        """The whole text as one stream of ids (num_tokens,), special tokens only where the tokenizer itself puts them. `most`: so many
-        tokens are enough. Raises `DataError` for ids that the model does not have."""
+        """The whole text as one stream of ids (num_tokens,), special tokens only where the
+        tokenizer itself puts them. `most`: so many tokens are enough. Raises `DataError` for ids
+        that the model does not have.
+        """
         if self.tokenizer is None:
-            place = f"{self.source} has no tokenizer files" if self.source else "this model has none"
-            raise DataError(
-                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it there (in Python: tokenizer=...)"
+            place = (
+                f"{self.source} has no tokenizer files" if self.source else "this model has none"
             )
-        return tokenise(self.tokenizer, text, special=self.block_bos is None, rows=num_rows(self.model), most=most, progress=self.progress)
+            raise DataError(
+                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it"
+                " there (in Python: tokenizer=...)"
+            )
+        return tokenise(
+            self.tokenizer,
+            text,
+            special=self.block_bos is None,
+            rows=num_rows(self.model),
+            most=most,
+            progress=self.progress,
+        )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts, and as the model needs them to begin."""
+        """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts,
+        and as the model needs them to begin.
+        """
         if self.tokenizer is None:
             raise DataError("text needs a tokenizer, and this model has none")
         ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
         return self.begun(ids) if special else self.known(ids)
 
     def begun(self, ids: list[int]) -> list[int]:
-        """Ids of a whole text, with the token in front that the model needs there, where it is missing."""
+        """Ids of a whole text, with the token in front that the model needs there, where it is
+        missing.
+        """
         bos = self.block_bos
         return self.known(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
 
     def check_vocabulary(self) -> None:
-        """Raise `DataError` where the tokenizer's own vocabulary is larger than the model's, as that of another model may be. Tokens that
-        were added to it count only where a text holds them: some models' tokenizers name more of those than the model has."""
+        """Raise `DataError` where the tokenizer's own vocabulary is larger than the model's, as
+        that of another model may be. Tokens that were added to it count only where a text holds
+        them: some models' tokenizers name more of those than the model has.
+        """
         if self.tokenizer is not None:
             added = set(self.tokenizer.get_added_vocab().values())
-            self.known([max((token for token in self.tokenizer.get_vocab().values() if token not in added), default=0)])
+            self.known(
+                [
+                    max(
+                        (
+                            token
+                            for token in self.tokenizer.get_vocab().values()
+                            if token not in added
+                        ),
+                        default=0,
+                    )
+                ]
+            )
 
     def known(self, ids: list[int]) -> list[int]:
         """The ids. Raises `DataError` for one that the model does not have."""
@@ -122,7 +168,9 @@ class Decoder:
     def layer(self, index: int) -> Layer:
         """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""
         if index not in self.kept:
-            raise RecipeError(f"layer {index} is not in the model; it has layers 0 to {self.num_layers - 1}")
+            raise RecipeError(
+                f"layer {index} is not in the model; it has layers 0 to {self.num_layers - 1}"
+            )
         module = self.stack[self.kept.index(index)]
         linears = {}
         for _, name in self.family.matrices:
@@ -141,11 +189,14 @@ class Decoder:
         return [linear for name, linear in self.layer(index).linears.items() if name in wanted]
 
     def locate(self, path: str) -> tuple[int, str]:
-        """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it names none."""
+        """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it
+        names none.
+        """
         index, _, name = path.removeprefix(self.family.layers + ".").partition(".")
         if not path.startswith(self.family.layers + ".") or not index.isdigit() or not name:
             raise RecipeError(
-                f"'{path}' names no matrix of a decoder layer; an example is '{self.family.layers}.0.{self.family.matrices[0][1]}'"
+                f"'{path}' names no matrix of a decoder layer; an example is"
+                f" '{self.family.layers}.0.{self.family.matrices[0][1]}'"
             )
         return int(index), name
 
@@ -153,7 +204,11 @@ class Decoder:
         """Numbers the model stores, however few bits each takes; a tied weight counts once."""
         quantized: list[Any] = [module for module in self.model.modules() if is_quantized(module)]
         stored = sum(p.numel() for module in quantized for p in module.parameters(recurse=False))
-        return sum(p.numel() for p in self.model.parameters()) - stored + sum(module.num_parameters() for module in quantized)
+        return (
+            sum(p.numel() for p in self.model.parameters())
+            - stored
+            + sum(module.num_parameters() for module in quantized)
+        )
 
     def num_bytes(self) -> int:
         """Bytes of those numbers, as they are stored."""
@@ -164,13 +219,20 @@ class Decoder:
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 bad = int((~torch.isfinite(parameter)).sum())
-                raise NumericsError(f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be compressed as it is")
+                raise NumericsError(
+                    f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be"
+                    " compressed as it is"
+                )
 
-    def sweep(self, data: Calibration, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
-        """Show the model every block once, with a backward pass if a collector asks for gradients, and return what was collected.
+    def sweep(
+        self, data: Calibration, collectors: Sequence[Collector], task: str = "sweep"
+    ) -> Statistics:
+        """Show the model every block once, with a backward pass if a collector asks for gradients,
+        and return what was collected.
 
-        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is taken one block at a time,
-        so memory does not grow with the number of blocks. The model comes back unchanged.
+        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
+        taken one block at a time, so memory does not grow with the number of blocks. The model
+        comes back unchanged.
         """
         backward = any(collector.backward for collector in collectors)
         total_loss, tokens = 0.0, 0
@@ -185,7 +247,8 @@ class Decoder:
                     loss, count = self.loss(ids, mask)
                     if not bool(torch.isfinite(loss)):
                         raise NumericsError(
-                            f"calibration block {block}: the loss is {float(loss.detach())}; {self.first_non_finite(ids, mask)}"
+                            f"calibration block {block}: the loss is {float(loss.detach())};"
+                            f" {self.first_non_finite(ids, mask)}"
                         )
                     loss.backward()
                     total_loss, tokens = total_loss + float(loss.detach()), tokens + count
@@ -199,18 +262,28 @@ class Decoder:
         return Statistics(tables, tokens, total_loss / tokens if backward else None)
 
     def loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their number."""
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # batch, seq - 1, vocab
+        """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their
+        number.
+        """
+        # batch, seq - 1, vocab
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         labels = ids[:, 1:]
         if mask is not None:
             labels = labels.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), -100)
-        loss = cross_entropy(wide(logits.flatten(0, 1)), labels.flatten(), reduction="sum", ignore_index=-100)
+        loss = cross_entropy(
+            wide(logits.flatten(0, 1)), labels.flatten(), reduction="sum", ignore_index=-100
+        )
         return loss, int((labels != -100).sum())
 
     @contextmanager
     def _prepared(self, collectors: Sequence[Collector]) -> Iterator[None]:
-        """Gradients off except where a collector turns them on, hooks attached; all of it undone at the end."""
-        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
+        """Gradients off except where a collector turns them on, hooks attached; all of it undone at
+        the end.
+        """
+        before = [
+            (parameter, parameter.requires_grad, parameter.grad)
+            for parameter in self.model.parameters()
+        ]
         handles = []
         try:
             for parameter, _, _ in before:
@@ -250,7 +323,11 @@ class Decoder:
         finally:
             for handle in handles:
                 handle.remove()
-        where = "the layers' outputs are finite, the logits are not" if layers else "the logits are not finite"
+        where = (
+            "the layers' outputs are finite, the logits are not"
+            if layers
+            else "the logits are not finite"
+        )
         where = f"layer {found[0]} is the first with a non-finite output" if found else where
         return f"{where} (dtype {self.model.dtype}; try --dtype float32)"
 
@@ -258,17 +335,27 @@ class Decoder:
 def check_reads_text(model: Any) -> None:
     """Raise `ModelError` for a model that cannot give the logits of a text from its ids alone."""
     name = type(model).__name__
-    inner = auto_classes(type(model.config.get_text_config(decoder=True))).get("AutoModelForCausalLM", type(text_decoder(model)[1]))
+    inner = auto_classes(type(model.config.get_text_config(decoder=True))).get(
+        "AutoModelForCausalLM", type(text_decoder(model)[1])
+    )
     needed = [
         word
         for word, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     ]
     if needed := [word for word in needed if word != "input_ids"]:
         raise ModelError(
-            f"{name} does not read text alone (it needs {', '.join(needed)}): load its text model, with {inner} inside, by itself"
+            f"{name} does not read text alone (it needs {', '.join(needed)}): load its text model,"
+            f" with {inner} inside, by itself"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder with a decoder; grasp reads decoders alone, loaded by AutoModelForCausalLM")
+        raise ModelError(
+            f"{name} is an encoder with a decoder; grasp reads decoders alone, loaded by"
+            " AutoModelForCausalLM"
+        )
     if model.get_output_embeddings() is None and not model.can_generate():
-        raise ModelError(f"{name} has no language-model head, so no loss to go by: load the model by AutoModelForCausalLM")
+        raise ModelError(
+            f"{name} has no language-model head, so no loss to go by: load the model by"
+            " AutoModelForCausalLM"
+        )

@@ -1,7 +1,7 @@
 """Whether a path can be written: asked by every verb before any work is done, by a dry run too.
 
-A directory OUT may be new, or exist and be empty; it may be a symbolic link to an empty directory, or a mount point. It must not lie in
-a model that is read.
+A directory OUT may be new, or exist and be empty; it may be a symbolic link to an empty directory,
+or a mount point. It must not lie in a model that is read.
 """
 
 from __future__ import annotations
@@ -22,33 +22,48 @@ INSIDE = 160
 
 
 def check_destination(out: Path, num_bytes: int, *models: object) -> None:
-    """Raise `CheckpointError` where `out` cannot take a checkpoint of `num_bytes`: asked before any work is done.
+    """Raise `CheckpointError` where `out` cannot take a checkpoint of `num_bytes`: asked before any
+    work is done.
 
     `models`: names or paths of what is read; `out` must not lie in one of them.
     """
-    problem = _impossible(out) or _taken(out) or _inside(out, models) or _no_room(out, num_bytes * SPARE)
+    problem = (
+        _impossible(out) or _taken(out) or _inside(out, models) or _no_room(out, num_bytes * SPARE)
+    )
     if problem:
         raise CheckpointError(f"OUT {shown(out)}: {problem}")
 
 
 def check_file(path: Path, flag: str, new_folder: bool = False) -> None:
-    """Raise `RecipeError` naming the flag where a file cannot be written; an ordinary file that is there is replaced.
+    """Raise `RecipeError` naming the flag where a file cannot be written; an ordinary file that is
+    there is replaced.
 
     `new_folder`: the folder is made where it is not there.
     """
-    problem = _impossible(path) or _not_replaced(path, new_folder) or _no_room(path, ROOM_FOR_A_FILE)
+    problem = (
+        _impossible(path) or _not_replaced(path, new_folder) or _no_room(path, ROOM_FOR_A_FILE)
+    )
     if problem:
         raise RecipeError(f"{flag} {shown(path)}: {problem}")
 
 
 def check_beside(path: Path, out: Path, what: str) -> None:
-    """Raise `CheckpointError` where a folder that is used on the way to `out` cannot be made; `what` says for what."""
+    """Raise `CheckpointError` where a folder that is used on the way to `out` cannot be made;
+    `what` says for what.
+    """
     problem = _impossible(path)
     if not problem and not os.path.isdir(path):
         place = _ancestor(real(path))
-        problem = "" if place.is_dir() and os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable"
+        problem = (
+            ""
+            if place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+            else f"{place} is not writable"
+        )
     if problem:
-        raise CheckpointError(f"OUT {shown(out)}: {what} {shown(path)}: {problem}; choose another path, such as {out / 'model'}")
+        raise CheckpointError(
+            f"OUT {shown(out)}: {what} {shown(path)}: {problem}; choose another path, such as"
+            f" {out / 'model'}"
+        )
 
 
 def real(path: Path) -> Path:
@@ -62,8 +77,14 @@ def name_of(out: Path) -> str:
 
 
 def contents(directory: Path) -> list[Path]:
-    """What is in a directory, but for what killed runs of grasp left and what a file system puts into its root."""
-    return [path for path in directory.iterdir() if path.name != "lost+found" and not (is_partial(path) and state_of(path) == "dead")]
+    """What is in a directory, but for what killed runs of grasp left and what a file system puts
+    into its root.
+    """
+    return [
+        path
+        for path in directory.iterdir()
+        if path.name != "lost+found" and not (is_partial(path) and state_of(path) == "dead")
+    ]
 
 
 def shown(path: Path) -> str:
@@ -81,7 +102,9 @@ def size(num_bytes: int | float) -> str:
 
 
 def _printable(text: str) -> bool:
-    return not any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in text)
+    return not any(
+        ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in text
+    )
 
 
 def _ancestor(path: Path) -> Path:
@@ -97,7 +120,10 @@ def _impossible(path: Path) -> str:
     for place in (whole, *whole.parents):
         if os.path.islink(place) and not os.path.exists(place):
             link = "a symbolic link" if place == whole else f"{place} is a symbolic link"
-            return f"{link} to {os.readlink(place)}, which is not there; make that first, or choose another path"
+            return (
+                f"{link} to {os.readlink(place)}, which is not there; make that first, or choose"
+                " another path"
+            )
     place = _ancestor(real(path))
     longest, most = os.pathconf(place, "PC_NAME_MAX"), os.pathconf(place, "PC_PATH_MAX") - INSIDE
     if any(len(os.fsencode(part)) > longest for part in whole.parts):
@@ -113,7 +139,9 @@ def _taken(out: Path) -> str:
     place = _ancestor(target)
     if not place.is_dir():
         return (
-            "exists and is not an empty directory; choose another path or remove it" if place == target else f"{place} is not a directory"
+            "exists and is not an empty directory; choose another path or remove it"
+            if place == target
+            else f"{place} is not a directory"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         return f"{place} is not writable; choose another path"
@@ -124,7 +152,10 @@ def _taken(out: Path) -> str:
     except OSError as failure:
         return f"cannot be read ({failure.strerror})"
     if found and all(map(is_partial, found)):
-        return f"another process is writing there ({found[0].name}); choose another path, or remove that if it has ended"
+        return (
+            f"another process is writing there ({found[0].name}); choose another path, or remove"
+            " that if it has ended"
+        )
     return "exists and is not an empty directory; choose another path or remove it" if found else ""
 
 
@@ -140,7 +171,11 @@ def _not_replaced(path: Path, new_folder: bool) -> str:
     place = _ancestor(target.parent)
     if not place.is_dir() or (place != target.parent and not new_folder):
         return f"{path.parent} is not a directory; make it first, or choose another path"
-    return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} is not writable; choose another path"
+    return (
+        ""
+        if os.access(place, os.W_OK | os.X_OK)
+        else f"{place} is not writable; choose another path"
+    )
 
 
 def _inside(out: Path, models: tuple[object, ...]) -> str:
@@ -152,10 +187,17 @@ def _inside(out: Path, models: tuple[object, ...]) -> str:
 
 
 def _no_room(path: Path, needed: int | float) -> str:
-    """What killed runs left beside `path` or in it is removed before anything is written, so it counts as free."""
+    """What killed runs left beside `path` or in it is removed before anything is written, so it
+    counts as free.
+    """
     target = real(path)
     place = _ancestor(target)
-    dead = {left for folder in (target, target.parent) for left in partials(folder) if state_of(left) == "dead"}
+    dead = {
+        left
+        for folder in (target, target.parent)
+        for left in partials(folder)
+        if state_of(left) == "dead"
+    }
     free = shutil.disk_usage(place).free + sum(map(bytes_of, dead))
     if free >= needed:
         return ""

@@ -1,6 +1,8 @@
-"""A local MODEL directory: what must be in it, and what it can be instead. Nothing is read but names and a few bytes.
+"""A local MODEL directory: what must be in it, and what it can be instead. Nothing is read but
+names and a few bytes.
 
-Weights are read from safetensors only. A pickle (`.bin`, `.pt`) can run whatever its writer put in, so it is never opened.
+Weights are read from safetensors only. A pickle (`.bin`, `.pt`) can run whatever its writer put in,
+so it is never opened.
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ from grasp.errors import CheckpointError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 POINTER = b"version https://git-lfs.github.com/spec/"
 ADAPTER = "adapter_config.json"
-CONVERT = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{source}', weights_only=True).save_pretrained('NEW')\""
+CONVERT = (
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{source}',"
+    " weights_only=True).save_pretrained('NEW')\""
+)
 MERGE = (
-    "python -c \"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{source}').merge_and_unload().save_pretrained('NEW')\""
+    'python -c "from peft import AutoPeftModelForCausalLM as M;'
+    " M.from_pretrained('{source}').merge_and_unload().save_pretrained('NEW')\""
 )
 
 
 def check_directory(path: Path) -> None:
-    """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no manifest of a newer format."""
+    """Raise `CheckpointError` unless the directory holds a config, whole safetensors files, and no
+    manifest of a newer format.
+    """
     if (path / MANIFEST).is_file():
         read_manifest(path)
     if (path / ADAPTER).is_file():
@@ -33,7 +41,11 @@ def check_directory(path: Path) -> None:
     for file in sorted(path.iterdir()):
         check_pointer(file)
     files = sorted(path.glob("*.safetensors"))
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES and "training_args" not in file.name)
+    pickles = sorted(
+        file.name
+        for file in path.iterdir()
+        if file.suffix in PICKLES and "training_args" not in file.name
+    )
     if not files and pickles:
         raise CheckpointError(only_pickles(str(path), pickles[0]))
     if not files:
@@ -43,29 +55,39 @@ def check_directory(path: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as failure:
-            raise CheckpointError(f"{file}: damaged or cut short ({failure}); copy or make the checkpoint again") from failure
+            raise CheckpointError(
+                f"{file}: damaged or cut short ({failure}); copy or make the checkpoint again"
+            ) from failure
 
 
 def check_pointer(file: Path) -> None:
-    """Raise `CheckpointError` for what git leaves in the place of a large file that was not fetched."""
+    """Raise `CheckpointError` for what git leaves in the place of a large file that was not
+    fetched.
+    """
     if not file.is_file() or file.stat().st_size > 1000:
         return
     with file.open("rb") as opened:
         if opened.read(len(POINTER)) == POINTER:
-            raise CheckpointError(f"{file}: only a git-lfs pointer, the file itself was not fetched; run `git lfs pull` in {file.parent}")
+            raise CheckpointError(
+                f"{file}: only a git-lfs pointer, the file itself was not fetched; run `git lfs"
+                f" pull` in {file.parent}"
+            )
 
 
 def only_pickles(source: str, name: str) -> str:
     """What to say where weights are there, but not as safetensors."""
     return (
-        f"{source}: its weights are pickles ({name}), which can run any code and are never opened here; where you trust them, convert them: "
-        + CONVERT.format(source=source)
+        f"{source}: its weights are pickles ({name}), which can run any code and are never opened"
+        " here; where you trust them, convert them: " + CONVERT.format(source=source)
     )
 
 
 def is_adapter(source: str, base: str) -> str:
     """What to say of a LoRA adapter."""
-    return f"{source}: holds an adapter (LoRA or the like{base}), not a whole model; merge the two first: {MERGE.format(source=source)}"
+    return (
+        f"{source}: holds an adapter (LoRA or the like{base}), not a whole model; merge the two"
+        f" first: {MERGE.format(source=source)}"
+    )
 
 
 def _base_of(file: Path) -> str:

@@ -1,7 +1,8 @@
-"""Documents from outside: read, and checked against a schema, once, where they come in. Behind that the types hold.
+"""Documents from outside: read, and checked against a schema, once, where they come in. Behind that
+the types hold.
 
-A document is JSON or TOML that a user, another tool or an older grasp wrote. Whatever is wrong with one is one line that names the file
-and the place in it.
+A document is JSON or TOML that a user, another tool or an older grasp wrote. Whatever is wrong with
+one is one line that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from grasp.errors import CheckpointError, GraspError, RecipeError
 T = TypeVar("T")
 
 
-def read_json(path: Path, flag: str = "", error: type[GraspError] = CheckpointError, hint: str = "") -> Any:
-    """The values of a JSON file. `flag`: what named the file; `hint`: the way out. Raises `error`."""
+def read_json(
+    path: Path, flag: str = "", error: type[GraspError] = CheckpointError, hint: str = ""
+) -> Any:
+    """The values of a JSON file. `flag`: what named it; `hint`: the way out. Raises `error`."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as failure:
@@ -35,17 +38,29 @@ def read_toml(path: Path, flag: str = "", hint: str = "") -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as failure:
-        raise RecipeError(_line(path, flag, f"cannot be read: {_reason(failure)}", hint)) from failure
+        raise RecipeError(
+            _line(path, flag, f"cannot be read: {_reason(failure)}", hint)
+        ) from failure
 
 
-def check(path: Path, values: Any, kind: type[T], hint: str = "", error: type[GraspError] = CheckpointError) -> T:
-    """`values` as `kind`. Raises `error`: the file, the place in it, what is there and what should be."""
+def check(
+    path: Path,
+    values: Any,
+    kind: type[T],
+    hint: str = "",
+    error: type[GraspError] = CheckpointError,
+) -> T:
+    """`values` as `kind`. Raises `error`: the file, the place in it, what is there and what should
+    be.
+    """
     try:
         return msgspec.convert(values, kind)
     except (msgspec.ValidationError, RecursionError) as failure:
         what, _, place = str(failure).rpartition(" - at `")
         place = place.rstrip("`").removeprefix("$").removeprefix(".") if what else ""
-        raise error(_line(path, "", f"{place}: {what or failure}" if place else str(failure), hint)) from failure
+        raise error(
+            _line(path, "", f"{place}: {what or failure}" if place else str(failure), hint)
+        ) from failure
 
 
 def _line(path: Path, flag: str, said: str, hint: str) -> str:

@@ -1,7 +1,8 @@
 """The only code that changes a model: edits, their application, and their JSON form.
 
-An edit names places by the paths and indices of the model as it was loaded, so edits can be listed, logged and repeated in
-any tool. After every edit the model in memory is a complete Hugging Face model: it runs, generates and saves.
+An edit names places by the paths and indices of the model as it was loaded, so edits can be listed,
+logged and repeated in any tool. After every edit the model in memory is a complete Hugging Face
+model: it runs, generates and saves.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from torch import Tensor, nn
 from grasp.core.building import INDEX, layers_differ
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank, is_quantized
-from grasp.core.modeling_grasp import GraspConfig, LowRankLinear, carry_code, fuse, low_rank_like, plain_class
-from grasp.core.quantized_grasp import QuantizedLinear, quantized_like
+from grasp.core.layers.modeling_grasp import (
+    GraspConfig,
+    LowRankLinear,
+    carry_code,
+    fuse,
+    low_rank_like,
+    plain_class,
+)
+from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.records import Attribution
 from grasp.errors import ModelError, NumericsError, RecipeError
 
@@ -37,9 +45,10 @@ class Drop:
 class Factorize:
     """Replace the matrix at `path` by the pair `weight_in` A (rank, in) and `weight` B (out, rank).
 
-    `kept`: the indices of the singular groups the pair holds, ordered by falling sigma, and `attribution` their scores, where the
-    method chose among groups. `places` (out): the pair is pivoted (see `LowRankLinear`), and `weight` is (out - rank, rank).
-    `predicted_loss`: by how many nats a token the method expects the loss to rise.
+    `kept`: the indices of the singular groups the pair holds, ordered by falling sigma, and
+    `attribution` their scores, where the method chose among groups. `places` (out): the pair is
+    pivoted (see `LowRankLinear`), and `weight` is (out - rank, rank). `predicted_loss`: by how many
+    nats a token the method expects the loss to rise.
     """
 
     path: str
@@ -71,7 +80,9 @@ class Factorize:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Put the linear or low-rank pair at module path `path` in 8 or 4 bits: `tensors` by name, as `grasp.core.quantized_grasp` lays them out."""
+    """Put the linear or low-rank pair at module path `path` in 8 or 4 bits: `tensors` by name, as
+    `grasp.core.quantized_grasp` lays them out.
+    """
 
     path: str
     scheme: str
@@ -79,7 +90,12 @@ class Quantize:
     tensors: dict[str, Tensor] = field(repr=False)
 
     def spec(self) -> dict[str, Any]:
-        return {"edit": "quantize", "path": self.path, "scheme": self.scheme, "group_size": self.group_size}
+        return {
+            "edit": "quantize",
+            "path": self.path,
+            "scheme": self.scheme,
+            "group_size": self.group_size,
+        }
 
 
 Edit = Drop | Factorize | Quantize
@@ -87,16 +103,19 @@ Edit = Drop | Factorize | Quantize
 
 @torch.no_grad()
 def multiply_out(decoder: Decoder) -> int:
-    """Put dense matrices in the place of all low-rank pairs, products taken in float32 and kept in the pair's dtype; returns how many.
+    """Put dense matrices in the place of all low-rank pairs, products taken in float32 and kept in
+    the pair's dtype; returns how many.
 
-    The model is then one of its original class, with nothing of grasp in it. Layers that were dropped stay dropped.
+    The model is then one of its original class, with nothing of grasp in it. Layers that were
+    dropped stay dropped.
     """
     model = decoder.model
     pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
     model.__class__ = plain_class(type(model))
     strip_quantization_marks(model)
     with torch.device("meta"):
-        original = type(model)(model.config)  # says which kind of module stood there: GPT-2 stores its matrices (in, out)
+        # says which kind of module stood there: GPT-2 stores its matrices (in, out)
+        original = type(model)(model.config)
     for path, pair in pairs.items():
         dense, dtype = original.get_submodule(path), pair.weight.dtype
         pair.joint = None
@@ -110,9 +129,17 @@ def multiply_out(decoder: Decoder) -> int:
 
 
 def strip_quantization_marks(model: Any) -> None:
-    """Make a dequantised or multiplied-out model an ordinary one: transformers will not save it as such while it bears these marks."""
+    """Make a dequantised or multiplied-out model an ordinary one: transformers will not save it as
+    such while it bears these marks.
+    """
     for holder in (model, model.config):
-        for mark in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized", "auto_map"):
+        for mark in (
+            "hf_quantizer",
+            "quantization_method",
+            "quantization_config",
+            "_is_quantized",
+            "auto_map",
+        ):
             if mark in holder.__dict__:
                 delattr(holder, mark)
     model.is_quantized = False
@@ -124,7 +151,9 @@ def _short(values: Tensor) -> list[float]:
 
 
 def apply(decoder: Decoder, edit: Edit) -> None:
-    """Carry out one edit. Raises `RecipeError` where it names something that is not there, before anything is changed."""
+    """Carry out one edit. Raises `RecipeError` where it names something that is not there, before
+    anything is changed.
+    """
     if isinstance(edit, Drop):
         _drop(decoder, edit)
     elif isinstance(edit, Quantize):
@@ -142,17 +171,26 @@ def _factorize(decoder: Decoder, edit: Factorize) -> None:
         raise RecipeError(f"'{edit.path}' is a low-rank pair already")
     new = low_rank_like(old, edit.rank, device=old.weight.device, pivoted=edit.places is not None)
     if new.weight.shape != edit.weight.shape or new.weight_in.shape != edit.weight_in.shape:
-        raise RecipeError(f"'{edit.path}': factors {tuple(edit.weight.shape)} x {tuple(edit.weight_in.shape)} do not fit the matrix")
+        raise RecipeError(
+            f"'{edit.path}': factors {tuple(edit.weight.shape)} x {tuple(edit.weight_in.shape)} do"
+            " not fit the matrix"
+        )
     new.weight.copy_(edit.weight)
     new.weight_in.copy_(edit.weight_in)
     if new.places is not None and edit.places is not None:
         new.places.copy_(edit.places)
     if not bool(torch.isfinite(new.weight).all() and torch.isfinite(new.weight_in).all()):
-        raise NumericsError(f"'{edit.path}': the factors are not finite in {new.weight.dtype}; try --dtype float32")
+        raise NumericsError(
+            f"'{edit.path}': the factors are not finite in {new.weight.dtype}; try --dtype float32"
+        )
     if old.bias is not None:
         new.bias.copy_(old.bias)  # type: ignore[arg-type]
     layer.set_submodule(name, new)
-    fuse(layer)  # as loading does, so that the model computes the same, bit for bit, before it is saved and after
+    fuse(
+        layer
+        # as loading does, so that the model computes the same, bit for bit, before it is saved and
+        # after
+    )
     _sync_quantization_config(decoder)
 
 
@@ -178,7 +216,9 @@ def _quantize(decoder: Decoder, edit: Quantize) -> None:
 
 @torch.no_grad()
 def dequantize(decoder: Decoder) -> None:
-    """Make every quantized linear and pair an ordinary one again, in the dtype of its scales. What rounding lost stays lost."""
+    """Make every quantized linear and pair an ordinary one again, in the dtype of its scales. What
+    rounding lost stays lost.
+    """
     for path, module in [pair for pair in decoder.model.named_modules() if is_quantized(pair[1])]:
         old: Any = module
         bias = old.bias is not None
@@ -187,7 +227,15 @@ def dequantize(decoder: Decoder) -> None:
             dense = old.dequantized("weight")
             new.weight.copy_(dense if isinstance(new, torch.nn.Linear) else dense.T)
         else:
-            new = LowRankLinear(old.in_features, old.out_features, old.rank, bias, old.weight.device, old.weight.dtype, old.pivoted)
+            new = LowRankLinear(
+                old.in_features,
+                old.out_features,
+                old.rank,
+                bias,
+                old.weight.device,
+                old.weight.dtype,
+                old.pivoted,
+            )
             new.weight.copy_(old.dequantized("weight"))
             new.weight_in.copy_(old.dequantized("weight_in"))
         for name in ("bias", "places"):
@@ -199,10 +247,14 @@ def dequantize(decoder: Decoder) -> None:
 
 
 def _empty(module: QuantizedLinear) -> Any:
-    """An unfilled module of the class that a quantized dense matrix stands for: `nn.Linear`, or GPT-2's `Conv1D` (out, in)."""
+    """An unfilled module of the class that a quantized dense matrix stands for: `nn.Linear`, or
+    GPT-2's `Conv1D` (out, in).
+    """
     with torch.device(module.weight.device):
         if issubclass(module.replaced, torch.nn.Linear):
-            new: Any = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            new: Any = torch.nn.Linear(
+                module.in_features, module.out_features, module.bias is not None
+            )
         else:
             new = module.replaced(module.out_features, module.in_features)
     return new.to(module.weight.dtype).requires_grad_(False)
@@ -210,9 +262,13 @@ def _empty(module: QuantizedLinear) -> Any:
 
 def _drop(decoder: Decoder, edit: Drop) -> None:
     if edit.layer not in decoder.kept:
-        raise RecipeError(f"layer {edit.layer} is not in the model; it has layers 0 to {decoder.num_layers - 1}")
+        raise RecipeError(
+            f"layer {edit.layer} is not in the model; it has layers 0 to {decoder.num_layers - 1}"
+        )
     if len(decoder.kept) == 1:
-        raise RecipeError(f"layer {edit.layer} is the last one left; a model needs at least one layer")
+        raise RecipeError(
+            f"layer {edit.layer} is the last one left; a model needs at least one layer"
+        )
     check_droppable(decoder, [edit.layer])
     position, stack = decoder.kept.index(edit.layer), decoder.stack
     _sync_config(decoder.config, position, len(stack))
@@ -222,15 +278,22 @@ def _drop(decoder: Decoder, edit: Drop) -> None:
         for module in layer.modules():
             for name in INDEX:
                 if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, index)  # the key-value cache keeps its entries by this number
+                    # the key-value cache keeps its entries by this number
+                    setattr(module, name, index)
     _sync_quantization_config(decoder)
 
 
 def check_droppable(decoder: Decoder, layers: Iterable[int]) -> None:
-    """Raise `ModelError` where the model without `layers` would not be built from its config as it is in memory, and so not load again."""
-    model, gone = decoder.model, sorted({decoder.kept.index(layer) for layer in layers}, reverse=True)
+    """Raise `ModelError` where the model without `layers` would not be built from its config as it
+    is in memory, and so not load again.
+    """
+    model = decoder.model
+    gone = sorted({decoder.kept.index(layer) for layer in layers}, reverse=True)
     if getattr(decoder.config, "scale_attn_by_inverse_layer_idx", False):
-        raise ModelError("this model scales attention by the layer's index (scale_attn_by_inverse_layer_idx): its layers cannot be dropped")
+        raise ModelError(
+            "this model scales attention by the layer's index (scale_attn_by_inverse_layer_idx):"
+            " its layers cannot be dropped"
+        )
     config = copy.deepcopy(model.config)
     for number, position in enumerate(gone):
         _sync_config(config.get_text_config(decoder=True), position, len(decoder.stack) - number)
@@ -240,15 +303,22 @@ def check_droppable(decoder: Decoder, layers: Iterable[int]) -> None:
     except Exception as failure:  # whatever a model's class may raise
         if not _can_be_built(decoder):
             return  # a class of its own kind: the proof after the saving has the last word
-        found: str | None = f"transformers refuses its config, {' '.join(str(failure).split())[:200]}"
+        found: str | None = (
+            f"transformers refuses its config, {' '.join(str(failure).split())[:200]}"
+        )
     else:
-        count = None if len(built) == len(kept) else f"it would have {len(built)} layers, not {len(kept)}"
+        count = (
+            None
+            if len(built) == len(kept)
+            else f"it would have {len(built)} layers, not {len(kept)}"
+        )
         found = count or next(layers_differ(kept, built, but=INDEX), None)
     if found:
         names = ", ".join(str(decoder.kept[position]) for position in reversed(gone))
         raise ModelError(
-            f"layer {names} of a '{decoder.config.model_type}' model cannot be dropped: what is left would load again as another model, "
-            f"since its layers are built from their index: {found}; use a method that keeps all layers"
+            f"layer {names} of a '{decoder.config.model_type}' model cannot be dropped: what is"
+            " left would load again as another model, since its layers are built from their index:"
+            f" {found}; use a method that keeps all layers"
         )
 
 
@@ -265,13 +335,28 @@ def _can_be_built(decoder: Decoder) -> bool:
         return False
 
 
-LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers", "n_layers", "n_layer")
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_layers",
+    "n_layers",
+    "n_layer",
+)
 """Config entries that give the number of layers. Those of an encoder bear other names."""
 LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
-"""Config entries that list layer indices. Every other list named `*layer*` with one entry a layer lists per-layer settings."""
+"""Config entries that list layer indices. Every other list named `*layer*` with one entry a layer
+lists per-layer settings.
+"""
 LAYER_BOUNDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
 """Config entries that say how many of the first layers are of another kind."""
-LAYER_SETTINGS = ("intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_experts", "moe_topk")
+LAYER_SETTINGS = (
+    "intermediate_size",
+    "activation_sparsity_pattern",
+    "indexer_types",
+    "num_experts",
+    "moe_topk",
+)
 """Lists with one entry a layer that are not named so."""
 
 
@@ -296,10 +381,16 @@ def _sync_config(config: Any, position: int, num_layers: int) -> None:
 
 
 def _sync_quantization_config(decoder: Decoder) -> None:
-    """Keep what the config says of ranks and bits equal to the model: it is what a loader rebuilds the model from."""
+    """Keep what the config says of ranks and bits equal to the model: it is what a loader rebuilds
+    the model from.
+    """
     model, modules = decoder.model, dict(decoder.model.named_modules())
-    quantized: dict[str, Any] = {path: module for path, module in modules.items() if is_quantized(module)}
-    pairs: dict[str, Any] = {path: module for path, module in modules.items() if is_low_rank(module)}
+    quantized: dict[str, Any] = {
+        path: module for path, module in modules.items() if is_quantized(module)
+    }
+    pairs: dict[str, Any] = {
+        path: module for path, module in modules.items() if is_low_rank(module)
+    }
     pairs |= {path: module for path, module in quantized.items() if module.rank is not None}
     if not pairs and not quantized:
         _carry_no_code(model)

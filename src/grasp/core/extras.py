@@ -1,4 +1,6 @@
-"""The packages that only some of what grasp does needs: the extras of `pip install 'grasp-llm[extra]'`."""
+"""The packages that only some of what grasp does needs: the extras of `pip install
+'grasp-llm[extra]'`.
+"""
 
 from __future__ import annotations
 

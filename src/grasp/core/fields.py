@@ -1,10 +1,13 @@
-"""Values from outside: what a flag, a field or an argument may hold is declared once, in its type, and checked in one place.
+"""Values from outside: what a flag, a field or an argument may hold is declared once, in its type,
+and checked in one place.
 
     num_samples: NumSamples = 64            an argument of a function that is `@checked`
-    ratio: Share | None = flag(None, "...") a field of a dataclass whose `__post_init__` calls `check_fields`
+    ratio: Share | None = flag(None, "...") a field of a dataclass whose `__post_init__` calls
+        `check_fields`
 
-The command line, keyword arguments, recipes and experiments all come through here, so none of them lets in what the others refuse.
-NaN and infinities lie in no range. Paths are text in which `~` is the home folder.
+The command line, keyword arguments, recipes and experiments all come through here, so none of them
+lets in what the others refuse. NaN and infinities lie in no range. Paths are text in which `~` is
+the home folder.
 """
 
 from __future__ import annotations
@@ -54,13 +57,17 @@ PathLike = Annotated[str | Path, IS_PATH]
 def flag(default: Any, help: str, recipe: bool = True, words: tuple[str, ...] = ()) -> Any:
     """A field with the text that `--help` and the docs show for it.
 
-    `recipe` False: about this machine, not about the result; no recipe may set it. `words`: the values it may take, where they are few.
+    `recipe` False: about this machine, not about the result; no recipe may set it. `words`: the
+    values it may take, where they are few.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "recipe": recipe, "words": words})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "recipe": recipe, "words": words}
+    )
 
 
 def check_fields(record: Any) -> None:
-    """Check every field of a dataclass against its type and its words; whole numbers become floats, and lists tuples, where the type says so.
+    """Check every field of a dataclass against its type and its words; whole numbers become floats,
+    and lists tuples, where the type says so.
 
     Raises `RecipeError`: the flag, the value, what is allowed.
     """
@@ -70,12 +77,17 @@ def check_fields(record: Any) -> None:
         value = check(one.name, getattr(record, one.name), kinds[one.name])
         words = one.metadata["words"]
         if words and value is not None and value not in words:
-            raise RecipeError(f"{named(one.name)} {value}: unknown; allowed: {', '.join(words)}{did_you_mean(value, words)}")
+            raise RecipeError(
+                f"{named(one.name)} {value}: unknown; allowed:"
+                f" {', '.join(words)}{did_you_mean(value, words)}"
+            )
         object.__setattr__(record, one.name, value)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose arguments are checked before it begins: those with a range (`Annotated[..., Meta]`), and paths."""
+    """A function whose arguments are checked before it begins: those with a range (`Annotated[...,
+    Meta]`), and paths.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -90,7 +102,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
-    """`value` as `kind` has it. Raises `RecipeError` with `shown`, or else the flag `--name`, in front."""
+    """`value` as `kind` has it. Raises `RecipeError` with `shown`, or else the flag `--name`, in
+    front.
+    """
     shown = shown or named(name)
     plain, is_path = _parts(kind)
     if is_path:
@@ -107,26 +121,44 @@ def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
 
 
 LISTS = (tuple, list, Sequence)
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a table"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a table",
+}
 
 
 def allowed(kind: Any) -> str:
-    """What a type takes, in words: "a whole number from 1 to 64", "a number at least 0 and below 1"."""
+    """What a type takes, in words: "a whole number from 1 to 64", "a number at least 0 and below
+    1".
+    """
     plain, _ = _parts(kind)
     if typing.get_origin(plain) in LISTS:
         return f"a list, each of it {allowed(typing.get_args(plain)[0])}"
     said = WORDS.get(plain, getattr(plain, "__name__", str(plain)))
-    bounds = next((one for one in getattr(_only(kind), "__metadata__", ()) if isinstance(one, Meta)), None)
+    bounds = next(
+        (one for one in getattr(_only(kind), "__metadata__", ()) if isinstance(one, Meta)), None
+    )
     if bounds is None:
         return said
     if plain is int:
         return f"{said} from {bounds.ge:,} to {bounds.le:,}"
-    limits = (("at least", bounds.ge), ("above", bounds.gt), ("at most", bounds.le), ("below", bounds.lt))
+    limits = (
+        ("at least", bounds.ge),
+        ("above", bounds.gt),
+        ("at most", bounds.le),
+        ("below", bounds.lt),
+    )
     return " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
 
 
 def expanded(shown: str, value: Any) -> Any:
-    """A path with `~` put in; whatever is no path comes back as it is. Raises `RecipeError` for a path that no file can have."""
+    """A path with `~` put in; whatever is no path comes back as it is. Raises `RecipeError` for a
+    path that no file can have.
+    """
     if not isinstance(value, (str, os.PathLike)):
         return value
     text = os.fspath(value)
@@ -138,7 +170,13 @@ def expanded(shown: str, value: Any) -> Any:
 
 def named(field: str) -> str:
     """The flag of a field, or what `--help` calls an argument."""
-    return field.upper() if field in ("model", "out", "source") else "DIR" if field == "checkpoint" else "--" + field.replace("_", "-")
+    return (
+        field.upper()
+        if field in ("model", "out", "source")
+        else "DIR"
+        if field == "checkpoint"
+        else "--" + field.replace("_", "-")
+    )
 
 
 def shortened(value: Any) -> str:
@@ -155,7 +193,11 @@ def hints(of: Any) -> dict[str, Any]:
 
 def _only(kind: Any) -> Any:
     """`kind` without "or None"."""
-    return next((one for one in typing.get_args(kind) if one is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
+    return (
+        next((one for one in typing.get_args(kind) if one is not type(None)), kind)
+        if type(None) in typing.get_args(kind)
+        else kind
+    )
 
 
 def _parts(kind: Any) -> tuple[Any, bool]:
@@ -169,4 +211,6 @@ def _declares(kind: Any) -> bool:
     """Whether a type says more than Python's own."""
     plain, is_path = _parts(kind)
     inner = typing.get_args(plain)[0] if typing.get_origin(plain) in LISTS else kind
-    return is_path or any(isinstance(one, Meta) for one in getattr(_only(inner), "__metadata__", ()))
+    return is_path or any(
+        isinstance(one, Meta) for one in getattr(_only(inner), "__metadata__", ())
+    )

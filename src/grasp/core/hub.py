@@ -1,4 +1,5 @@
-"""Can the Hugging Face hub be reached? Asked once before a name goes there, so that a machine without network hears so at once.
+"""Can the Hugging Face hub be reached? Asked once before a name goes there, so that a machine
+without network hears so at once.
 
 (The hub's client tries six times, over half a minute, before it gives up.)
 """
@@ -13,7 +14,9 @@ from huggingface_hub import constants
 
 
 def reachable() -> bool:
-    """False where the hub's name cannot be looked up, or offline mode is on. Behind a proxy the answer is True: it looks names up itself."""
+    """False where the hub's name cannot be looked up, or offline mode is on. Behind a proxy the
+    answer is True: it looks names up itself.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
     if getproxies():

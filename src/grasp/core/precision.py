@@ -15,5 +15,7 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    able: Mapping[str, object] = (
+        getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    )
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))

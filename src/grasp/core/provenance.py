@@ -1,4 +1,6 @@
-"""Where a result comes from: versions of the software, a fingerprint of the model, and how long each step took."""
+"""Where a result comes from: versions of the software, a fingerprint of the model, and how long
+each step took.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What a speed was measured on: processor, cores, threads that torch uses, memory, and the GPU if there is one."""
+    """What a speed was measured on: processor, cores, threads that torch uses, memory, and the GPU
+    if there is one.
+    """
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -45,16 +49,24 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def describe_model(decoder: Decoder) -> dict[str, Any]:
-    """Name, class, dtype, sizes, and hashes of the config and of the layout of the weights of the model as it is now."""
+    """Name, class, dtype, sizes, and hashes of the config and of the layout of the weights of the
+    model as it is now.
+    """
     config = json.dumps(decoder.model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256()
     for name, parameter in decoder.model.named_parameters():
         # the ends and the sum of a tensor tell two trainings apart at the price of one pass
-        sample = [float(parameter.detach().sum(dtype=torch.float64)), *parameter.detach().flatten()[:4].tolist()]
+        sample = [
+            float(parameter.detach().sum(dtype=torch.float64)),
+            *parameter.detach().flatten()[:4].tolist(),
+        ]
         digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
     return {
         "source": decoder.source,

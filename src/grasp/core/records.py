@@ -1,4 +1,6 @@
-"""The frozen records that travel between the stages. None of them knows a model, a method or a file."""
+"""The frozen records that travel between the stages. None of them knows a model, a method or a
+file.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from grasp.errors import NumericsError
 class Calibration:
     """A calibration set: fixed blocks of token ids.
 
-    `ids` (num_blocks, seq_len) int64; `mask` (num_blocks, seq_len) bool, True on real tokens, or None where every token is
-    real. `source` says where the text came from, `seed` drew the places.
+    `ids` (num_blocks, seq_len) int64; `mask` (num_blocks, seq_len) bool, True on real tokens, or
+    None where every token is real. `source` says where the text came from, `seed` drew the places.
     """
 
     ids: Tensor
@@ -37,7 +39,9 @@ class Calibration:
 
     @property
     def ids_hash(self) -> str:
-        """sha256 of the token ids (and of the mask, if any): two runs with equal hashes saw the same tokens."""
+        """sha256 of the token ids (and of the mask, if any): two runs with equal hashes saw the
+        same tokens.
+        """
         digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
         if self.mask is not None:
             digest.update(self.mask.numpy().tobytes())
@@ -45,7 +49,12 @@ class Calibration:
 
     def recipe(self) -> dict[str, Any]:
         """The flags that draw these blocks again."""
-        return {"data": self.source, "num_samples": self.num_blocks, "seq_len": self.seq_len, "seed": self.seed}
+        return {
+            "data": self.source,
+            "num_samples": self.num_blocks,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Provenance, for the manifest."""
@@ -61,7 +70,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Text:
-    """A text source: its rows (documents, lines) and what goes between them where they are read as one text."""
+    """A text source: its rows (documents, lines) and what goes between them where they are read as
+    one text.
+    """
 
     name: str
     rows: tuple[str, ...]
@@ -78,22 +89,28 @@ class Text:
         digest = hashlib.sha256()
         for number, row in enumerate(self.rows):
             digest.update(self.join.encode() if number else b"")
-            for start in range(0, len(row), 1 << 20):  # encoded whole, a large text would be in memory twice
+            # encoded whole, a large text would be in memory twice
+            for start in range(0, len(row), 1 << 20):
                 digest.update(row[start : start + (1 << 20)].encode("utf-8", "replace"))
         return digest.hexdigest()
 
     @property
     def rule(self) -> str:
         """How the rows were joined, for people."""
-        return "read whole" if len(self.rows) == 1 else f"{len(self.rows):,} rows joined by {self.join!r}"
+        return (
+            "read whole"
+            if len(self.rows) == 1
+            else f"{len(self.rows):,} rows joined by {self.join!r}"
+        )
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one sweep over a calibration set measured: one table per collector, as sums turned into means.
+    """What one sweep over a calibration set measured: one table per collector, as sums turned into
+    means.
 
-    `tables[name]` maps a layer index or a matrix path to a tensor or a record. `loss` is the mean cross-entropy in nats a token, None
-    after a sweep without a loss.
+    `tables[name]` maps a layer index or a matrix path to a tensor or a record. `loss` is the mean
+    cross-entropy in nats a token, None after a sweep without a loss.
     """
 
     tables: Mapping[str, Mapping[Any, Any]]
@@ -104,16 +121,20 @@ class Statistics:
         try:
             return self.tables[name]
         except KeyError:
-            raise KeyError(f"the sweep did not collect '{name}'; it has {sorted(self.tables)}") from None
+            raise KeyError(
+                f"the sweep did not collect '{name}'; it has {sorted(self.tables)}"
+            ) from None
 
 
 @dataclass
 class Curvature:
-    """How a matrix W (out, in) may change before the loss rises: sums over tokens, kept on the shorter side of W.
+    """How a matrix W (out, in) may change before the loss rises: sums over tokens, kept on the
+    shorter side of W.
 
-    With x the input and d the gradient of the summed loss at the output: tall (in <= out) `near` = sum xx', `far` = W' (sum dd') W, both
-    (in, in); wide `near` = sum dd', `far` = W (sum xx') W', both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2.
-    X is summed over `input_tokens`, D over `gradient_tokens`. `weight` is W itself.
+    With x the input and d the gradient of the summed loss at the output: tall (in <= out) `near` =
+    sum xx', `far` = W' (sum dd') W, both (in, in); wide `near` = sum dd', `far` = W (sum xx') W',
+    both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2. X is summed over
+    `input_tokens`, D over `gradient_tokens`. `weight` is W itself.
     """
 
     weight: Tensor
@@ -133,9 +154,10 @@ class Curvature:
 class Redundancy:
     """How little each decoder layer changes its input. Lower = more redundant.
 
-    `scores`: layer index -> block influence in [0, 2] (kind "bi"), or, for kind "angular", the angular distance in [0, 1] of
-    the layer alone. `span_distance` (num_layers + 1, num_layers + 1): for kind "angular", the distance between the inputs of
-    layers i and j; the last row and column stand for the output of the last layer.
+    `scores`: layer index -> block influence in [0, 2] (kind "bi"), or, for kind "angular", the
+    angular distance in [0, 1] of the layer alone. `span_distance` (num_layers + 1, num_layers + 1):
+    for kind "angular", the distance between the inputs of layers i and j; the last row and column
+    stand for the output of the last layer.
     """
 
     kind: str
@@ -143,7 +165,9 @@ class Redundancy:
     span_distance: Tensor | None = None
 
     def lowest(self, count: int) -> tuple[int, ...]:
-        """The `count` most redundant layers in order of index: the lowest scores, or the closest contiguous span."""
+        """The `count` most redundant layers in order of index: the lowest scores, or the closest
+        contiguous span.
+        """
         layers = list(self.scores)
         if self.span_distance is None:
             return tuple(sorted(sorted(layers, key=lambda i: (self.scores[i], i))[:count]))
@@ -154,7 +178,9 @@ class Redundancy:
 
 @dataclass(frozen=True)
 class Attribution:
-    """The importance of every singular group of one matrix. Higher = keep. All tensors are (k,), ordered by falling sigma."""
+    """The importance of every singular group of one matrix. Higher = keep. All tensors are (k,),
+    ordered by falling sigma.
+    """
 
     path: str
     score: str
@@ -163,11 +189,16 @@ class Attribution:
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.scores).all()):
-            raise NumericsError(f"{self.path}: attribution scores are not finite; check the model's weights and dtype")
+            raise NumericsError(
+                f"{self.path}: attribution scores are not finite; check the model's weights and"
+                " dtype"
+            )
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The rank of every matrix to replace, by path. None: stays dense, since its two factors would not be smaller."""
+    """The rank of every matrix to replace, by path. None: stays dense, since its two factors would
+    not be smaller.
+    """
 
     ranks: Mapping[str, int | None]

@@ -1,18 +1,24 @@
-"""What was measured: one `Result` a model, and the results files that `grasp eval`, `bench`, `compare` and `demo` write and `grasp report` reads.
+"""What was measured: one `Result` a model, and the results files that `grasp eval`, `bench`,
+`compare` and `demo` write and `grasp report` reads.
 
 A results file is one JSON object:
 
-    {"kind": "grasp-results", "format_version": 1, "title": ..., "command": ..., "rows": [a Result each], "versions": {...}, "machine": {...}}
+    {"kind": "grasp-results", "format_version": 1, "title": ..., "command": ..., "rows": [a Result
+    each], "versions": {...}, "machine": {...}}
 
 Scores of all kinds are rows of one table, told apart by `unit`:
 
-    perplexity        token perplexity on the text `name` (protocol: word_perplexity, bits_per_byte, seq_len, ...)
+    perplexity        token perplexity on the text `name` (protocol: word_perplexity, bits_per_byte,
+                      seq_len, ...)
     nats/token        KL divergence from the dense model on the text `name`
     top-1 agreement   share of positions where both models predict the same token
     perplexity ratio  to the dense model's, on the same blocks
-    acc, acc_norm, exact_match, ...   a task's metric as lm-eval names it; `name` is the task, "mean" their mean
+    acc, acc_norm, exact_match, ...
+                      a task's metric as lm-eval names it; `name` is the task, "mean" their mean
     share of dense    a mean of tasks over the dense model's
-    tokens/s, s, bytes, ...           speed and memory; `name` says of what ("decode", "prefill", "time to first token", ...)
+    tokens/s, s, bytes, ...
+                      speed and memory; `name` says of what ("decode", "prefill", "time to first
+                      token", ...)
 """
 
 from __future__ import annotations
@@ -36,7 +42,9 @@ KIND, FORMAT_VERSION = "grasp-results", 1
 
 @dataclass(frozen=True)
 class Generation:
-    """A greedy continuation of a fixed prompt. `repetition`: share of its 4-grams that it has said before, 0 to 1; `ended`: by itself."""
+    """A greedy continuation of a fixed prompt. `repetition`: share of its 4-grams that it has said
+    before, 0 to 1; `ended`: by itself.
+    """
 
     prompt: str
     text: str
@@ -47,10 +55,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything measured about one model. `method` is "" for a model that grasp did not make; `error` says why nothing was measured.
+    """Everything measured about one model. `method` is "" for a model that grasp did not make;
+    `error` says why nothing was measured.
 
-    `ratio`: share of the dense model's parameters that is gone. `seconds` by step; `peak_memory` in bytes; `notes` are warnings that
-    belong to the numbers; `key` is a hash of all that made the row, where something did that can do it again.
+    `ratio`: share of the dense model's parameters that is gone. `seconds` by step; `peak_memory` in
+    bytes; `notes` are warnings that belong to the numbers; `key` is a hash of all that made the
+    row, where something did that can do it again.
     """
 
     label: str
@@ -86,14 +96,20 @@ class Result:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Result:
-        """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` where it is none."""
+        """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` where it is
+        none.
+        """
         values = dict(found)
         values["scores"] = tuple(Score.from_json(score) for score in values.get("scores", ()))
         values["generations"] = tuple(
-            Generation(**{**one, "repetition": float(one.get("repetition", 0))}) for one in values.get("generations", ())
+            Generation(**{**one, "repetition": float(one.get("repetition", 0))})
+            for one in values.get("generations", ())
         )
         values["ratio"] = None if values.get("ratio") is None else float(values["ratio"])
-        values["seconds"] = {name: float(value) for name, value in values.get("seconds", {}).items()}  # JSON knows no whole floats
+        # JSON knows no whole floats
+        values["seconds"] = {
+            name: float(value) for name, value in values.get("seconds", {}).items()
+        }
         values["notes"] = tuple(values.get("notes", ()))
         return cls(**values)
 
@@ -166,8 +182,19 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """The object of the file."""
-        head = {"kind": KIND, "format_version": FORMAT_VERSION, "title": self.title, "command": self.command, "about": dict(self.about)}
-        return {**head, "rows": [row.to_json() for row in self.rows], "versions": dict(self.versions), "machine": dict(self.machine)}
+        head = {
+            "kind": KIND,
+            "format_version": FORMAT_VERSION,
+            "title": self.title,
+            "command": self.command,
+            "about": dict(self.about),
+        }
+        return {
+            **head,
+            "rows": [row.to_json() for row in self.rows],
+            "versions": dict(self.versions),
+            "machine": dict(self.machine),
+        }
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises `CheckpointError`."""
@@ -176,16 +203,26 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read a results file. Raises `CheckpointError` where it is damaged, something else, or of a newer format."""
+        """Read a results file. Raises `CheckpointError` where it is damaged, something else, or of
+        a newer format.
+        """
         found, hint = documents.read_json(path), "the file is damaged"
         if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise CheckpointError(f"{path}: is no results file of grasp; grasp eval, bench, compare and demo write them")
+            raise CheckpointError(
+                f"{path}: is no results file of grasp; grasp eval, bench, compare and demo write"
+                " them"
+            )
         if documents.check(path, found, _Head, hint).format_version > FORMAT_VERSION:
-            raise CheckpointError(f"{path}: written by a newer grasp; run `pip install -U grasp-llm`")
+            raise CheckpointError(
+                f"{path}: written by a newer grasp; run `pip install -U grasp-llm`"
+            )
         documents.check(path, found, _File, hint)
         rows = tuple(Result.from_json(row) for row in found["rows"])
-        text, table = (lambda key: str(found.get(key) or "")), (lambda key: dict(found.get(key) or {}))
-        return cls(rows, text("title"), text("command"), table("versions"), table("machine"), table("about"))
+        title, command = (str(found.get(key) or "") for key in ("title", "command"))
+        versions, machine, about = (
+            dict(found.get(key) or {}) for key in ("versions", "machine", "about")
+        )
+        return cls(rows, title, command, versions, machine, about)
 
 
 def is_results(path: Path) -> bool:

@@ -9,9 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """One number about a model with the protocol that made it. `unit` says what it counts; `protocol` repeats it.
+    """One number about a model with the protocol that made it. `unit` says what it counts;
+    `protocol` repeats it.
 
-    `stderr`: standard error, where the tool that made the number gives one. `interval`: (low, high), 95 % by bootstrap.
+    `stderr`: standard error, where the tool that made the number gives one. `interval`: (low,
+    high), 95 % by bootstrap.
     """
 
     name: str
@@ -34,6 +36,15 @@ class Score:
     def from_json(cls, found: Mapping[str, Any]) -> Score:
         """The inverse of `to_json`."""
         rest = dict(found)
-        name, value, unit, stderr, interval = (rest.pop(key, None) for key in ("name", "value", "unit", "stderr", "interval"))
+        name, value, unit, stderr, interval = (
+            rest.pop(key, None) for key in ("name", "value", "unit", "stderr", "interval")
+        )
         between = None if interval is None else (float(interval[0]), float(interval[1]))
-        return cls(str(name), float(value), str(unit), rest, None if stderr is None else float(stderr), between)
+        return cls(
+            str(name),
+            float(value),
+            str(unit),
+            rest,
+            None if stderr is None else float(stderr),
+            between,
+        )

@@ -1,6 +1,7 @@
 """Where large sums live: in memory, or in files that the operating system pages in and out.
 
-The statistics of all matrices of a 7B model are about 24 GB; kept in files, a sweep needs memory for the model and one block only.
+The statistics of all matrices of a 7B model are about 24 GB; kept in files, a sweep needs memory
+for the model and one block only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def available_memory() -> int | None:
 
 
 class Scratch:
-    """Hands out zero tensors: in memory, or, with a folder, in files there. The files have no names, so a killed process leaves none.
+    """Hands out zero tensors: in memory, or, with a folder, in files there. The files have no
+    names, so a killed process leaves none.
 
     `on_device` False: in the computer's memory, whatever the device.
     """
@@ -40,8 +42,11 @@ class Scratch:
         self.on_device = on_device
 
     @classmethod
-    def for_bytes(cls, num_bytes: int, device: torch.device, folder: str | Path | None = None) -> Scratch:
-        """Where `num_bytes` fit: `folder` if one is named, else the device, the computer's memory, or files in the temporary folder.
+    def for_bytes(
+        cls, num_bytes: int, device: torch.device, folder: str | Path | None = None
+    ) -> Scratch:
+        """Where `num_bytes` fit: `folder` if one is named, else the device, the computer's memory,
+        or files in the temporary folder.
 
         At most half of what is free is taken for granted.
         """
@@ -53,13 +58,18 @@ class Scratch:
         if free is None or num_bytes < free / 2:
             return cls(on_device=device.type != "cuda")
         logger.warning(
-            "the statistics (%.1f GB) are kept in files in %s, since %.1f GB of memory are free; --scratch names another folder",
-            num_bytes / 1e9, tempfile.gettempdir(), free / 1e9,
-        )  # fmt: skip
+            "the statistics (%.1f GB) are kept in files in %s, since %.1f GB of memory are free;"
+            " --scratch names another folder",
+            num_bytes / 1e9,
+            tempfile.gettempdir(),
+            free / 1e9,
+        )
         return cls(tempfile.gettempdir())
 
     def zeros(self, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """A float32 tensor of zeros; with a folder it lies in a file, whatever the device. Raises `GraspError` where the disk is full."""
+        """A float32 tensor of zeros; with a folder it lies in a file, whatever the device. Raises
+        `GraspError` where the disk is full.
+        """
         numel = math.prod(shape)
         if self.folder is None or numel == 0:
             return torch.zeros(shape, device=device if self.on_device else "cpu")
@@ -67,18 +77,27 @@ class Scratch:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor, path = tempfile.mkstemp(prefix="grasp-", suffix=".sum", dir=self.folder)
             try:
-                if hasattr(os, "posix_fallocate"):  # a file with holes would end the process when the disk is full
+                # a file with holes would end the process when the disk is full
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(descriptor, 0, 4 * numel)
                 else:
                     os.truncate(descriptor, 4 * numel)
-                return torch.from_file(path, shared=True, size=numel, dtype=torch.float32).view(shape)
+                return torch.from_file(path, shared=True, size=numel, dtype=torch.float32).view(
+                    shape
+                )
             finally:
                 os.close(descriptor)
                 os.unlink(path)
         except OSError as failure:
             reason = failure.strerror or failure
-            raise GraspError(f"--scratch {self.folder}: {reason}; name a folder on a disk with more free space") from None
+            raise GraspError(
+                f"--scratch {self.folder}: {reason}; name a folder on a disk with more free space"
+            ) from None
 
     def hold(self, value: Tensor) -> Tensor:
         """`value` in float32, in memory on the CPU or in a file."""
-        return value.float().cpu() if self.folder is None else self.zeros(*value.shape).add_(value.cpu())
+        return (
+            value.float().cpu()
+            if self.folder is None
+            else self.zeros(*value.shape).add_(value.cpu())
+        )

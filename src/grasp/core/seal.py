@@ -1,11 +1,15 @@
-"""The seal: what every file of a checkpoint was when it was written, kept in `grasp.json`, so that a later change is seen.
+"""The seal: what every file of a checkpoint was when it was written, kept in `grasp.json`, so that
+a later change is seen.
 
-    "seal": {"manifest": sha256, "files": {"config.json": {"bytes": 812, "sha256": "...", "values": {...}}, "model.safetensors": {...}, ...}}
+    "seal": {"manifest": sha256, "files": {"config.json": {"bytes": 812, "sha256": "...", "values":
+    {...}}, "model.safetensors": {...}, ...}}
 
-`values` are those of the settings files, so that a change can be named: `config.json: rope_theta is 5000, was 10000`. The manifest cannot
-hold its own hash: "manifest" is that of everything else in it. It guards against accidents, not against somebody who makes a new seal.
+`values` are those of the settings files, so that a change can be named: `config.json: rope_theta is
+5000, was 10000`. The manifest cannot hold its own hash: "manifest" is that of everything else in
+it. It guards against accidents, not against somebody who makes a new seal.
 
-At every load the small files are compared and the weights by their size; `grasp verify` reads the weights too.
+At every load the small files are compared and the weights by their size; `grasp verify` reads the
+weights too.
 """
 
 from __future__ import annotations
@@ -28,8 +32,18 @@ logger = logging.getLogger(__name__)
 SEAL = "seal"
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 """Files of named values, small enough to be kept in the manifest."""
-SOUGHT = (*SETTINGS, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "adapter_config.json", "model.safetensors.index.json")  # fmt: skip
-"""Files that transformers looks for by name, so that one which appears later changes what is loaded."""
+SOUGHT = (
+    *SETTINGS,
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
+"""Files that transformers looks for by name, so that one which appears later changes what is
+loaded.
+"""
 FOR_PEOPLE = "README.md"
 """Nothing reads it but people, and they edit it."""
 WEIGHTS = ".safetensors"
@@ -55,7 +69,9 @@ class Seal(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Difference:
-    """`kind` is "changed", "missing" or "surplus"; `what` names the fields that changed, where they can be named."""
+    """`kind` is "changed", "missing" or "surplus"; `what` names the fields that changed, where they
+    can be named.
+    """
 
     file: str
     kind: str
@@ -64,13 +80,18 @@ class Difference:
     def __str__(self) -> str:
         if self.kind == "changed" and self.file == FOR_PEOPLE:
             return f"{self.file}: edited, which only people read"
-        said = {"changed": "is not as it was written", "missing": "is gone", "surplus": "was not there when it was written"}
+        said = {
+            "changed": "is not as it was written",
+            "missing": "is gone",
+            "surplus": "was not there when it was written",
+        }
         return f"{self.file}: {self.what or said[self.kind]}"
 
 
 def sealed(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the seal of all files that are in `directory`; an earlier seal is replaced."""
-    bare = json.loads(json.dumps({key: value for key, value in manifest.items() if key != SEAL}))  # as it will be read
+    """The manifest with the seal of all files in `directory`; an earlier seal is replaced."""
+    # as it will be read
+    bare = json.loads(json.dumps({key: value for key, value in manifest.items() if key != SEAL}))
     files = {name: _seal(path, name) for name, path in _files(directory) if name != MANIFEST}
     return {**bare, SEAL: msgspec.to_builtins(Seal(_digest(bare), files))}
 
@@ -91,18 +112,26 @@ def sha256(path: Path, count: Count | None = None) -> str:
 
 
 def read_seal(directory: Path) -> tuple[Seal | None, dict[str, Any]]:
-    """(the seal, or None where the checkpoint was written before there was one; the manifest). Raises `CheckpointError`."""
+    """(the seal, or None where the checkpoint was written before there was one; the manifest).
+    Raises `CheckpointError`.
+    """
     manifest = read_manifest(directory)
     if SEAL not in manifest:
         return None, manifest
     try:
         return msgspec.convert(manifest[SEAL], Seal), manifest
     except msgspec.ValidationError as failure:
-        raise CheckpointError(f"{directory / MANIFEST}: {SEAL}: {failure}; the checkpoint is damaged") from failure
+        raise CheckpointError(
+            f"{directory / MANIFEST}: {SEAL}: {failure}; the checkpoint is damaged"
+        ) from failure
 
 
-def differences(directory: Path, seal: Seal, manifest: dict[str, Any], count: Count | None = None) -> list[Difference]:
-    """What is not as it was written. With `count` every byte is read; without, weights are compared by their size only."""
+def differences(
+    directory: Path, seal: Seal, manifest: dict[str, Any], count: Count | None = None
+) -> list[Difference]:
+    """What is not as it was written. With `count` every byte is read; without, weights are compared
+    by their size only.
+    """
     here, found = dict(_files(directory)), []
     if _digest({key: value for key, value in manifest.items() if key != SEAL}) != seal.manifest:
         found.append(Difference(MANIFEST, "changed"))
@@ -112,30 +141,51 @@ def differences(directory: Path, seal: Seal, manifest: dict[str, Any], count: Co
             found.append(Difference(name, "missing"))
         elif name.endswith(WEIGHTS) and (size := path.stat().st_size) != was.bytes:
             found.append(Difference(name, "changed", f"has {size:,} bytes, had {was.bytes:,}"))
-        elif (count is not None or not name.endswith(WEIGHTS)) and sha256(path, count) != was.sha256:
-            found.append(Difference(name, "changed", ", ".join(_changes(was.values, _values(path)))))
-    return found + [Difference(name, "surplus") for name in sorted(here) if name not in seal.files and name != MANIFEST]
+        elif (count is not None or not name.endswith(WEIGHTS)) and sha256(
+            path, count
+        ) != was.sha256:
+            found.append(
+                Difference(name, "changed", ", ".join(_changes(was.values, _values(path))))
+            )
+    return found + [
+        Difference(name, "surplus")
+        for name in sorted(here)
+        if name not in seal.files and name != MANIFEST
+    ]
 
 
 def warn_of_changes(directory: Path) -> None:
-    """One warning where the small files of a checkpoint are not as grasp wrote them: people do edit a config, and forget that they did."""
+    """One warning where the small files of a checkpoint are not as grasp wrote them: people do edit
+    a config, and forget that they did.
+    """
     if not (directory / MANIFEST).is_file():
         return
     seal, manifest = read_seal(directory)
     found = [] if seal is None else differences(directory, seal, manifest)
-    told = [d for d in found if d.file != FOR_PEOPLE and (d.kind != "surplus" or d.file in SOUGHT or d.file.endswith(WEIGHTS))]
+    told = [
+        d
+        for d in found
+        if d.file != FOR_PEOPLE
+        and (d.kind != "surplus" or d.file in SOUGHT or d.file.endswith(WEIGHTS))
+    ]
     if told:
         logger.warning(
-            "%s: changed after it was written: %s; it is loaded as it is now (`grasp verify` compares the weights too)",
-            directory, "; ".join(map(str, told)),
-        )  # fmt: skip
+            "%s: changed after it was written: %s; it is loaded as it is now (`grasp verify`"
+            " compares the weights too)",
+            directory,
+            "; ".join(map(str, told)),
+        )
 
 
 def _files(directory: Path) -> Iterator[tuple[str, Path]]:
-    """(path in the directory, file), hidden ones left out: they are a version control's or a download's."""
+    """(path in the directory, file), hidden ones left out: they are a version control's or a
+    download's.
+    """
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+        if path.is_file() and not any(
+            part.startswith(".") or part == "__pycache__" for part in name.parts
+        ):
             yield name.as_posix(), path
 
 
@@ -144,7 +194,9 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _values(path: Path) -> dict[str, Any] | None:
-    """The contents of a settings file; None where it is no JSON object, or holds a NaN or an infinity, which are no JSON."""
+    """The contents of a settings file; None where it is no JSON object, or holds a NaN or an
+    infinity, which are no JSON.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_json)
     except (OSError, ValueError):
@@ -178,4 +230,8 @@ def _word(values: dict[str, Any], key: str) -> str:
     if key not in values:
         return "not there"
     text = json.dumps(values[key], ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:40]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    return (
+        text
+        if len(text) <= 60
+        else f"{text[:40]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    )

@@ -1,7 +1,8 @@
 """What a sweep shows to those who measure: the collector interface, and progress.
 
-A collector hooks itself to one resident layer at a time. A sweep that holds the whole model attaches all layers at once; one
-that streams layers from disk attaches each as it arrives. Results are sums over blocks, so they add up over processes.
+A collector hooks itself to one resident layer at a time. A sweep that holds the whole model
+attaches all layers at once; one that streams layers from disk attaches each as it arrives. Results
+are sums over blocks, so they add up over processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from grasp.core.layer import Layer
 
 Progress = Callable[[str, int, int], None]
-"""`progress(task, done, total)`: called at the start of a task with done = 0, and after every step."""
+"""`progress(task, done, total)`: called at the start of a task with done = 0, and after every step.
+"""
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -26,8 +28,9 @@ def silent(task: str, done: int, total: int) -> None:
 class Collector(ABC):
     """Measures one statistic during a sweep.
 
-    `name` is its table in `Statistics`; `backward` asks for gradients of the loss. Order of calls: `attach` for every layer,
-    then for every block `begin_block`, the model's passes, `end_block`; then `result`.
+    `name` is its table in `Statistics`; `backward` asks for gradients of the loss. Order of calls:
+    `attach` for every layer, then for every block `begin_block`, the model's passes, `end_block`;
+    then `result`.
     """
 
     name: ClassVar[str]
@@ -35,10 +38,14 @@ class Collector(ABC):
 
     @abstractmethod
     def attach(self, layer: Layer) -> list[RemovableHandle]:
-        """Hook onto one layer (and ask for its gradients). Returns the handles to remove afterwards."""
+        """Hook onto one layer (and ask for its gradients). Returns the handles to remove
+        afterwards.
+        """
 
     def begin_block(self, mask: Tensor | None) -> None:
-        """A block is about to be shown; `mask` (batch, seq) is True on real tokens, None if all are."""
+        """A block is about to be shown; `mask` (batch, seq) is True on real tokens, None if all
+        are.
+        """
         self.mask = mask
 
     def end_block(self) -> None:

@@ -1,7 +1,9 @@
-"""Writing that leaves all or nothing: beside the destination, then renamed when whole. Modes are what the umask says.
+"""Writing that leaves all or nothing: beside the destination, then renamed when whole. Modes are
+what the umask says.
 
-A directory that is there already (it may be a mount point, or the target of a link) is kept and filled: from a directory inside it, with
-the file that makes it loadable moved last. So a crash, at any moment, leaves nothing that loads.
+A directory that is there already (it may be a mount point, or the target of a link) is kept and
+filled: from a directory inside it, with the file that makes it loadable moved last. So a crash, at
+any moment, leaves nothing that loads.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ FULL = 65536
 
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A scratch directory that becomes `out` if the block ends well, and vanishes if not. Raises `CheckpointError` for what the disk refuses."""
+    """A scratch directory that becomes `out` if the block ends well, and vanishes if not. Raises
+    `CheckpointError` for what the disk refuses.
+    """
     target = real(out)
     inside = target.is_dir()
     home = target if inside else target.parent
@@ -48,7 +52,9 @@ def whole(out: Path) -> Iterator[Path]:
     except Exception as failure:
         if not _of_the_disk(failure, home):
             raise
-        raise CheckpointError(f"OUT {shown(out)}: cannot be written: {failure}; nothing was left behind") from failure
+        raise CheckpointError(
+            f"OUT {shown(out)}: cannot be written: {failure}; nothing was left behind"
+        ) from failure
     finally:
         for folder in new if not os.path.exists(target) else ():
             with suppress(OSError):
@@ -57,7 +63,8 @@ def whole(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch file that becomes `path` if the block ends well, and vanishes if not. Raises `CheckpointError` for what the disk refuses.
+    """A scratch file that becomes `path` if the block ends well, and vanishes if not. Raises
+    `CheckpointError` for what the disk refuses.
 
     A link is followed; a file that is replaced keeps its mode.
     """
@@ -75,15 +82,20 @@ def whole_file(path: Path) -> Iterator[Path]:
             except OSError as failure:
                 if failure.errno != errno.EBUSY:
                     raise
-                shutil.copyfile(scratch, target)  # a file that is a mount point of its own, as containers have them
+                # a file that is a mount point of its own, as containers have them
+                shutil.copyfile(scratch, target)
     except Exception as failure:
         if not _of_the_disk(failure, target.parent):
             raise
-        raise CheckpointError(f"{shown(path)}: cannot be written: {failure}; nothing was left behind") from failure
+        raise CheckpointError(
+            f"{shown(path)}: cannot be written: {failure}; nothing was left behind"
+        ) from failure
 
 
 def _of_the_disk(failure: Exception, home: Path) -> bool:
-    """Whether writing failed for the disk's sake. Libraries in Rust and C++ say so in errors of their own."""
+    """Whether writing failed for the disk's sake. Libraries in Rust and C++ say so in errors of
+    their own.
+    """
     if isinstance(failure, GraspError):
         return False
     if isinstance(failure, (OSError, SafetensorError)) or "(os error " in str(failure):
@@ -95,7 +107,9 @@ def _of_the_disk(failure: Exception, home: Path) -> bool:
 
 
 def _settle(scratch: Path) -> None:
-    """Give every file the mode that the system gave the directory (safetensors makes its own readable for the owner only); onto the disk."""
+    """Give every file the mode that the system gave the directory (safetensors makes its own
+    readable for the owner only); onto the disk.
+    """
     allowed = stat.S_IMODE(scratch.stat().st_mode) & 0o777
     for path in scratch.rglob("*"):
         wanted = allowed if path.is_dir() else allowed & 0o666
@@ -106,14 +120,20 @@ def _settle(scratch: Path) -> None:
 
 
 def _move_up(scratch: Path, target: Path) -> None:
-    """Move everything from `scratch` into the directory around it; what was moved is removed again where that does not end well."""
+    """Move everything from `scratch` into the directory around it; what was moved is removed again
+    where that does not end well.
+    """
     moved: list[Path] = []
     try:
         for path in sorted(scratch.iterdir(), key=lambda path: (path.name == LAST, path.name)):
             if path.name == LAST:
                 _to_disk(target)
             if os.path.lexists(target / path.name):
-                raise FileExistsError(errno.EEXIST, "somebody else has put it there meanwhile", os.fspath(target / path.name))
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "somebody else has put it there meanwhile",
+                    os.fspath(target / path.name),
+                )
             moved.append(target / path.name)
             os.rename(path, moved[-1])
         _to_disk(target)

@@ -1,18 +1,24 @@
 """Speed and memory of models side by side: what `grasp bench` shows.
 
-1. For each batch size, the models take turns (A B A B ...) after a round of warm-up: see `grasp.evaluation.speed`.
-2. Medians, with the lowest and highest round beside them. Ratios to the first model are taken between neighbours in time, so slow drift of
-   the machine cancels; their median and spread are over those pairs.
+1. For each batch size, the models take turns (A B A B ...) after a round of warm-up: see
+   `grasp.evaluation.speed`.
+2. Medians, with the lowest and highest round beside them. Ratios to the first model are taken
+   between neighbours in time, so slow drift of the machine cancels; their median and spread are
+   over those pairs.
 3. Peak memory comes from a fresh process a model: see `grasp.evaluation.peak`.
-4. The roofline share says how near decoding is to the least time that reading its bytes takes: see `grasp.evaluation.hardware`. Low: the
-   kernels, or the work around them, are what costs, and fewer bytes will not help much.
+4. The roofline share says how near decoding is to the least time that reading its bytes takes: see
+   `grasp.evaluation.hardware`. Low: the kernels, or the work around them, are what costs, and fewer
+   bytes will not help much.
 
 Scores of every model and batch size (`protocol` holds the setting):
 
-    prefill, decode                     tokens/s over the whole batch; decode alone, without the prompt
+    prefill, decode                     tokens/s over the whole batch; decode alone, without the
+                                        prompt
     time to first token, token latency  s; latency is of one decode step, with "p95"
-    prefill vs A, decode vs A           ratio of the speed to that of the first model A: above 1 = faster
-    roofline share                      0 to 1 (a cache that keeps weights between steps can bring it above)
+    prefill vs A, decode vs A           ratio of the speed to that of the first model A: above 1 =
+                                        faster
+    roofline share                      0 to 1 (a cache that keeps weights between steps can bring
+                                        it above)
     peak memory, parameter bytes, bytes on disk     bytes
 """
 
@@ -50,7 +56,8 @@ def bench(
         batch_sizes: sequences at once, all of the same length.
         prompt_len, new_tokens: tokens read, and decode steps after the first token.
         rounds: measured rounds, after one of warm-up.
-        compile: under `torch.compile`, with a cache of fixed size; compiling takes minutes and is not timed.
+        compile: under `torch.compile`, with a cache of fixed size; compiling takes minutes and is
+            not timed.
 
     Raises `RecipeError` for sizes below 1 or beyond what a model reads.
     """
@@ -92,11 +99,21 @@ def bench(
     return {name: tuple(found) for name, found in scores.items()}
 
 
-def check(models: Mapping[str, Decoder], batch_sizes: Sequence[int], prompt_len: int, new_tokens: int, rounds: int) -> None:
+def check(
+    models: Mapping[str, Decoder],
+    batch_sizes: Sequence[int],
+    prompt_len: int,
+    new_tokens: int,
+    rounds: int,
+) -> None:
     """Raise `RecipeError` for what cannot be measured."""
     if not models or not batch_sizes:
         raise RecipeError("--batch-sizes: is empty; give one or more numbers from 1, like 1,4,16")
-    for flag, value in [*(("--batch-sizes", size) for size in batch_sizes), ("--prompt-len", prompt_len), ("--new-tokens", new_tokens)]:
+    for flag, value in [
+        *(("--batch-sizes", size) for size in batch_sizes),
+        ("--prompt-len", prompt_len),
+        ("--new-tokens", new_tokens),
+    ]:
         if value < 1:
             raise RecipeError(f"{flag} {value}: must be at least 1")
     if rounds < 1:
@@ -104,9 +121,12 @@ def check(models: Mapping[str, Decoder], batch_sizes: Sequence[int], prompt_len:
     for model in models.values():
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and prompt_len + new_tokens > limit:
-            room = f"at most {limit - new_tokens}" if new_tokens < limit else "lower --new-tokens too"
+            room = (
+                f"at most {limit - new_tokens}" if new_tokens < limit else "lower --new-tokens too"
+            )
             raise RecipeError(
-                f"--prompt-len {prompt_len}: with --new-tokens {new_tokens} it is longer than the {limit} positions that {model.source or 'the model'} reads; {room}"
+                f"--prompt-len {prompt_len}: with --new-tokens {new_tokens} it is longer than the"
+                f" {limit} positions that {model.source or 'the model'} reads; {room}"
             )
 
 
@@ -120,8 +140,18 @@ def speeds(timing: Timing, setting: Mapping[str, Any]) -> list[Score]:
     return [
         Score("prefill", statistics.median(prefill), "tokens/s", {**setting, **_spread(prefill)}),
         Score("decode", statistics.median(decode), "tokens/s", {**setting, **_spread(decode)}),
-        Score("time to first token", statistics.median(timing.prefill), "s", {**setting, **_spread(timing.prefill)}),
-        Score("token latency", statistics.median(steps), "s", {**setting, "p95": p95, **_spread(steps)}),
+        Score(
+            "time to first token",
+            statistics.median(timing.prefill),
+            "s",
+            {**setting, **_spread(timing.prefill)},
+        ),
+        Score(
+            "token latency",
+            statistics.median(steps),
+            "s",
+            {**setting, "p95": p95, **_spread(steps)},
+        ),
     ]
 
 
@@ -130,14 +160,21 @@ def ratios(mine: Timing, theirs: Timing, first: str, setting: Mapping[str, Any])
     prefill = [b / a for a, b in zip(mine.prefill, theirs.prefill, strict=True)]
     decode = [sum(b) / sum(a) for a, b in zip(mine.turns, theirs.turns, strict=True)]
     return [
-        Score(f"{what} vs {first}", statistics.median(pairs), "ratio", {**setting, **_spread(pairs), "pairs": len(pairs)})
+        Score(
+            f"{what} vs {first}",
+            statistics.median(pairs),
+            "ratio",
+            {**setting, **_spread(pairs), "pairs": len(pairs)},
+        )
         for what, pairs in (("prefill", prefill), ("decode", decode))
     ]
 
 
-def roofline(model: Decoder, timing: Timing, bandwidth: float, setting: Mapping[str, Any]) -> Score:
+def roofline(
+    decoder: Decoder, timing: Timing, bandwidth: float, setting: Mapping[str, Any]
+) -> Score:
     """The least time of a decode step, bytes / bandwidth, as a share of the time measured."""
-    moved = step_bytes(model, setting["batch_size"], timing.cache_bytes)
+    moved = step_bytes(decoder, setting["batch_size"], timing.cache_bytes)
     measured = statistics.median(timing.steps)
     protocol = {
         **setting,
@@ -149,17 +186,48 @@ def roofline(model: Decoder, timing: Timing, bandwidth: float, setting: Mapping[
     return Score("roofline share", moved / bandwidth / measured, "share", protocol)
 
 
-def memory(model: Decoder, batch_size: int, prompt_len: int, new_tokens: int) -> list[Score]:
-    """Bytes: of the parameters, on disk where the model is a directory, and at most while it runs."""
-    scores = [Score("parameter bytes", float(model.num_bytes()), "bytes", {"parameters": model.num_parameters()})]
-    found = peak_memory(model, batch_size, prompt_len, new_tokens)
+def memory(decoder: Decoder, batch_size: int, prompt_len: int, new_tokens: int) -> list[Score]:
+    """Bytes: of the parameters, on disk if the model is a directory, and at most while it runs."""
+    scores = [
+        Score(
+            "parameter bytes",
+            float(decoder.num_bytes()),
+            "bytes",
+            {"parameters": decoder.num_parameters()},
+        )
+    ]
+    found = peak_memory(decoder, batch_size, prompt_len, new_tokens)
     if found is None:
         return scores
-    if model.source and Path(model.source).is_dir():
-        scores.append(Score("bytes on disk", float(bytes_on_disk(Path(model.source))), "bytes", {"path": model.source}))
-    what = "allocator of the GPU" if model.device.type == "cuda" else "resident set of a fresh process"
-    setting = {"batch_size": batch_size, "prompt_len": prompt_len, "new_tokens": new_tokens, "of": what}
-    return [*scores, Score("peak memory", float(found["peak"]), "bytes", {**setting, "before_loading": found["before_loading"]})]
+    if decoder.source and Path(decoder.source).is_dir():
+        scores.append(
+            Score(
+                "bytes on disk",
+                float(bytes_on_disk(Path(decoder.source))),
+                "bytes",
+                {"path": decoder.source},
+            )
+        )
+    what = (
+        "allocator of the GPU"
+        if decoder.device.type == "cuda"
+        else "resident set of a fresh process"
+    )
+    setting = {
+        "batch_size": batch_size,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "of": what,
+    }
+    return [
+        *scores,
+        Score(
+            "peak memory",
+            float(found["peak"]),
+            "bytes",
+            {**setting, "before_loading": found["before_loading"]},
+        ),
+    ]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Peak memory of one model, from a fresh process that does nothing else: other models in memory, and what made this one, would count too.
+"""Peak memory of one model, from a fresh process that does nothing else: other models in memory,
+and what made this one, would count too.
 
-Run as `python -m grasp.evaluation.peak` with the request as a JSON argument; answers one JSON object on stdout. The peak of a process on the
-CPU is its largest resident set, Python and libraries included (`before_loading` says how much those are); on a GPU, what torch's allocator
-held at most.
+Run as `python -m grasp.evaluation.peak` with the request as a JSON argument; answers one JSON
+object on stdout. The peak of a process on the CPU is its largest resident set, Python and libraries
+included (`before_loading` says how much those are); on a GPU, what torch's allocator held at most.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from grasp.evaluation.speed import Runner
 logger = logging.getLogger(__name__)
 
 
-def peak_memory(model: Decoder, batch_size: int, prompt_len: int, new_tokens: int) -> dict[str, Any] | None:
-    """{"peak", "before_loading"} in bytes, of loading the model's source anew and running it. None, with a warning, where that is not this model."""
+def peak_memory(
+    decoder: Decoder, batch_size: int, prompt_len: int, new_tokens: int
+) -> dict[str, Any] | None:
+    """{"peak", "before_loading"} in bytes, of loading the model's source anew and running it. None,
+    with a warning, where that is not this model.
+    """
     asked = {
-        "source": model.source,
-        "device": str(model.device),
-        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "source": decoder.source,
+        "device": str(decoder.device),
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
         "shape": [batch_size, prompt_len, new_tokens],
         "threads": torch.get_num_threads(),
     }
@@ -37,25 +42,35 @@ def peak_memory(model: Decoder, batch_size: int, prompt_len: int, new_tokens: in
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        logger.warning("peak memory of %s not measured: %s", model.source, (done.stderr.strip().splitlines() or ["the process died"])[-1])
-        return None
-    if found.pop("parameters") != model.num_parameters():
         logger.warning(
-            "peak memory of %s not measured: the model in memory is not the one at its source; save it and give the path", model.source
+            "peak memory of %s not measured: %s",
+            decoder.source,
+            (done.stderr.strip().splitlines() or ["the process died"])[-1],
+        )
+        return None
+    if found.pop("parameters") != decoder.num_parameters():
+        logger.warning(
+            "peak memory of %s not measured: the model in memory is not the one at its source; save"
+            " it and give the path",
+            decoder.source,
         )
         return None
     return found
 
 
 def resident_peak() -> int:
-    """Largest resident set of this process so far, in bytes. (`ru_maxrss` of a new process starts at its parent's on Linux.)"""
+    """Largest resident set of this process so far, in bytes. (`ru_maxrss` of a new process starts
+    at its parent's on Linux.)
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     except (OSError, StopIteration):
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 @torch.no_grad()

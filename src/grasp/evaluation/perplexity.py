@@ -1,7 +1,9 @@
-"""Token perplexity: `exp` of the mean cross-entropy of the next token, over the counted tokens of fixed blocks (`blocks.py`).
+"""Token perplexity: `exp` of the mean cross-entropy of the next token, over the counted tokens of
+fixed blocks (`blocks.py`).
 
-A block whose loss is not finite stops the evaluation: skipping it would flatter the model. Beside it, in the protocol, the same loss
-a word and a byte of the text, which do not depend on the tokenizer.
+A block whose loss is not finite stops the evaluation: skipping it would flatter the model. Beside
+it, in the protocol, the same loss a word and a byte of the text, which do not depend on the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -17,39 +19,48 @@ from grasp.core.decoder import Decoder
 from grasp.core.linalg import wide
 from grasp.core.score import Score
 from grasp.core.sweep import Progress, silent
+from grasp.data.blocks import Blocks
 from grasp.errors import NumericsError
-from grasp.evaluation.blocks import Blocks
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, blocks: Blocks, progress: Progress = silent) -> Score:
+def perplexity(decoder: Decoder, blocks: Blocks, progress: Progress = silent) -> Score:
     """Perplexity of a model on blocks. Raises `NumericsError` on a non-finite loss."""
     losses = []
     task, count = f"perplexity on {blocks.name}", len(blocks.ids)
     progress(task, 0, count)
     for block, (ids, fresh) in enumerate(zip(blocks.ids, blocks.fresh, strict=True)):
-        losses.append(block_loss(model, block_logits(model, ids, fresh), ids, blocks.name, block))
+        losses.append(
+            block_loss(decoder, block_logits(decoder, ids, fresh), ids, blocks.name, block)
+        )
         progress(task, block + 1, count)
-    return score_of(model, blocks, losses)
+    return score_of(decoder, blocks, losses)
 
 
-def block_logits(model: Decoder, ids: Tensor, fresh: int) -> Tensor:
-    """Logits (fresh, vocab) that predict the last `fresh` tokens of `ids` (seq,), in the model's dtype."""
-    return model.model(input_ids=ids[None, :-1].to(model.device), use_cache=False).logits[0, -fresh:]
+def block_logits(decoder: Decoder, ids: Tensor, fresh: int) -> Tensor:
+    """Logits (fresh, vocab) that predict the last `fresh` tokens of `ids` (seq,), in the model's
+    dtype.
+    """
+    return decoder.model(input_ids=ids[None, :-1].to(decoder.device), use_cache=False).logits[
+        0, -fresh:
+    ]
 
 
-def block_loss(model: Decoder, logits: Tensor, ids: Tensor, name: str, block: int) -> float:
-    """Summed cross-entropy in nats of the last tokens of `ids` (seq,) under `logits` (fresh, vocab)."""
+def block_loss(decoder: Decoder, logits: Tensor, ids: Tensor, name: str, block: int) -> float:
+    """Summed cross-entropy in nats of the last tokens of `ids` (seq,) under `logits` (fresh,
+    vocab).
+    """
     labels = ids[-len(logits) :].to(logits.device)
     loss = float(cross_entropy(wide(logits), labels, reduction="sum"))
     if not math.isfinite(loss):
         raise NumericsError(
-            f"{name}: the loss of block {block} is {loss} (dtype {model.model.dtype}); non-finite blocks are never skipped; try --dtype float32"
+            f"{name}: the loss of block {block} is {loss} (dtype {decoder.model.dtype}); non-finite"
+            " blocks are never skipped; try --dtype float32"
         )
     return loss
 
 
-def score_of(model: Decoder, blocks: Blocks, losses: list[float]) -> Score:
+def score_of(decoder: Decoder, blocks: Blocks, losses: list[float]) -> Score:
     """The perplexity that the summed losses of all blocks come to, with its protocol."""
     predicted = sum(blocks.fresh)
     loss = math.fsum(losses) / predicted
@@ -57,7 +68,7 @@ def score_of(model: Decoder, blocks: Blocks, losses: list[float]) -> Score:
         **blocks.protocol,
         "num_blocks": len(blocks.ids),
         "num_tokens": predicted,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "dtype": str(decoder.model.dtype).removeprefix("torch."),
         "loss": loss,
     }
     if blocks.tokens_per_word is not None and blocks.tokens_per_byte is not None:

@@ -1,11 +1,14 @@
-"""Task data from a folder in place of the hub: `FOLDER/<task>/<split>.jsonl`. Prompts and metrics stay lm-eval's own.
+"""Task data from a folder in place of the hub: `FOLDER/<task>/<split>.jsonl`. Prompts and metrics
+stay lm-eval's own.
 
-A file is `.jsonl`, `.jsonl.gz`, `.json` or `.parquet`, named after its split: `train`, `validation` (or `valid`, `val`, `dev`), `test`;
-a prefix (`c3-m-test.json`) and the hub's shard numbers (`test-00000-of-00002.parquet`) are understood, and such files are joined. A row
-has the columns of the hub's data set. Rows are checked here, all of them: a column that is missing in one row would otherwise reach the
-model as the word "None".
+A file is `.jsonl`, `.jsonl.gz`, `.json` or `.parquet`, named after its split: `train`, `validation`
+(or `valid`, `val`, `dev`), `test`; a prefix (`c3-m-test.json`) and the hub's shard numbers
+(`test-00000-of-00002.parquet`) are understood, and such files are joined. A row has the columns of
+the hub's data set. Rows are checked here, all of them: a column that is missing in one row would
+otherwise reach the model as the word "None".
 
-Without this check and this file a task reads the hub. This file knows tables and columns; `tasks.py` knows lm-eval.
+Without this check and this file a task reads the hub. This file knows tables and columns;
+`tasks.py` knows lm-eval.
 """
 
 from __future__ import annotations
@@ -38,11 +41,14 @@ SPLIT_NAMES = (("train", "training"), ("validation", "valid", "val", "dev"), ("t
 Row = dict[str, Any]
 
 
-def with_local_data(config: Mapping[str, Any], name: str, folder: Path, num_fewshot: int) -> tuple[dict[str, Any], list[Path]]:
-    """lm-eval's configuration of a task with its data read from `folder / name`, and the files that hold the questions.
+def with_local_data(
+    config: Mapping[str, Any], name: str, folder: Path, num_fewshot: int
+) -> tuple[dict[str, Any], list[Path]]:
+    """lm-eval's configuration of a task with its data read from `folder / name`, and the files that
+    hold the questions.
 
-    `num_fewshot`: worked examples that the prompt will hold; where it is 0 the split they come from is not needed.
-    Raises `DataError`: a file or a column is missing, or a file cannot be read.
+    `num_fewshot`: worked examples that the prompt will hold; where it is 0 the split they come from
+    is not needed. Raises `DataError`: a file or a column is missing, or a file cannot be read.
     """
     strict, likely = columns_read(config)
     questions = config.get("test_split") or config.get("validation_split") or "test"
@@ -55,8 +61,9 @@ def with_local_data(config: Mapping[str, Any], name: str, folder: Path, num_fews
         found = _find(folder / name, examples)
         if not found:
             raise DataError(
-                f"--task-data {folder}: {name} shows {num_fewshot} worked examples from the split '{examples}' (--num-fewshot "
-                f"{num_fewshot}), and there is no {folder / name / examples}.jsonl; add that file or use --num-fewshot 0"
+                f"--task-data {folder}: {name} shows {num_fewshot} worked examples from the split"
+                f" '{examples}' (--num-fewshot {num_fewshot}), and there is no"
+                f" {folder / name / examples}.jsonl; add that file or use --num-fewshot 0"
             )
         rows[examples] = _joined(found, name, strict, likely)
     local = dict(config)
@@ -65,46 +72,74 @@ def with_local_data(config: Mapping[str, Any], name: str, folder: Path, num_fews
     if local["test_split"] is None and local["validation_split"] is None:
         local["test_split"] = questions
     if fewshot.get("split") is not None:
-        local["fewshot_config"] = {**fewshot, "split": fewshot["split"] if fewshot["split"] in rows else None}
+        local["fewshot_config"] = {
+            **fewshot,
+            "split": fewshot["split"] if fewshot["split"] in rows else None,
+        }
     tables = {split: _table(part, folder / name) for split, part in rows.items()}
-    local.update(dataset_path="json", dataset_name=None, dataset_kwargs=None, custom_dataset=lambda **_: tables)
+    local.update(
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs=None,
+        custom_dataset=lambda **_: tables,
+    )
     return local, files
 
 
-def _files_of_questions(config: Mapping[str, Any], name: str, folder: Path, split: str, columns: Sequence[str]) -> list[Path]:
-    """The files of the split that lm-eval asks its questions from; failing that, of the other held-out split, with a warning."""
+def _files_of_questions(
+    config: Mapping[str, Any], name: str, folder: Path, split: str, columns: Sequence[str]
+) -> list[Path]:
+    """The files of the split that lm-eval asks its questions from; failing that, of the other
+    held-out split, with a warning.
+    """
     home = folder / name
     for instead in (split, "validation", "test"):
         files = _find(home, instead)
         if files:
             if instead != split:
-                logger.warning("%s: the task asks the split '%s'; %s is taken in its place", name, split, ", ".join(map(str, files)))
+                logger.warning(
+                    "%s: the task asks the split '%s'; %s is taken in its place",
+                    name,
+                    split,
+                    ", ".join(map(str, files)),
+                )
             return files
     if home.is_dir():
-        there = "; it holds " + (", ".join(sorted(path.name for path in home.iterdir())) or "nothing")
+        there = "; it holds " + (
+            ", ".join(sorted(path.name for path in home.iterdir())) or "nothing"
+        )
     elif folder.is_dir():
         close = did_you_mean(name, (path.name for path in folder.iterdir()))
         there = f"; there is no {home}{close}"
     else:
         there = f"; there is no folder {folder}"
-    source = "/".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
+    source = "/".join(
+        str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)
+    )
     raise DataError(
-        f"--task-data {folder}: {name} needs {home / split}.jsonl (or {', '.join(FILE_TYPES[1:])}), one row a question with the columns "
-        f"{', '.join(columns) or 'of its data set'}, as in {source} on the Hugging Face hub{there}"
+        f"--task-data {folder}: {name} needs {home / split}.jsonl (or {', '.join(FILE_TYPES[1:])}),"
+        f" one row a question with the columns {', '.join(columns) or 'of its data set'}, as in"
+        f" {source} on the Hugging Face hub{there}"
     )
 
 
 def _find(home: Path, split: str) -> list[Path]:
-    """Files of one split: those under its own name, else under another name for it; several are parts of one table, in this order."""
+    """Files of one split: those under its own name, else under another name for it; several are
+    parts of one table, in this order.
+    """
     if not home.is_dir():
         return []
     for name in next((names for names in SPLIT_NAMES if split == names[0]), (split,)):
-        exact = [home / f"{name}{kind}" for kind in FILE_TYPES if (home / f"{name}{kind}").is_file()]
+        exact = [
+            home / f"{name}{kind}" for kind in FILE_TYPES if (home / f"{name}{kind}").is_file()
+        ]
         if exact:
             return exact[:1]
         parts = re.compile(rf"(.*[-_.])?{re.escape(name)}(-\d+-of-\d+)?")
         found = sorted(
-            path for path in home.iterdir() if path.is_file() and _kind(path) and parts.fullmatch(path.name[: -len(_kind(path))])
+            path
+            for path in home.iterdir()
+            if path.is_file() and _kind(path) and parts.fullmatch(path.name[: -len(_kind(path))])
         )
         if found:
             return found
@@ -116,7 +151,9 @@ def _kind(path: Path) -> str:
     return next((kind for kind in FILE_TYPES if path.name.endswith(kind)), "")
 
 
-def _joined(files: Sequence[Path], name: str, strict: Sequence[str], likely: Sequence[str]) -> list[Row]:
+def _joined(
+    files: Sequence[Path], name: str, strict: Sequence[str], likely: Sequence[str]
+) -> list[Row]:
     """The rows of all files, checked."""
     rows = []
     for path in files:
@@ -127,24 +164,31 @@ def _joined(files: Sequence[Path], name: str, strict: Sequence[str], likely: Seq
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file; the original file of C3 (passages with their questions) becomes one row a question. Raises `DataError`."""
+    """All rows of a file; the original file of C3 (passages with their questions) becomes one row a
+    question. Raises `DataError`.
+    """
     try:
         rows = list(_parsed(path))
     except (OSError, ValueError, EOFError, zlib.error) as failure:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(failure).split())[:200]}") from failure
+        raise DataError(
+            f"{path}: cannot be read: {' '.join(str(failure).split())[:200]}"
+        ) from failure
     if rows and all(isinstance(row, list) for row in rows):
         rows = [question for passage in rows for question in _questions(passage, path)]
     if not rows:
         raise DataError(f"{path}: holds no rows")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: not a JSON object with columns but {type(row).__name__}")
+            raise DataError(
+                f"{path}, row {number}: not a JSON object with columns but {type(row).__name__}"
+            )
     return rows
 
 
 def _parsed(path: Path) -> Iterator[Any]:
     if _kind(path) == ".parquet":
-        parquet = importlib.import_module("pyarrow.parquet")  # comes with `datasets`, which lm-eval needs
+        # comes with `datasets`, which lm-eval needs
+        parquet = importlib.import_module("pyarrow.parquet")
         yield from parquet.read_table(path).to_pylist()
         return
     raw = path.read_bytes()
@@ -152,7 +196,8 @@ def _parsed(path: Path) -> Iterator[Any]:
     if path.suffix == ".json" and text.lstrip().startswith("["):
         yield from json.loads(text)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON text may hold other line separators
+    # not splitlines(): a JSON text may hold other line separators
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -161,19 +206,26 @@ def _parsed(path: Path) -> Iterator[Any]:
 
 
 def _questions(passage: list[Any], path: Path) -> list[Row]:
-    """C3 as published: `[lines of the passage, [{"question", "choice", "answer"}, ...], id]`, as the hub's rows."""
+    """C3 as published: `[lines of the passage, [{"question", "choice", "answer"}, ...], id]`, as
+    the hub's rows.
+    """
     try:
         lines, questions, _ = passage
         return [{"context": list(lines), **question} for question in questions]
     except (TypeError, ValueError) as failure:
-        raise DataError(f"{path}: neither rows with columns nor passages with questions in the form of C3") from failure
+        raise DataError(
+            f"{path}: neither rows with columns nor passages with questions in the form of C3"
+        ) from failure
 
 
-def check_columns(rows: Sequence[Row], path: Path, name: str, strict: Sequence[str], likely: Sequence[str] = ()) -> None:
+def check_columns(
+    rows: Sequence[Row], path: Path, name: str, strict: Sequence[str], likely: Sequence[str] = ()
+) -> None:
     """Raise `DataError` naming the first row without a column that the prompt reads.
 
-    `strict` columns must be in every row; a `likely` one (found in the code of a function, which may have a use for rows without it)
-    must be in all rows or in none. A dot leads into a column that is a table of its own.
+    `strict` columns must be in every row; a `likely` one (found in the code of a function, which
+    may have a use for rows without it) must be in all rows or in none. A dot leads into a column
+    that is a table of its own.
     """
     wanted = [*strict, *(column for column in likely if any(column in row for row in rows))]
     for number, row in enumerate(rows, 1):
@@ -181,18 +233,24 @@ def check_columns(rows: Sequence[Row], path: Path, name: str, strict: Sequence[s
             here: Any = row
             for part in column.split("."):
                 if not isinstance(here, dict) or here.get(part) is None:
-                    there = ", ".join(map(str, here)) if isinstance(here, dict) else type(here).__name__
+                    there = (
+                        ", ".join(map(str, here)) if isinstance(here, dict) else type(here).__name__
+                    )
                     close = did_you_mean(part, map(str, here)) if isinstance(here, dict) else ""
                     raise DataError(
-                        f"{path}, row {number}: no column '{column}', only {there or 'nothing'}{close}; {name} reads the columns {', '.join(wanted)}"
+                        f"{path}, row {number}: no column '{column}', only"
+                        f" {there or 'nothing'}{close}; {name} reads the columns"
+                        f" {', '.join(wanted)}"
                     )
                 here = here[part]
 
 
 def columns_read(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The columns that a task's prompt, options and answer read: (sure, from templates; likely, from the code of functions).
+    """The columns that a task's prompt, options and answer read: (sure, from templates; likely,
+    from the code of functions).
 
-    Where a function may make new columns first (`process_docs`), templates may read those, so nothing is sure.
+    Where a function may make new columns first (`process_docs`), templates may read those, so
+    nothing is sure.
     """
     sure: dict[str, None] = {}
     likely: dict[str, None] = {}
@@ -206,7 +264,9 @@ def columns_read(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         elif isinstance(value, str):
             sure.update(dict.fromkeys(_columns_in_template(value)))
     if callable(config.get("process_docs")):
-        return [], list(likely) + [column for column in sure if column not in likely and column not in new]
+        return [], list(likely) + [
+            column for column in sure if column not in likely and column not in new
+        ]
     return list(sure), list(likely)
 
 
@@ -220,14 +280,23 @@ def _columns_in_template(template: str) -> list[str]:
     inner = [
         f"{place.node.name}.{place.attr}"
         for place in tree.find_all(nodes.Getattr)
-        if isinstance(place.node, nodes.Name) and place.node.name in free and id(place) not in called
+        if isinstance(place.node, nodes.Name)
+        and place.node.name in free
+        and id(place) not in called
     ]
     outer = [place.name for place in tree.find_all(nodes.Name) if place.name in free]
-    return list(dict.fromkeys([name for name in outer if not any(path.startswith(name + ".") for path in inner)] + inner))
+    return list(
+        dict.fromkeys(
+            [name for name in outer if not any(path.startswith(name + ".") for path in inner)]
+            + inner
+        )
+    )
 
 
 def _columns_in_code(function: Any) -> tuple[list[str], set[str]]:
-    """Columns that a function takes from a row by `row["name"]`, and names that it makes itself; nothing where its code cannot be read."""
+    """Columns that a function takes from a row by `row["name"]`, and names that it makes itself;
+    nothing where its code cannot be read.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(function, "func", function))))
     except (OSError, TypeError, SyntaxError):
@@ -235,14 +304,23 @@ def _columns_in_code(function: Any) -> tuple[list[str], set[str]]:
     arguments = {argument.arg for argument in ast.walk(tree) if isinstance(argument, ast.arg)}
     read: dict[str, None] = {}
     made = set()
-    for place in sorted(ast.walk(tree), key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0))):
+    for place in sorted(
+        ast.walk(tree),
+        key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)),
+    ):
         match place:
-            case ast.Subscript(value=ast.Name(id=row), slice=ast.Constant(value=str(column)), ctx=ast.Load()) if row in arguments:
+            case ast.Subscript(
+                value=ast.Name(id=row), slice=ast.Constant(value=str(column)), ctx=ast.Load()
+            ) if row in arguments:
                 read[column] = None
             case ast.Subscript(slice=ast.Constant(value=str(column)), ctx=ast.Store()):
                 made.add(column)
             case ast.Dict(keys=keys):
-                made |= {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+                made |= {
+                    key.value
+                    for key in keys
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str)
+                }
     return [name for name in read], made
 
 
@@ -251,7 +329,10 @@ def _table(rows: Sequence[Row], place: Path) -> Any:
     try:
         return importlib.import_module("datasets").Dataset.from_list(list(rows))
     except (TypeError, ValueError, OverflowError) as failure:  # pyarrow's errors are kinds of these
-        raise DataError(f"{place}: a column holds values of several types ({' '.join(str(failure).split())[:160]})") from failure
+        raise DataError(
+            f"{place}: a column holds values of several types"
+            f" ({' '.join(str(failure).split())[:160]})"
+        ) from failure
 
 
 @contextmanager
@@ -268,24 +349,30 @@ def no_bars() -> Iterator[None]:
 
 
 def one_blank_a_row(table: Any) -> Any:
-    """CHID in the form of FewCLUE: `content` with one "#idiom#", `candidates`, `answer`. Rows in that form stay as they are.
+    """CHID in the form of FewCLUE: `content` with one "#idiom#", `candidates`, `answer`. Rows in
+    that form stay as they are.
 
-    CLUE's own rows hold several passages and blanks ("#idiom000123#") that share their candidates. Each blank becomes a row of its
-    passage, with the right idioms in the passage's other blanks. (lm-eval calls this through `task_yaml/chid.yaml`.)
+    CLUE's own rows hold several passages and blanks ("#idiom000123#") that share their candidates.
+    Each blank becomes a row of its passage, with the right idioms in the passage's other blanks.
+    (lm-eval calls this through `task_yaml/chid.yaml`.)
     """
     if "answers" not in table.column_names:
         return table
 
     def split(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {"content": [], "candidates": [], "answer": []}
-        for passages, candidates, answers in zip(rows["content"], rows["candidates"], rows["answers"], strict=True):
+        for passages, candidates, answers in zip(
+            rows["content"], rows["candidates"], rows["answers"], strict=True
+        ):
             right = iter(answers["candidate_id"])
             for passage in passages:
                 blanks = [(blank, next(right)) for blank in re.findall(r"#idiom\d+#", passage)]
                 for blank, answer in blanks:
                     filled = passage
                     for other, idiom in blanks:
-                        filled = filled.replace(other, "#idiom#" if other == blank else candidates[idiom])
+                        filled = filled.replace(
+                            other, "#idiom#" if other == blank else candidates[idiom]
+                        )
                     made["content"].append(filled)
                     made["candidates"].append(candidates)
                     made["answer"].append(answer)
@@ -295,5 +382,7 @@ def one_blank_a_row(table: Any) -> Any:
 
 
 def labelled(table: Any) -> Any:
-    """Without the rows whose annotators did not agree (label "-", or -1 on the hub). Called through `cmnli.yaml` and `ocnli.yaml`."""
+    """Without the rows whose annotators did not agree (label "-", or -1 on the hub). Called through
+    `cmnli.yaml` and `ocnli.yaml`.
+    """
     return table.filter(lambda row: row["label"] not in ("-", -1, "-1"))

@@ -1,4 +1,6 @@
-"""From lm-eval's table of results to `Score`s, and from those to the mean over tasks and the share of the dense model's mean."""
+"""From lm-eval's table of results to `Score`s, and from those to the mean over tasks and the share
+of the dense model's mean.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from grasp.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 IN_THE_MEAN = ("acc_ppl", "acc_norm", "acc")
-"""The metric of a task that enters the mean: the first of these it has, else its first one where more is better and 1 the most."""
+"""The metric of a task that enters the mean: the first of these it has, else its first one where
+more is better and 1 the most.
+"""
 SAME_QUESTIONS = ("num_fewshot", "limit", "num_examples", "version", "filter")
 """What must agree in the protocols of two scores before one is divided by the other."""
 
 
 def scores_of(found: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) -> list[Score]:
-    """The scores of one run of lm-eval: the task's, or the group's and then those of its tasks, which say their `group`.
+    """The scores of one run of lm-eval: the task's, or the group's and then those of its tasks,
+    which say their `group`.
 
     `found`: what `lm_eval.evaluator.evaluate` returns. Metrics without a value are left out.
     """
@@ -38,7 +43,11 @@ def scores_of(found: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) 
             error = row.get(f"{metric}_stderr,{chosen}")
             more: dict[str, Any] = {
                 "num_fewshot": found["n-shot"].get(part),
-                "num_examples": found["n-samples"][part]["effective"] if part in found["n-samples"] else row.get("sample_len"),
+                "num_examples": (
+                    found["n-samples"][part]["effective"]
+                    if part in found["n-samples"]
+                    else row.get("sample_len")
+                ),
                 "version": found["versions"].get(part),
             }
             if len(filters) > 1:
@@ -47,7 +56,15 @@ def scores_of(found: Mapping[str, Any], name: str, protocol: Mapping[str, Any]) 
                 more["lower_is_better"] = True
             if part != name and has_own:
                 more["group"] = name
-            scores.append(Score(part, float(row[key]), metric, {**protocol, **more}, float(error) if _is_number(error) else None))
+            scores.append(
+                Score(
+                    part,
+                    float(row[key]),
+                    metric,
+                    {**protocol, **more},
+                    float(error) if _is_number(error) else None,
+                )
+            )
     return scores
 
 
@@ -57,18 +74,24 @@ def _is_number(value: Any) -> bool:
 
 
 def summarize(scores: Sequence[Score], dense: Sequence[Score] | None = None) -> tuple[Score, ...]:
-    """The scores, then their mean over tasks, then the share of the dense model's mean where `dense` scores are given.
+    """The scores, then their mean over tasks, then the share of the dense model's mean where
+    `dense` scores are given.
 
-    A group counts as one task, and its parts do not count again. The standard error of the mean is sqrt(sum of squares) / number of
-    tasks. That of the share takes the two means as independent (delta method). Both models answered the same questions, and mostly
-    get the same ones right, so the true error is smaller: it is an upper bound.
+    A group counts as one task, and its parts do not count again. The standard error of the mean is
+    sqrt(sum of squares) / number of tasks. That of the share takes the two means as independent
+    (delta method). Both models answered the same questions, and mostly get the same ones right, so
+    the true error is smaller: it is an upper bound.
 
     Raises `RecipeError` where the dense model was asked other questions.
     """
     chosen = _in_the_mean(scores)
     if not chosen:
         return tuple(scores)
-    protocol = {"harness": chosen[0].protocol["harness"], "num_tasks": len(chosen), "metrics": {score.name: score.unit for score in chosen}}
+    protocol = {
+        "harness": chosen[0].protocol["harness"],
+        "num_tasks": len(chosen),
+        "metrics": {score.name: score.unit for score in chosen},
+    }
     mean = _mean(chosen, protocol)
     if dense is None:
         return (*scores, mean)
@@ -80,7 +103,10 @@ def summarize(scores: Sequence[Score], dense: Sequence[Score] | None = None) -> 
     error = None
     if mean.stderr is not None and whole.stderr is not None:
         error = math.hypot(mean.stderr, share * whole.stderr) / whole.value
-    more = {"dense_mean": whole.value, "stderr_is": "an upper bound: both means taken as independent"}
+    more = {
+        "dense_mean": whole.value,
+        "stderr_is": "an upper bound: both means taken as independent",
+    }
     return (*scores, mean, Score("mean", share, "share of dense", {**protocol, **more}, error))
 
 
@@ -97,14 +123,20 @@ def _in_the_mean(scores: Sequence[Score]) -> list[Score]:
         ):
             by_task.setdefault(score.name, []).append(score)
     return [
-        min(found, key=lambda s: IN_THE_MEAN.index(s.unit) if s.unit in IN_THE_MEAN else len(IN_THE_MEAN)) for found in by_task.values()
+        min(
+            found,
+            key=lambda s: IN_THE_MEAN.index(s.unit) if s.unit in IN_THE_MEAN else len(IN_THE_MEAN),
+        )
+        for found in by_task.values()
     ]
 
 
 def _mean(chosen: Sequence[Score], protocol: Mapping[str, Any]) -> Score:
     errors = [score.stderr for score in chosen if score.stderr is not None]
     error = math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None
-    return Score("mean", sum(score.value for score in chosen) / len(chosen), "mean of tasks", protocol, error)
+    return Score(
+        "mean", sum(score.value for score in chosen) / len(chosen), "mean of tasks", protocol, error
+    )
 
 
 def _counterpart(score: Score, dense: Sequence[Score]) -> Score:
@@ -115,5 +147,6 @@ def _counterpart(score: Score, dense: Sequence[Score]) -> Score:
             return other
     difference = "was asked other questions" if same else "was not asked"
     raise RecipeError(
-        f"--against: the dense model {difference} in {score.name} ({score.unit}); run both with the same --tasks, --num-fewshot and --limit"
+        f"--against: the dense model {difference} in {score.name} ({score.unit}); run both with the"
+        " same --tasks, --num-fewshot and --limit"
     )

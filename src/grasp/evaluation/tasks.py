@@ -1,12 +1,17 @@
-"""Tasks: questions put to a model by lm-eval 0.4.13, with its own prompts and metrics, from the hub or from local files.
+"""Tasks: questions put to a model by lm-eval 0.4.13, with its own prompts and metrics, from the hub
+or from local files.
 
-    arc_easy, openbookqa, gsm8k, mmlu, boolq, race, cmmlu, longbench, ...   whatever lm-eval knows, by its name there
+    arc_easy, openbookqa, gsm8k, mmlu, boolq, race, cmmlu, longbench, ...
+                                whatever lm-eval knows, by its name there
     commonsense                 the seven commonsense tasks of the paper
-    c3, chid, cmnli, ocnli      tasks of the paper that lm-eval lacks: files of ours in lm-eval's form, in `task_yaml`
+    c3, chid, cmnli, ocnli      tasks of the paper that lm-eval lacks: files of ours in lm-eval's
+                                form, in `task_yaml`
 
-A multiple-choice task gives the model a question and takes the option with the highest log-likelihood: in total (`acc`), a character
-(`acc_norm`), or, in our four, a token of the whole text (`acc_ppl`, OpenCompass's perplexity mode). Each task is run by itself, so its
-numbers do not depend on what else was asked for, and are lm-eval's on that task. lm-eval is imported in this file only, on first use.
+A multiple-choice task gives the model a question and takes the option with the highest
+log-likelihood: in total (`acc`), a character (`acc_norm`), or, in our four, a token of the whole
+text (`acc_ppl`, OpenCompass's perplexity mode). Each task is run by itself, so its numbers do not
+depend on what else was asked for, and are lm-eval's on that task. lm-eval is imported in this file
+only, on first use.
 """
 
 from __future__ import annotations
@@ -35,7 +40,15 @@ from grasp.core.score import Score
 from grasp.core.sweep import Progress, silent
 from grasp.errors import DataError, GraspError, RecipeError, did_you_mean
 from grasp.evaluation.task_files import no_bars, with_local_data
-from grasp.evaluation.task_questions import Answers, bootstrap_error, fit_to_model, no_bar, one_line, sums_whole_texts, try_out
+from grasp.evaluation.task_questions import (
+    Answers,
+    bootstrap_error,
+    fit_to_model,
+    no_bar,
+    one_line,
+    sums_whole_texts,
+    try_out,
+)
 from grasp.evaluation.task_scores import scores_of, summarize
 
 __all__ = ["BUNDLES", "check_tasks", "run_tasks", "summarize"]
@@ -43,14 +56,28 @@ __all__ = ["BUNDLES", "check_tasks", "run_tasks", "summarize"]
 logger = logging.getLogger(__name__)
 
 VERSION = "0.4.13"
-BUNDLES = {"commonsense": ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa")}
+BUNDLES = {
+    "commonsense": (
+        "openbookqa",
+        "arc_easy",
+        "winogrande",
+        "hellaswag",
+        "arc_challenge",
+        "piqa",
+        "mathqa",
+    )
+}
 BOOTSTRAP = 1000
-"""Resamples for a metric whose standard error has no formula (F1, Matthews correlation, ...); lm-eval takes 100,000, on all cores."""
+"""Resamples for a metric whose standard error has no formula (F1, Matthews correlation, ...);
+lm-eval takes 100,000, on all cores.
+"""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A task or group, ready to run: what `TaskManager.load` returned, and where its questions come from ({} from the hub)."""
+    """A task or group, ready to run: what `TaskManager.load` returned, and where its questions come
+    from ({} from the hub).
+    """
 
     name: str
     loaded: Mapping[str, Any]
@@ -58,7 +85,7 @@ class _Job:
 
 
 def run_tasks(
-    model: Decoder,
+    decoder: Decoder,
     tasks: Sequence[str],
     *,
     task_data: Path | None = None,
@@ -68,31 +95,34 @@ def run_tasks(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[Score, ...]:
-    """Scores of the model, one for each task and metric; of a group, its own and then those of its tasks.
+    """Scores of the model, one for each task and metric; of a group, its own and then those of its
+    tasks.
 
     Args:
         tasks: names, see the top of this file.
         task_data: folder with `<task>/<split>.jsonl` to read in place of the hub.
         limit: only the first so many questions of each task.
-        num_fewshot: worked examples in the prompt, None for the task's own number; lm-eval ignores it where a task fixes 0.
+        num_fewshot: worked examples in the prompt, None for the task's own number; lm-eval ignores
+            it where a task fixes 0.
         seed: draws the worked examples. 0 gives lm-eval's own draw.
 
-    Raises `RecipeError`, `DataError` (before the model runs) or `NumericsError` (a log-likelihood that is not finite).
+    Raises `RecipeError`, `DataError` (before the model runs) or `NumericsError` (a log-likelihood
+    that is not finite).
     """
     if not tasks:
         return ()
     if batch_size < 1:
         raise RecipeError(f"--batch-size {batch_size}: must be 1 or more")
-    if model.tokenizer is None:
+    if decoder.tokenizer is None:
         raise DataError("--tasks: questions need a tokenizer, and this model has none")
     with _quiet():
         jobs = _prepare(tasks, task_data, num_fewshot, limit, seed)
         # a copy of the tokenizer, since lm-eval gives it a padding token where it has none
         wrap = importlib.import_module("lm_eval.models.huggingface").HFLM
-        tokenizer = copy.deepcopy(model.tokenizer)
-        if model.block_bos is not None and tokenizer("a").input_ids[:1] != [model.block_bos]:
+        tokenizer = copy.deepcopy(decoder.tokenizer)
+        if decoder.block_bos is not None and tokenizer("a").input_ids[:1] != [decoder.block_bos]:
             tokenizer.add_bos_token = True  # the model needs what its tokenizer's files leave out
-        harness = wrap(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size)
+        harness = wrap(pretrained=decoder.model, tokenizer=tokenizer, batch_size=batch_size)
         for job in jobs:
             for name, task in job.loaded["tasks"].items():
                 fit_to_model(task, name, harness)
@@ -108,30 +138,51 @@ def _run(job: _Job, harness: Any, limit: int | None, seed: int, progress: Progre
     found = importlib.import_module("lm_eval.evaluator").evaluate(
         lm=harness, task_dict=job.loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
     )
-    protocol: dict[str, Any] = {"harness": f"lm-eval {VERSION}", "limit": limit, "batch_size": harness.batch_size, "data": "hub"}
+    protocol: dict[str, Any] = {
+        "harness": f"lm-eval {VERSION}",
+        "limit": limit,
+        "batch_size": harness.batch_size,
+        "data": "hub",
+    }
     if harness.softmax_dtype is not None:
         protocol["log_softmax"] = "float32"
     if job.files:
-        protocol.update(data="local", files=sorted({path.name for files in job.files.values() for path in files}))
+        protocol.update(
+            data="local",
+            files=sorted({path.name for files in job.files.values() for path in files}),
+        )
     if answers.num_cut:
-        logger.warning("%s: %d prompts are longer than the model reads and lost their beginning", job.name, answers.num_cut)
+        logger.warning(
+            "%s: %d prompts are longer than the model reads and lost their beginning",
+            job.name,
+            answers.num_cut,
+        )
         protocol["prompts_cut"] = answers.num_cut
     return scores_of(found, job.name, protocol)
 
 
 def check_tasks(
-    tasks: Sequence[str], task_data: Path | None = None, *, num_fewshot: int | None = None, limit: int | None = None, seed: int = 0
+    tasks: Sequence[str],
+    task_data: Path | None = None,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> None:
-    """Find what is wrong with the names, the data and the prompts before a model is loaded. Raises `RecipeError` or `DataError`.
+    """Find what is wrong with the names, the data and the prompts before a model is loaded. Raises
+    `RecipeError` or `DataError`.
 
-    Arguments as for `run_tasks`. Without tasks nothing is looked at, and lm-eval need not be installed.
+    Arguments as for `run_tasks`. Without tasks nothing is looked at, and lm-eval need not be
+    installed.
     """
     if tasks:
         with _quiet():
             _prepare(tasks, task_data, num_fewshot, limit, seed)
 
 
-def _prepare(tasks: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None, seed: int) -> list[_Job]:
+def _prepare(
+    tasks: Sequence[str], folder: Path | None, num_fewshot: int | None, limit: int | None, seed: int
+) -> list[_Job]:
     """Everything up to the first pass of a model."""
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit {limit}: must be 1 or more")
@@ -140,8 +191,9 @@ def _prepare(tasks: Sequence[str], folder: Path | None, num_fewshot: int | None,
     names = _names(tasks)
     if folder is None and not reachable() and not HF_HUB_OFFLINE:
         raise DataError(
-            f"--tasks {names[0]}: the Hugging Face hub cannot be reached; give the data as --task-data FOLDER with "
-            f"FOLDER/{names[0]}/<split>.jsonl, or set HF_HUB_OFFLINE=1 to use your cache"
+            f"--tasks {names[0]}: the Hugging Face hub cannot be reached; give the data as"
+            f" --task-data FOLDER with FOLDER/{names[0]}/<split>.jsonl, or set HF_HUB_OFFLINE=1 to"
+            " use your cache"
         )
     jobs = []
     for name in names:
@@ -158,27 +210,40 @@ def _prepare(tasks: Sequence[str], folder: Path | None, num_fewshot: int | None,
 
 
 def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    """Raise `RecipeError` for tasks that lm-eval itself runs on request only, or not with a language model."""
+    """Raise `RecipeError` for tasks that lm-eval itself runs on request only, or not with a
+    language model.
+    """
     for key, what in (
         ("unsafe_code", "runs programs that the model writes"),
         ("doc_to_image", "shows pictures"),
         ("doc_to_audio", "plays sound"),
     ):
         if config.get(key):
-            raise RecipeError(f"--tasks {name}: {what}, which grasp does not do; choose another task")
+            raise RecipeError(
+                f"--tasks {name}: {what}, which grasp does not do; choose another task"
+            )
 
 
 def _names(tasks: Sequence[str]) -> list[str]:
-    """Names of tasks and groups, each once; bundles and lm-eval's tags are taken apart. Raises `RecipeError`."""
-    asked = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks) if name.strip()]
+    """Names of tasks and groups, each once; bundles and lm-eval's tags are taken apart. Raises
+    `RecipeError`.
+    """
+    asked = [
+        name.strip()
+        for name in (tasks.split(",") if isinstance(tasks, str) else tasks)
+        if name.strip()
+    ]
     if not asked:
-        raise RecipeError("--tasks: names no task; for example --tasks arc_easy,piqa or --tasks commonsense")
+        raise RecipeError(
+            "--tasks: names no task; for example --tasks arc_easy,piqa or --tasks commonsense"
+        )
     index = _index()
     names: list[str] = []
     for name in asked:
         if name not in index and name not in BUNDLES:
             raise RecipeError(
-                f"--tasks {name}: unknown to lm-eval {VERSION}; allowed: its tasks, {', '.join(BUNDLES)}{did_you_mean(name, [*BUNDLES, *index])}"
+                f"--tasks {name}: unknown to lm-eval {VERSION}; allowed: its tasks,"
+                f" {', '.join(BUNDLES)}{did_you_mean(name, [*BUNDLES, *index])}"
             )
         is_tag = name in index and index[name].kind.name == "TAG"
         names += BUNDLES.get(name) or (sorted(index[name].tags) if is_tag else [name])
@@ -187,17 +252,26 @@ def _names(tasks: Sequence[str]) -> list[str]:
 
 @cache
 def _index() -> Mapping[str, Any]:
-    """lm-eval's tasks and ours by name. Reading its 14,000 files takes ten seconds, so it is done once. Raises `RecipeError`."""
+    """lm-eval's tasks and ours by name. Reading its 14,000 files takes ten seconds, so it is done
+    once. Raises `RecipeError`.
+    """
     need("--tasks", "tasks", "lm_eval", "accelerate")
     found = importlib.metadata.version("lm_eval")
     if found != VERSION:
-        raise RecipeError(f"--tasks: needs lm-eval {VERSION}, {found} is installed; run `pip install lm-eval=={VERSION}`")
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(Path(__file__).with_name("task_yaml")))
+        raise RecipeError(
+            f"--tasks: needs lm-eval {VERSION}, {found} is installed; run `pip install"
+            f" lm-eval=={VERSION}`"
+        )
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(
+        include_path=str(Path(__file__).with_name("task_yaml"))
+    )
     return manager.task_index
 
 
 def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
-    """Build one task or group with its data. Raises `RecipeError` or `DataError` for all that can go wrong there."""
+    """Build one task or group with its data. Raises `RecipeError` or `DataError` for all that can
+    go wrong there.
+    """
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=False)
     manager.task_index.update(_index())
     files: dict[str, list[Path]] = {}
@@ -209,13 +283,21 @@ def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
     except GraspError:
         raise
     except ImportError as failure:
-        raise RecipeError(f"--tasks {name}: lm-eval needs another package for it ({one_line(failure)}); install that package") from failure
-    except Exception as failure:  # data sets, templates and lm-eval's functions raise many kinds; all mean that it cannot be asked
+        raise RecipeError(
+            f"--tasks {name}: lm-eval needs another package for it ({one_line(failure)}); install"
+            " that package"
+        ) from failure
+    except Exception as failure:
+        # data sets, templates and lm-eval's functions raise many kinds: the task cannot be asked
         if folder is not None:
-            raise DataError(f"--task-data {folder}: {name} cannot be asked from {folder / name}: {one_line(failure)}") from failure
+            raise DataError(
+                f"--task-data {folder}: {name} cannot be asked from {folder / name}:"
+                f" {one_line(failure)}"
+            ) from failure
         raise DataError(
-            f"--tasks {name}: its data set did not come from the Hugging Face hub ({one_line(failure)}); check the network, or give the "
-            f"data as --task-data FOLDER with FOLDER/{name}/<split>.jsonl"
+            f"--tasks {name}: its data set did not come from the Hugging Face hub"
+            f" ({one_line(failure)}); check the network, or give the data as --task-data FOLDER"
+            f" with FOLDER/{name}/<split>.jsonl"
         ) from failure
     return _Job(name, loaded, files)
 
@@ -224,26 +306,41 @@ def _leaves(name: str, index: Mapping[str, Any]) -> list[str]:
     """The tasks in a group, or the task itself."""
     entry = index.get(name)
     if entry is None:
-        raise RecipeError(f"--tasks {name}: defined inside a group of lm-eval, which --task-data cannot reach; name tasks one by one")
+        raise RecipeError(
+            f"--tasks {name}: defined inside a group of lm-eval, which --task-data cannot reach;"
+            " name tasks one by one"
+        )
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
     if entry.kind.name != "GROUP":
         return [name]
-    parts = [part if isinstance(part, str) else part.get("group") or part["task"] for part in entry.cfg["task"]]
-    return list(dict.fromkeys(itertools.chain.from_iterable(_leaves(part, index) for part in parts)))
+    parts = [
+        part if isinstance(part, str) else part.get("group") or part["task"]
+        for part in entry.cfg["task"]
+    ]
+    return list(
+        dict.fromkeys(itertools.chain.from_iterable(_leaves(part, index) for part in parts))
+    )
 
 
-def _read_locally(index: dict[str, Any], name: str, folder: Path, num_fewshot: int | None) -> list[Path]:
-    """Put a task with local data in the place of the stock one. Returns the files of its questions."""
+def _read_locally(
+    index: dict[str, Any], name: str, folder: Path, num_fewshot: int | None
+) -> list[Path]:
+    """Put a task with local data in place of the stock one. Returns the files of its questions."""
     loader = importlib.import_module("lm_eval.tasks._yaml_loader")
     entry = index[name]
     config = loader.load_yaml(entry.yaml_path)
     if "class" in config:
-        raise RecipeError(f"--tasks {name}: a Python class of lm-eval that fetches its own data; it cannot use --task-data")
+        raise RecipeError(
+            f"--tasks {name}: a Python class of lm-eval that fetches its own data; it cannot use"
+            " --task-data"
+        )
     own = config.get("num_fewshot")
     shots = num_fewshot if num_fewshot is not None and own != 0 else own or 0
     local, files = with_local_data(config, name, folder, shots)
-    index[name] = type(entry)(name=name, kind=entry.kind, yaml_path=None, cfg=local, tags=entry.tags)
+    index[name] = type(entry)(
+        name=name, kind=entry.kind, yaml_path=None, cfg=local, tags=entry.tags
+    )
     return files
 
 
@@ -258,7 +355,9 @@ def _set_fewshot(task: Any, name: str, num_fewshot: int | None, seed: int) -> No
 
 
 def _seeds(seed: int) -> tuple[int, int]:
-    """Seeds of Python, and of numpy, torch and the worked examples. At 0 they are lm-eval's defaults, so that its numbers come out."""
+    """Seeds of Python, and of numpy, torch and the worked examples. At 0 they are lm-eval's
+    defaults, so that its numbers come out.
+    """
     defaults = importlib.import_module("lm_eval.defaults")
     return defaults.DEFAULT_RANDOM_SEED + seed, defaults.DEFAULT_OTHER_SEED + seed
 
@@ -272,15 +371,21 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval without its bars, prints, notices and worker processes, and the caller's random state and log level as they were."""
+    """lm-eval without its bars, prints, notices and worker processes, and the caller's random state
+    and log level as they were.
+    """
     _index()  # says so where lm-eval is not installed
-    compiled = cache(importlib.import_module("lm_eval.utils").env.from_string)  # lm-eval compiles a template again for every row
+    # lm-eval compiles a template again for every row
+    compiled = cache(importlib.import_module("lm_eval.utils").env.from_string)
     places: tuple[tuple[str, str, Any], ...] = (
         *((module, "tqdm", no_bar) for module in ("api.task", "api.model", "models.huggingface")),
         ("api.metrics", "bootstrap_stderr", bootstrap_error),
         ("utils", "apply_template", lambda template, row: compiled(template).render(**row)),
     )
-    names = [(vars(importlib.import_module(f"lm_eval.{module}")), name, mine) for module, name, mine in places]
+    names = [
+        (vars(importlib.import_module(f"lm_eval.{module}")), name, mine)
+        for module, name, mine in places
+    ]
     stock = [table[name] for table, name, _ in names]
     log = logging.getLogger("lm_eval")
     level, python_state, numpy_state = log.level, random.getstate(), np.random.get_state()

@@ -20,28 +20,52 @@ def available() -> dict[str, type[Method]]:
     for module_info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{module_info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__ and hasattr(value, "name"):
+            if (
+                isinstance(value, type)
+                and issubclass(value, Method)
+                and value.__module__ == module.__name__
+                and hasattr(value, "name")
+            ):
                 found[value.name] = value
     return dict(sorted(found.items()))
 
 
 def make(method: str | Method, fields: dict[str, Any]) -> Method:
-    """A method by name with its fields, or the method given. Raises `RecipeError` for an unknown name or field."""
+    """A method by name with its fields, or the method given. Raises `RecipeError` for an unknown
+    name or field.
+    """
     if isinstance(method, Method):
         if fields:
-            raise RecipeError(f"fields {', '.join(fields)} go into {type(method).__name__}(...), not beside it")
+            raise RecipeError(
+                f"fields {', '.join(fields)} go into {type(method).__name__}(...), not beside it"
+            )
         return method
     methods = available()
     if method not in methods:
-        raise RecipeError(f"--method {method}: unknown; allowed: {', '.join(methods)}{did_you_mean(method, methods)}")
+        raise RecipeError(
+            f"--method {method}: unknown; allowed:"
+            f" {', '.join(methods)}{did_you_mean(method, methods)}"
+        )
     known = {field.name: field for field in dataclasses.fields(methods[method])}
     for name in fields:
         if name not in known:
-            owners = [other for other, cls in methods.items() if name in {field.name for field in dataclasses.fields(cls)}]
+            owners = [
+                other
+                for other, cls in methods.items()
+                if name in {field.name for field in dataclasses.fields(cls)}
+            ]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
-            raise RecipeError(f"--{name.replace('_', '-')}: not a flag of --method {method}; {belongs}{did_you_mean(name, known)}")
+            raise RecipeError(
+                f"--{name.replace('_', '-')}: not a flag of --method {method};"
+                f" {belongs}{did_you_mean(name, known)}"
+            )
     kinds = hints(methods[method])
-    return methods[method](**{name: check(name, _fitting(name, str(kinds[name]), value), kinds[name]) for name, value in fields.items()})
+    return methods[method](
+        **{
+            name: check(name, _fitting(name, str(kinds[name]), value), kinds[name])
+            for name, value in fields.items()
+        }
+    )
 
 
 def _fitting(name: str, kind: str, value: Any) -> Any:
@@ -55,4 +79,7 @@ def _fitting(name: str, kind: str, value: Any) -> Any:
         return tuple(int(word) for word in words)
     except ValueError:
         given = shortened(",".join(words))
-        raise RecipeError(f"--{name.replace('_', '-')} {given}: not a list of whole numbers; write it like 21,22,25") from None
+        raise RecipeError(
+            f"--{name.replace('_', '-')} {given}: not a list of whole numbers; write it like"
+            " 21,22,25"
+        ) from None

@@ -1,4 +1,6 @@
-"""What a method is: a frozen dataclass. Its fields are its flags, its saved recipe and its row in the docs; it yields edits."""
+"""What a method is: a frozen dataclass. Its fields are its flags, its saved recipe and its row in
+the docs; it yields edits.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from grasp.stages.statistics import AngularDistance, Similarity
 class Plan:
     """What a method will do, as far as it can tell before it has seen the statistics.
 
-    `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps` count passes over the calibration set.
+    `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps`
+    count passes over the calibration set.
     """
 
     num_layers: int
@@ -36,8 +39,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Base of all methods. The driver (`grasp.pipeline`) collects what the method `needs` in one sweep, then applies each edit
-    before it asks for the next, so a one-shot and a sequential method are one thing: the latter calls `model.sweep` between edits.
+    """Base of all methods. The driver (`grasp.pipeline`) collects what the method `needs` in one
+    sweep, then applies each edit before it asks for the next, so a one-shot and a sequential method
+    are one thing: the latter calls `model.sweep` between edits.
     """
 
     name: ClassVar[str]
@@ -46,19 +50,26 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def check(self, model: Decoder) -> None:
-        """Raise `RecipeError` where the fields do not fit the model. Called before any work is done."""
+    @classmethod
+    def about(cls) -> str:
+        """What the method does, in one line: the first paragraph of its docstring."""
+        return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise `RecipeError` where the fields do not fit the model. Called before any work is
+        done.
+        """
 
     @abstractmethod
-    def plan(self, model: Decoder) -> Plan:
+    def plan(self, decoder: Decoder) -> Plan:
         """What will be done, from the model's shapes alone."""
 
     @abstractmethod
-    def needs(self, model: Decoder) -> list[Collector]:
+    def needs(self, decoder: Decoder) -> list[Collector]:
         """The statistics of the dense model that the method starts from."""
 
     @abstractmethod
-    def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
         """The edits, in order; each is applied before the next is asked for."""
 
     @property
@@ -66,25 +77,42 @@ class Method(ABC):
         """Whether the scores are losses in nats a token, so that `predict` can be asked."""
         return False
 
-    def predict(self, model: Decoder, data: Calibration, stats: Statistics, ratios: Sequence[float]) -> dict[float, float]:
-        """Ratio -> expected rise of the loss in nats a token, for the ratios that can be reached. Changes nothing."""
+    def predict(
+        self, decoder: Decoder, data: Calibration, stats: Statistics, ratios: Sequence[float]
+    ) -> dict[float, float]:
+        """Ratio -> expected rise of the loss in nats a token, for the ratios that can be reached.
+        Changes nothing.
+        """
         raise NotImplementedError
 
     def recipe(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values."""
         fields = [f for f in dataclasses.fields(self) if f.metadata["recipe"]]
-        given = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        given = {
+            f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default
+        }
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in given.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMethod(Method):
-    """Base of the methods that edit chosen decoder layers: the most redundant ones, as many as asked for, or those named."""
+    """Base of the methods that edit chosen decoder layers: the most redundant ones, as many as
+    asked for, or those named.
+    """
 
-    ratio: Share | None = flag(None, "Share of ALL parameters to remove; the number of layers follows.")
+    ratio: Share | None = flag(
+        None, "Share of ALL parameters to remove; the number of layers follows."
+    )
     num_layers: NumLayers | None = flag(None, "Edit this many layers, the most redundant ones.")
     layers: tuple[int, ...] | None = flag(None, "Edit these layers, e.g. 21,22,25.")
-    angular: bool = flag(False, "Choose one contiguous span by angular distance at the last token instead of block influence.")
+    angular: bool = flag(
+        False,
+        "Choose one contiguous span by angular distance at the last token instead of block"
+        " influence.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +120,10 @@ class LayerMethod(Method):
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
             said = f"got {' and '.join(given)}" if given else "none was given"
-            raise RecipeError(f"--method {self.name}: say how much to compress with one of {', '.join(sizes)}; {said}")
+            raise RecipeError(
+                f"--method {self.name}: say how much to compress with one of {', '.join(sizes)};"
+                f" {said}"
+            )
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise RecipeError(f"--layers {','.join(map(str, self.layers))}: a layer is named twice")
         if self.layers == ():
@@ -100,17 +131,25 @@ class LayerMethod(Method):
         if self.angular and self.layers is not None:
             raise RecipeError("--angular chooses the layers, --layers names them; give one")
 
-    def check_layers(self, model: Decoder, most: int) -> None:
+    def check_layers(self, decoder: Decoder, most: int) -> None:
         """Raise `RecipeError` for a layer the model lacks, or for more than `most` layers."""
         for layer in self.layers or ():
-            if not 0 <= layer < model.num_layers:
-                raise RecipeError(f"--layers {layer}: the model has layers 0 to {model.num_layers - 1}")
+            if not 0 <= layer < decoder.num_layers:
+                raise RecipeError(
+                    f"--layers {layer}: the model has layers 0 to {decoder.num_layers - 1}"
+                )
         if self.num_layers is not None and self.num_layers > most:
-            raise RecipeError(f"--num-layers {self.num_layers}: the model has {model.num_layers} layers; at most {most} are allowed")
+            raise RecipeError(
+                f"--num-layers {self.num_layers}: the model has {decoder.num_layers} layers; at"
+                f" most {most} are allowed"
+            )
         if self.layers is not None and len(self.layers) > most:
-            raise RecipeError(f"--layers names all {model.num_layers} layers of the model; at most {most} are allowed")
+            raise RecipeError(
+                f"--layers names all {decoder.num_layers} layers of the model; at most {most} are"
+                " allowed"
+            )
 
-    def needs(self, model: Decoder) -> list[Collector]:
+    def needs(self, decoder: Decoder) -> list[Collector]:
         return [Similarity(), AngularDistance()] if self.angular else [Similarity()]
 
     def redundancy(self, stats: Statistics) -> Redundancy:
@@ -122,9 +161,17 @@ def check_rank_multiple(multiple: int, linears: Sequence[Linear]) -> None:
     """Raise `RecipeError` where no rank of these matrices is a multiple but 0."""
     largest = max((min(linear.shape) for linear in linears), default=multiple)
     if multiple > largest:
-        raise RecipeError(f"--rank-multiple {multiple}: no matrix of the model has so large a rank; at most {largest}")
+        raise RecipeError(
+            f"--rank-multiple {multiple}: no matrix of the model has so large a rank; at most"
+            f" {largest}"
+        )
 
 
 def ratio_unreachable(ratio: float, largest: float, hint: str) -> RecipeError:
-    """The error for a ratio beyond what a method can remove; `largest` is rounded down so that it can be asked for."""
-    return RecipeError(f"--ratio {ratio}: cannot be reached; the largest reachable is {int(largest * 1e4) / 1e4} ({hint})")
+    """The error for a ratio beyond what a method can remove; `largest` is rounded down so that it
+    can be asked for.
+    """
+    return RecipeError(
+        f"--ratio {ratio}: cannot be reached; the largest reachable is {int(largest * 1e4) / 1e4}"
+        f" ({hint})"
+    )

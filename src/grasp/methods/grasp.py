@@ -1,13 +1,17 @@
-"""GRASP: Replace Redundant Layers with Adaptive Singular Parameters (Liu et al., arXiv 2501.00339v4, Algorithm 1).
+"""GRASP: Replace Redundant Layers with Adaptive Singular Parameters (Liu et al., arXiv
+2501.00339v4, Algorithm 1).
 
-1. Sweep the calibration set; block influence says which layers barely change their input (section 3.1).
+1. Sweep the calibration set; block influence says which layers barely change their input (section
+   3.1).
 2. Write every matrix of those layers as a sum of singular groups `Phi_k = {u_k, sigma_k, v_k'}`.
-3. Score the groups by how much the language-model loss depends on them (section 3.2; `grasp.stages.attribution`).
+3. Score the groups by how much the language-model loss depends on them (section 3.2;
+   `grasp.stages.attribution`).
 4. Keep the best ones and store them as two thin matrices (section 3.3).
 
-One-shot scores all matrices from one forward and backward pass. Iterative goes from the last layer to the first and, after each
-layer's MLP and again after its attention, sweeps the partly compressed model (what the published code does; section 5 finds
-both equal). Where we deviate from the published code: labels are shifted once, biases take part, the last layer is scored before the final
+One-shot scores all matrices from one forward and backward pass. Iterative goes from the last layer
+to the first and, after each layer's MLP and again after its attention, sweeps the partly compressed
+model (what the published code does; section 5 finds both equal). Where we deviate from the
+published code: labels are shifted once, biases take part, the last layer is scored before the final
 norm, and a sample is a block of tokens, not a line of text.
 """
 
@@ -50,14 +54,24 @@ class Grasp(LayerMethod):
     name: ClassVar[str] = "grasp"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
 
-    retain_ratio: Share | None = flag(None, "Share of each replaced matrix's parameters to keep (default 0.1).")
+    retain_ratio: Share | None = flag(
+        None, "Share of each replaced matrix's parameters to keep (default 0.1)."
+    )
     threshold_ratio: Annotated[float, Meta(gt=0, le=1)] | None = flag(
         None, "Instead: keep the smallest set of groups that holds this share of a matrix's score."
     )
-    score: str = flag("taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".", words=SCORES)
-    iterative: bool = flag(False, "Sweep again after each layer's MLP and attention, last layer first.")
-    projections: tuple[str, ...] = flag(("all",), "Matrices to replace: all, attention, mlp, or roles such as q,k,v,o,gate,up,down.")
-    rank_multiple: RankMultiple = flag(1, "Round ranks down to a multiple of this, e.g. 8 for hardware.")
+    score: str = flag(
+        "taylor", "Importance of a singular group: " + ", ".join(SCORES) + ".", words=SCORES
+    )
+    iterative: bool = flag(
+        False, "Sweep again after each layer's MLP and attention, last layer first."
+    )
+    projections: tuple[str, ...] = flag(
+        ("all",), "Matrices to replace: all, attention, mlp, or roles such as q,k,v,o,gate,up,down."
+    )
+    rank_multiple: RankMultiple = flag(
+        1, "Round ranks down to a multiple of this, e.g. 8 for hardware."
+    )
     sigma_split: str = flag(
         "both",
         "Which factor holds the singular values: both (square roots), left (out) or right (in).",
@@ -67,21 +81,25 @@ class Grasp(LayerMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retain_ratio is not None and self.threshold_ratio is not None:
-            raise RecipeError("--retain-ratio and --threshold-ratio both say how many groups to keep; give one")
+            raise RecipeError(
+                "--retain-ratio and --threshold-ratio both say how many groups to keep; give one"
+            )
         if self.ratio is not None and self.threshold_ratio is not None:
-            raise RecipeError("--ratio fixes the size, --threshold-ratio lets it follow from the scores; give one")
+            raise RecipeError(
+                "--ratio fixes the size, --threshold-ratio lets it follow from the scores; give one"
+            )
 
     @property
     def _retain_ratio(self) -> float:
         return DEFAULT_RETAIN_RATIO if self.retain_ratio is None else self.retain_ratio
 
-    def check(self, model: Decoder) -> None:
-        self.check_layers(model, most=model.num_layers)
-        check_rank_multiple(self.rank_multiple, model.linears(0, self.projections))
+    def check(self, decoder: Decoder) -> None:
+        self.check_layers(decoder, most=decoder.num_layers)
+        check_rank_multiple(self.rank_multiple, decoder.linears(0, self.projections))
         if self.ratio is not None:
-            self._for_ratio(model, range(model.num_layers))
+            self._for_ratio(decoder, range(decoder.num_layers))
 
-    def plan(self, model: Decoder) -> Plan:
+    def plan(self, decoder: Decoder) -> Plan:
         layers: Sequence[int]
         allocation: Allocation | None = None
         if self.layers is not None:
@@ -89,62 +107,105 @@ class Grasp(LayerMethod):
         elif self.num_layers is not None:
             layers = tuple(range(self.num_layers))
         else:
-            layers, allocation = self._for_ratio(model, range(model.num_layers))
-        linears = [linear for index in layers for linear in model.linears(index, self.projections)]
-        sweeps = 0 if self.score in ("magnitude", "random") else 2 * len(layers) if self.iterative else min(len(layers), 1)
+            layers, allocation = self._for_ratio(decoder, range(decoder.num_layers))
+        linears = [
+            linear for index in layers for linear in decoder.linears(index, self.projections)
+        ]
+        sweeps = (
+            0
+            if self.score in ("magnitude", "random")
+            else 2 * len(layers)
+            if self.iterative
+            else min(len(layers), 1)
+        )
         gradients = sum(math.prod(linear.shape) for linear in linears) if sweeps else 0
         parameters, num_edits = None, len(linears)
         if self.threshold_ratio is None:
             ranks = (allocation or self._uniform(linears)).ranks
             num_edits = sum(ranks[linear.path] is not None for linear in linears)
-            parameters = model.num_parameters() - sum(saved(linear.shape, ranks[linear.path]) for linear in linears)
+            parameters = decoder.num_parameters() - sum(
+                saved(linear.shape, ranks[linear.path]) for linear in linears
+            )
         fused = self.layers is not None and sweeps == 1 and self.score in NEEDS_WEIGHT_GRAD
         return Plan(len(layers), num_edits, parameters, 0 if fused else 1, sweeps, gradients)
 
-    def needs(self, model: Decoder) -> list[Collector]:
-        collectors = super().needs(model)
+    def needs(self, decoder: Decoder) -> list[Collector]:
+        collectors = super().needs(decoder)
         if self.layers is not None and self.score in NEEDS_WEIGHT_GRAD and not self.iterative:
-            linears = [linear for index in self.layers for linear in model.linears(index, self.projections)]
+            linears = [
+                linear
+                for index in self.layers
+                for linear in decoder.linears(index, self.projections)
+            ]
             collectors += [WeightGrad(linear.path for linear in linears)] if linears else []
         return collectors
 
-    def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
-        layers, allocation = self._choose(model, stats)
+    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+        layers, allocation = self._choose(decoder, stats)
         order = sorted(layers, reverse=True)
         for index in order:
-            low_rank = len(select(model.family, self.projections)) - len(model.linears(index, self.projections))
+            low_rank = len(select(decoder.family, self.projections)) - len(
+                decoder.linears(index, self.projections)
+            )
             if low_rank:
-                logger.warning("layer %d: %d of its matrices are low-rank pairs already and stay as they are", index, low_rank)
+                logger.warning(
+                    "layer %d: %d of its matrices are low-rank pairs already and stay as they are",
+                    index,
+                    low_rank,
+                )
         if not self.iterative:
-            linears = [linear for index in order for linear in self._processing_order(model, index)]
-            yield from self._replace(model, linears, allocation, data, stats)
+            linears = [
+                linear for index in order for linear in self._processing_order(decoder, index)
+            ]
+            yield from self._replace(decoder, linears, allocation, data, stats)
             return
         for index in order:
             for part in ("mlp", "attention"):
-                names = {path for _, path in getattr(model.family, part)}
-                linears = [linear for linear in model.linears(index, self.projections) if linear.name in names]
-                yield from self._replace(model, linears, allocation, data, task=f"attribution, layer {index} {part}")
+                names = {path for _, path in getattr(decoder.family, part)}
+                linears = [
+                    linear
+                    for linear in decoder.linears(index, self.projections)
+                    if linear.name in names
+                ]
+                yield from self._replace(
+                    decoder, linears, allocation, data, task=f"attribution, layer {index} {part}"
+                )
 
-    def _processing_order(self, model: Decoder, index: int) -> list[Linear]:
+    def _processing_order(self, decoder: Decoder, index: int) -> list[Linear]:
         """The layer's matrices, MLP before attention."""
-        mlp = {path for _, path in model.family.mlp}
-        return sorted(model.linears(index, self.projections), key=lambda linear: linear.name not in mlp)
+        mlp = {path for _, path in decoder.family.mlp}
+        return sorted(
+            decoder.linears(index, self.projections), key=lambda linear: linear.name not in mlp
+        )
 
-    def _choose(self, model: Decoder, stats: Statistics) -> tuple[Sequence[int], Allocation | None]:
+    def _choose(
+        self, decoder: Decoder, stats: Statistics
+    ) -> tuple[Sequence[int], Allocation | None]:
         """The layers to replace, and the ranks where the budget fixes them."""
         if self.layers is not None:
             return self.layers, None
         redundancy = self.redundancy(stats)
         if self.num_layers is not None:
             return redundancy.lowest(self.num_layers), None
-        return self._for_ratio(model, _most_redundant_first(redundancy), redundancy if self.angular else None)
+        return self._for_ratio(
+            decoder, _most_redundant_first(redundancy), redundancy if self.angular else None
+        )
 
-    def _for_ratio(self, model: Decoder, order: Sequence[int], spans: Redundancy | None = None) -> tuple[Sequence[int], Allocation]:
-        """Layers and ranks that remove the asked-for share of all parameters. Raises `RecipeError` naming the largest share."""
+    def _for_ratio(
+        self, decoder: Decoder, order: Sequence[int], spans: Redundancy | None = None
+    ) -> tuple[Sequence[int], Allocation]:
+        """Layers and ranks that remove the asked-for share of all parameters. Raises `RecipeError`
+        naming the largest share.
+        """
         assert self.ratio is not None
-        total = model.num_parameters()
+        total = decoder.num_parameters()
         target = math.ceil(self.ratio * total - 1e-6)
-        shapes = {index: {linear.path: linear.shape for linear in model.linears(index, self.projections)} for index in order}
+        shapes = {
+            index: {
+                linear.path: linear.shape for linear in decoder.linears(index, self.projections)
+            }
+            for index in order
+        }
         found = for_budget(order, shapes, target, self._retain_ratio, self.rank_multiple)
         for count in range(1, len(order) + 1) if spans is not None else ():
             order = sorted(spans.lowest(count), key=lambda index: spans.scores[index])  # type: ignore[union-attr]
@@ -152,23 +213,32 @@ class Grasp(LayerMethod):
             if found.reached:
                 break
         if not found.reached:
-            hint = f"all {model.num_layers} layers at --retain-ratio {self._retain_ratio}; lower it, or take more --projections"
+            hint = (
+                f"all {decoder.num_layers} layers at --retain-ratio {self._retain_ratio}; lower it,"
+                " or take more --projections"
+            )
             raise ratio_unreachable(self.ratio, found.removed / total, hint)
         return order[: found.num_layers], found.allocation
 
     def _uniform(self, linears: Sequence[Linear]) -> Allocation:
-        return uniform({linear.path: linear.shape for linear in linears}, self._retain_ratio, self.rank_multiple)
+        return uniform(
+            {linear.path: linear.shape for linear in linears},
+            self._retain_ratio,
+            self.rank_multiple,
+        )
 
     def _replace(
         self,
-        model: Decoder,
+        decoder: Decoder,
         linears: Sequence[Linear],
         allocation: Allocation | None,
         data: Calibration,
         stats: Statistics | None = None,
         task: str = "attribution",
     ) -> Iterator[Edit]:
-        """Score the groups of `linears` on the model as it is now, and yield their replacements one by one."""
+        """Score the groups of `linears` on the model as it is now, and yield their replacements one
+        by one.
+        """
         if allocation is None and self.threshold_ratio is None:
             allocation = self._uniform(linears)
         if allocation is not None:
@@ -183,22 +253,36 @@ class Grasp(LayerMethod):
         moments: dict[str, torch.Tensor] = {}
         if self.score in NEEDS_WEIGHT_GRAD:
             ready = stats is not None and WeightGrad.name in stats.tables
-            found = stats if stats is not None and ready else model.sweep(data, [WeightGrad(linear.path for linear in linears)], task)
+            found = (
+                stats
+                if stats is not None and ready
+                else decoder.sweep(data, [WeightGrad(linear.path for linear in linears)], task)
+            )
             grads = dict(found[WeightGrad.name])
         elif self.score in NEEDS_GROUP_GRAD:
             groups = {linear.path: svd(linear.weight) for linear in linears}
-            moments = dict(model.sweep(data, [GroupGrad(groups)], task)[GroupGrad.name])
+            moments = dict(decoder.sweep(data, [GroupGrad(groups)], task)[GroupGrad.name])
         for linear in linears:
             u, s, vh = groups.pop(linear.path) if groups else svd(linear.weight)
-            generator = torch.Generator().manual_seed(data.seed * 1_000_003 + zlib.crc32(linear.path.encode()))
+            generator = torch.Generator().manual_seed(
+                data.seed * 1_000_003 + zlib.crc32(linear.path.encode())
+            )
             scored = attribute(
-                linear.path, self.score, u, s, vh,
-                grad=grads.pop(linear.path, None), moments=moments.get(linear.path), generator=generator,
-            )  # fmt: skip
+                linear.path,
+                self.score,
+                u,
+                s,
+                vh,
+                grad=grads.pop(linear.path, None),
+                moments=moments.get(linear.path),
+                generator=generator,
+            )
             if allocation is not None:
                 rank = allocation.ranks[linear.path]
             else:
-                rank = threshold(linear.shape, scored, self.threshold_ratio or 0.0, self.rank_multiple)
+                rank = threshold(
+                    linear.shape, scored, self.threshold_ratio or 0.0, self.rank_multiple
+                )
             if rank is None:
                 _stays_dense(linear)
             else:
@@ -209,7 +293,8 @@ class Grasp(LayerMethod):
 
 def _stays_dense(linear: Linear) -> None:
     logger.warning(
-        "%s stays dense: a pair of the rank asked for is not smaller than the %d x %d matrix (break-even rank %.1f)",
+        "%s stays dense: a pair of the rank asked for is not smaller than the %d x %d matrix"
+        " (break-even rank %.1f)",
         linear.path,
         *linear.shape,
         break_even_rank(*linear.shape),

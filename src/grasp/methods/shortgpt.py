@@ -1,7 +1,9 @@
-"""ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (Men et al., arXiv 2403.03853).
+"""ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (Men et al., arXiv
+2403.03853).
 
 1. Sweep the calibration set once, on the dense model.
-2. Block influence of a layer is `1 - mean over tokens of cos(layer input, layer output)`, padding masked.
+2. Block influence of a layer is `1 - mean over tokens of cos(layer input, layer output)`, padding
+   masked.
 3. Delete the n layers with the lowest block influence; they need not be contiguous.
 """
 
@@ -25,36 +27,49 @@ class ShortGPT(LayerMethod):
     name: ClassVar[str] = "shortgpt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.03853"
 
-    def check(self, model: Decoder) -> None:
-        self.check_layers(model, most=model.num_layers - 1)
-        if self._count(model):
-            check_droppable(model, self.layers or [model.num_layers // 2])  # which layers go is not known yet; one stands for all
+    def check(self, decoder: Decoder) -> None:
+        self.check_layers(decoder, most=decoder.num_layers - 1)
+        if self._count(decoder):
+            # which layers go is not known yet; one stands for all
+            check_droppable(decoder, self.layers or [decoder.num_layers // 2])
 
-    def plan(self, model: Decoder) -> Plan:
-        count = self._count(model)
-        sizes = _layer_sizes(model)
+    def plan(self, decoder: Decoder) -> Plan:
+        count = self._count(decoder)
+        sizes = _layer_sizes(decoder)
         layers = self.layers if self.layers is not None else range(count)
-        return Plan(count, count, model.num_parameters() - sum(sizes[index] for index in layers), 1, 0)
+        return Plan(
+            count, count, decoder.num_parameters() - sum(sizes[index] for index in layers), 1, 0
+        )
 
-    def edits(self, model: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
-        layers = self.layers if self.layers is not None else self.redundancy(stats).lowest(self._count(model))
+    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+        layers = (
+            self.layers
+            if self.layers is not None
+            else self.redundancy(stats).lowest(self._count(decoder))
+        )
         for index in sorted(layers, reverse=True):
             yield Drop(index)
 
-    def _count(self, model: Decoder) -> int:
-        """How many layers go; for a ratio, the fewest that reach it. Raises `RecipeError` where that is more than all but one."""
+    def _count(self, decoder: Decoder) -> int:
+        """How many layers go; for a ratio, the fewest that reach it. Raises `RecipeError` where
+        that is more than all but one.
+        """
         if self.layers is not None:
             return len(self.layers)
         if self.num_layers is not None:
             return self.num_layers
         assert self.ratio is not None
-        total, sizes = model.num_parameters(), _layer_sizes(model)
+        total, sizes = decoder.num_parameters(), _layer_sizes(decoder)
         smallest = min(sizes.values())
         count = math.ceil((self.ratio * total - 1e-6) / smallest)
-        if count >= model.num_layers:
-            raise ratio_unreachable(self.ratio, smallest * (model.num_layers - 1) / total, "all layers but one")
+        if count >= decoder.num_layers:
+            raise ratio_unreachable(
+                self.ratio, smallest * (decoder.num_layers - 1) / total, "all layers but one"
+            )
         return count
 
 
-def _layer_sizes(model: Decoder) -> dict[int, int]:
-    return {layer.index: sum(p.numel() for p in layer.module.parameters()) for layer in model.layers()}
+def _layer_sizes(decoder: Decoder) -> dict[int, int]:
+    return {
+        layer.index: sum(p.numel() for p in layer.module.parameters()) for layer in decoder.layers()
+    }

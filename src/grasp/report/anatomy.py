@@ -14,14 +14,25 @@ MOST_POINTS = 600
 
 
 def block_influence(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """One record a layer. `floor`: where its bar begins on a logarithmic axis; a score of 0 or below is drawn there."""
+    """One record a layer. `floor`: where its bar begins on a logarithmic axis; a score of 0 or
+    below is drawn there.
+    """
     scores = checkpoint.redundancy
     positive = [score for score in scores.values() if score > 0]
     floor = 10 ** _floor_power(min(positive)) if positive else 1e-6
     edited, dropped = checkpoint.edited, set(checkpoint.dropped)
-    states = {layer: "removed" if layer in dropped else "low-rank" if layer in edited else "untouched" for layer in scores}
+    states = {
+        layer: "removed" if layer in dropped else "low-rank" if layer in edited else "untouched"
+        for layer in scores
+    }
     return [
-        {"layer": layer, "score": score, "shown": max(score, floor), "floor": floor, "state": states[layer]}
+        {
+            "layer": layer,
+            "score": score,
+            "shown": max(score, floor),
+            "floor": floor,
+            "state": states[layer],
+        }
         for layer, score in sorted(scores.items())
     ]
 
@@ -34,14 +45,16 @@ def _floor_power(value: float | int) -> int:
 
 
 def matrix_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of a matrix inside its layer -> what to call it: its last part, where only one ends so."""
+    """Name of a matrix inside its layer -> what to call it: its last part, if only one ends so."""
     names = list(dict.fromkeys(matrix.name for matrix in checkpoint.matrices))
     last = Counter(name.rsplit(".", 1)[-1] for name in names)
     return {name: tail if last[tail := name.rsplit(".", 1)[-1]] == 1 else name for name in names}
 
 
 def ranks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """One record for every matrix of every layer: the share of its groups that is kept, 1 where it stays dense, 0 where it is gone."""
+    """One record for every matrix of every layer: the share of its groups that is kept, 1 where it
+    stays dense, 0 where it is gone.
+    """
     names = matrix_names(checkpoint)
     found = {(matrix.layer, matrix.name): matrix for matrix in checkpoint.matrices}
     if not found or not all(matrix.groups for matrix in checkpoint.matrices):
@@ -52,7 +65,13 @@ def ranks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             matrix = found.get((layer, name))
             gone = layer in checkpoint.dropped
             share = 0.0 if gone else 1.0 if matrix is None else matrix.rank / matrix.groups
-            told = "removed" if gone else "dense" if matrix is None else f"rank {matrix.rank} of {matrix.groups}"
+            told = (
+                "removed"
+                if gone
+                else "dense"
+                if matrix is None
+                else f"rank {matrix.rank} of {matrix.groups}"
+            )
             record = {"layer": layer, "matrix": shown, "share": round(share, 4), "what": told}
             if matrix is not None and matrix.predicted_loss is not None:
                 record["loss"] = float(f"{matrix.predicted_loss:.4g}")
@@ -61,19 +80,36 @@ def ranks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def layer_losses(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Predicted rise of the loss by layer and part of the layer, in nats a token; empty where any matrix says none."""
-    if not checkpoint.matrices or any(matrix.predicted_loss is None for matrix in checkpoint.matrices):
+    """Predicted rise of the loss by layer and part of the layer, in nats a token; empty where any
+    matrix says none.
+    """
+    if not checkpoint.matrices or any(
+        matrix.predicted_loss is None for matrix in checkpoint.matrices
+    ):
         return []
     sums: dict[tuple[int, str], float] = {}
     for matrix in checkpoint.matrices:
-        part = "MLP" if any(word in matrix.name for word in ("mlp", "fc", "ffn", "dense_h", "dense_4h")) else "attention"
-        sums[matrix.layer, part] = sums.get((matrix.layer, part), 0.0) + (matrix.predicted_loss or 0.0)
-    return [{"layer": layer, "part": part, "loss": float(f"{loss:.4g}")} for (layer, part), loss in sorted(sums.items())]
+        part = (
+            "MLP"
+            if any(word in matrix.name for word in ("mlp", "fc", "ffn", "dense_h", "dense_4h"))
+            else "attention"
+        )
+        sums[matrix.layer, part] = sums.get((matrix.layer, part), 0.0) + (
+            matrix.predicted_loss or 0.0
+        )
+    return [
+        {"layer": layer, "part": part, "loss": float(f"{loss:.4g}")}
+        for (layer, part), loss in sorted(sums.items())
+    ]
 
 
 def shown_matrices(checkpoint: Checkpoint, most: int) -> list[Matrix]:
     """A few matrices with scores: over the depth of the model, and of different kinds."""
-    scored = [matrix for matrix in checkpoint.matrices if matrix.scores and matrix.kept and len(matrix.kept) < matrix.groups]
+    scored = [
+        matrix
+        for matrix in checkpoint.matrices
+        if matrix.scores and matrix.kept and len(matrix.kept) < matrix.groups
+    ]
     scored.sort(key=lambda matrix: matrix.layer)
     kinds = list(dict.fromkeys(matrix.name for matrix in scored))
     chosen: list[Matrix] = []
@@ -81,7 +117,9 @@ def shown_matrices(checkpoint: Checkpoint, most: int) -> list[Matrix]:
         layer = scored[round(number * (len(scored) - 1) / max(1, min(most, len(scored)) - 1))].layer
         kind = kinds[number * max(1, len(kinds) // most) % len(kinds)]
         left = [matrix for matrix in scored if matrix not in chosen]
-        chosen.append(min(left, key=lambda matrix: (abs(matrix.layer - layer), matrix.name != kind)))
+        chosen.append(
+            min(left, key=lambda matrix: (abs(matrix.layer - layer), matrix.name != kind))
+        )
     return sorted(chosen, key=lambda matrix: matrix.layer)
 
 

@@ -16,7 +16,9 @@ def command_line(recipe: dict[str, Any], out: str) -> str:
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words.append(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+            words.append(
+                ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            )
     return shlex.join(words)
 
 
@@ -24,15 +26,28 @@ def _recovered(told: dict[str, Any]) -> list[str]:
     """Table rows about the training that followed."""
     recipe, first, best = told["recipe"], told["curve"][0], told["best"]
     return [
-        f"| then trained | {told['trained_parameters']:,} numbers ({recipe['train']}), objective {recipe['objective']}, {told['steps']:,} steps of {recipe['batch_size']} rows |",
-        f"| training text | {', '.join(told['data']['sources'])}: {told['data']['tokens']:,} tokens |",
-        f"| held-out loss | {first.get('held_out_loss') or float('nan'):.4f} → {best['held_out_loss']:.4f} |",
+        (
+            f"| then trained | {told['trained_parameters']:,} numbers ({recipe['train']}),"
+            f" objective {recipe['objective']}, {told['steps']:,} steps of {recipe['batch_size']}"
+            " rows |"
+        ),
+        (
+            f"| training text | {', '.join(told['data']['sources'])}: {told['data']['tokens']:,}"
+            " tokens |"
+        ),
+        (
+            f"| held-out loss | {first.get('held_out_loss') or float('nan'):.4f} →"
+            f" {best['held_out_loss']:.4f} |"
+        ),
     ]
 
 
 def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
     """The command that compressed, those that trained afterwards, and the one that quantized."""
-    told, commands, name, after = manifest.get("recovery"), list[str](), out, manifest.get("quantization")
+    told = manifest.get("recovery")
+    commands = list[str]()
+    name = out
+    after = manifest.get("quantization")
     if after:
         name = after["checkpoint"]
     while told:
@@ -44,9 +59,15 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
 
 def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
-    groups = f", groups of {told['group_size']}" if told["scheme"] == "int4" else ", one scale a row"
+    groups = (
+        f", groups of {told['group_size']}" if told["scheme"] == "int4" else ", one scale a row"
+    )
     return [
-        f"| quantized | {told['scheme']}{groups}: {told['matrices']} matrices, {100 * told['share']:.1f} % of all numbers; not the embeddings, output layer, norms, biases |",
+        (
+            f"| quantized | {told['scheme']}{groups}: {told['matrices']} matrices,"
+            f" {100 * told['share']:.1f} % of all numbers; not the embeddings, output layer, norms,"
+            " biases |"
+        ),
         f"| bytes | {told['bytes_before']:,} → {told['bytes_after']:,} |",
     ]
 
@@ -58,10 +79,18 @@ def _listed(numbers: list[int]) -> str:
 
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
-    model, sizes, method, data = manifest["model"], manifest["parameters"], manifest["method"], manifest.get("calibration")
+    model = manifest["model"]
+    sizes = manifest["parameters"]
+    method = manifest["method"]
+    data = manifest.get("calibration")
     low_rank = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
     dropped = [edit["layer"] for edit in manifest["edits"] if edit["edit"] == "drop"]
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [grasp, compression]"]
+    head = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [grasp, compression]",
+    ]
     if "/" in model["source"] and not model["source"].startswith((".", "/", "~")):
         head.append(f"base_model: {model['source']}")
     made = f"compressed by `{method['name']}` ({method['paper']})" if data else "quantized"
@@ -75,24 +104,39 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| parameters | {sizes['before']:,} → {sizes['after']:,} ({100 * sizes['ratio']:.2f} % removed) |",
+        (
+            f"| parameters | {sizes['before']:,} → {sizes['after']:,} ({100 * sizes['ratio']:.2f} %"
+            " removed) |"
+        ),
         f"| dtype | {model['dtype']} |",
     ]
     if data:
         body += [
-            f"| calibration | {data['source']}, {data['num_samples']} blocks × {data['seq_len']} tokens, seed {data['seed']} |",
+            (
+                f"| calibration | {data['source']}, {data['num_samples']} blocks ×"
+                f" {data['seq_len']} tokens, seed {data['seed']} |"
+            ),
             f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
         ]
     if low_rank:
-        layers = sorted({int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()})
+        layers = sorted(
+            {int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()}
+        )
         ranks = sorted({edit["rank"] for edit in low_rank})
-        body.append(f"| low-rank matrices | {len(low_rank)} in layers {_listed(layers)}; ranks {_listed(ranks)} |")
-    if any(edit.get("pivoted") for edit in low_rank):
-        body.append("| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |")
-    if "prediction" in manifest:
-        rise, factor = manifest["prediction"]["loss_rise"], manifest["prediction"]["perplexity_ratio"]
         body.append(
-            f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token, perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
+            f"| low-rank matrices | {len(low_rank)} in layers {_listed(layers)}; ranks"
+            f" {_listed(ranks)} |"
+        )
+    if any(edit.get("pivoted") for edit in low_rank):
+        body.append(
+            "| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |"
+        )
+    if "prediction" in manifest:
+        rise = manifest["prediction"]["loss_rise"]
+        factor = manifest["prediction"]["perplexity_ratio"]
+        body.append(
+            f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token,"
+            f" perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
         )
     body += [f"| note | {note} |" for note in manifest.get("notes", ())]
     if dropped:
@@ -104,13 +148,33 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
     body += ["", "## Load", "", "```python"]
     needs_grasp = bool(low_rank) or "quantization" in manifest
     if needs_grasp:
-        body.append("import grasp  # pip install grasp-llm; or leave this out and pass trust_remote_code=True below")
-    body += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f'model = AutoModelForCausalLM.from_pretrained("{out}")']
-    served = f"`vllm serve {out}`" + (", with `pip install grasp-llm` beside vLLM" if needs_grasp else "")
-    body += [f'tokenizer = AutoTokenizer.from_pretrained("{out}")', "```", "", f"Serve it: {served}.", "", "## Repeat", "", "```"]
+        body.append(
+            "import grasp  # pip install grasp-llm; or leave this out and pass"
+            " trust_remote_code=True below"
+        )
+    body += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+    ]
+    served = f"`vllm serve {out}`" + (
+        ", with `pip install grasp-llm` beside vLLM" if needs_grasp else ""
+    )
+    body += [
+        f'tokenizer = AutoTokenizer.from_pretrained("{out}")',
+        "```",
+        "",
+        f"Serve it: {served}.",
+        "",
+        "## Repeat",
+        "",
+        "```",
+    ]
     body += [*repeat(manifest, out), "```", ""]
     body += [
-        "Every edit, score and hash is in `grasp.json`. Versions: " + json.dumps(manifest["versions"])[1:-1].replace('"', "") + ".",
+        "Every edit, score and hash is in `grasp.json`. Versions: "
+        + json.dumps(manifest["versions"])[1:-1].replace('"', "")
+        + ".",
         "",
     ]
     return "\n".join(body)

@@ -1,8 +1,10 @@
-"""`grasp report`: what was measured and how a model was made, as one HTML page that opens anywhere, offline.
+"""`grasp report`: what was measured and how a model was made, as one HTML page that opens anywhere,
+offline.
 
-The page holds everything: the drawings (SVG, readable without scripts), the same charts as Vega-Lite, and the script that makes them
-interactive. A content security policy in it lets it load nothing and run only its own two scripts, named by their hashes, so that no text
-from a results file can do more than be read.
+The page holds everything: the drawings (SVG, readable without scripts), the same charts as
+Vega-Lite, and the script that makes them interactive. A content security policy in it lets it load
+nothing and run only its own two scripts, named by their hashes, so that no text from a results file
+can do more than be read.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from grasp.errors import RecipeError
 from grasp.report import anatomy, look, wording
 from grasp.report.card import repeat
 from grasp.report.charts import unchecked
-from grasp.report.figures import Colours, Figure, checkpoint_figures, over_size, speeds, summary, sweep_figures
+from grasp.report.figures import (
+    Colours,
+    Figure,
+    checkpoint_figures,
+    over_size,
+    speeds,
+    summary,
+    sweep_figures,
+)
 from grasp.report.highlights import highlights
 from grasp.report.reading import Checkpoint, Material, gather
 from grasp.report.rows import Row, columns_of, rows_of
@@ -35,14 +45,17 @@ from grasp.report.vega import Runtime, draw
 
 HERE = Path(__file__).parent
 MOST_DRAWN, MOST_MATRICES = 8, 6
-"""Checkpoints whose charts are drawn, and matrices of each: more would make the page slow and large."""
+"""Checkpoints whose charts are drawn, and matrices of each: more would make the page slow and
+large.
+"""
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write the report of everything that `paths` hold to the file `out`; returns `out`.
 
-    A path is a checkpoint, a results file, or a directory that holds some, itself or one level below. Raises `CheckpointError` where one
-    holds nothing or is damaged, `RecipeError` where `out` cannot be written. The file is written whole or not at all.
+    A path is a checkpoint, a results file, or a directory that holds some, itself or one level
+    below. Raises `CheckpointError` where one holds nothing or is damaged, `RecipeError` where `out`
+    cannot be written. The file is written whole or not at all.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise RecipeError(f"-o {out}: a report is an HTML page; give a name that ends in .html")
@@ -63,23 +76,46 @@ def render(material: Material, runtime: Runtime) -> str:
     """The page."""
     rows = rows_of(material)
     columns = columns_of(rows)
-    colours = look.colours_of([row.method for row in rows] + [checkpoint.method for checkpoint in material.checkpoints])
+    colours = look.colours_of(
+        [row.method for row in rows] + [checkpoint.method for checkpoint in material.checkpoints]
+    )
     drawn = Drawn()
     sizes = drawn.all(over_size(rows, columns, colours))
     fast = drawn.all(speeds(rows, columns, colours))
-    varied = [(sweep, drawn.all(sweep_figures(sweep, rows, columns, colours))) for sweep in sweeps_of(rows)]
-    checkpoints = [_checkpoint(one, number, material, colours, drawn) for number, one in enumerate(material.checkpoints)]
+    varied = [
+        (sweep, drawn.all(sweep_figures(sweep, rows, columns, colours)))
+        for sweep in sweeps_of(rows)
+    ]
+    checkpoints = [
+        _checkpoint(one, number, material, colours, drawn)
+        for number, one in enumerate(material.checkpoints)
+    ]
     scripts = [runtime.text(), (HERE / "page.js").read_text(encoding="utf-8")]
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {show.__name__: show for show in (wording.plain, wording.settings, wording.duration, wording.percent)}
+    environment.filters |= {
+        show.__name__: show
+        for show in (wording.plain, wording.settings, wording.duration, wording.percent)
+    }
     return environment.get_template("page.html").render(
         title=_title(material),
         policy=_policy(scripts),
         style=Markup(_style()),
         scripts=[Markup(script) for script in scripts],
-        data=Markup(_safe_json({"config": look.config(), "dark": dict(look.COLOURS.values()), "charts": drawn.specs})),
+        data=Markup(
+            _safe_json(
+                {
+                    "config": look.config(),
+                    "dark": dict(look.COLOURS.values()),
+                    "charts": drawn.specs,
+                }
+            )
+        ),
         table=table_of(rows, columns),
         highlights=highlights(rows, columns),
         notes=_notes(rows),
@@ -109,11 +145,20 @@ class Drawn:
             name = f"chart-{len(self.specs)}"
             self.specs[name] = {**figure.spec, "description": figure.described}
             svg = draw(figure.spec, self.config, name, figure.described)
-            found.append({"name": name, "svg": Markup(svg), "wide": figure.wide, "described": figure.described})
+            found.append(
+                {
+                    "name": name,
+                    "svg": Markup(svg),
+                    "wide": figure.wide,
+                    "described": figure.described,
+                }
+            )
         return found
 
 
-def _checkpoint(checkpoint: Checkpoint, number: int, material: Material, colours: Colours, drawn: Drawn) -> dict[str, Any]:
+def _checkpoint(
+    checkpoint: Checkpoint, number: int, material: Material, colours: Colours, drawn: Drawn
+) -> dict[str, Any]:
     """What the page shows of one checkpoint."""
     matrices = MOST_MATRICES if len(material.checkpoints) == 1 else MOST_MATRICES // 2
     figures = checkpoint_figures(checkpoint, colours, matrices) if number < MOST_DRAWN else {}
@@ -154,13 +199,17 @@ def _notes(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
-def _prompts(rows: Sequence[Row]) -> list[tuple[str, list[tuple[Row, Generation, list[tuple[str, bool]]]]]]:
+def _prompts(
+    rows: Sequence[Row],
+) -> list[tuple[str, list[tuple[Row, Generation, list[tuple[str, bool]]]]]]:
     """For every prompt, what each model wrote, cut into pieces that are said again or not."""
     found: dict[str, list[tuple[Row, Generation, list[tuple[str, bool]]]]] = {}
     for row in rows:
         for one in row.result.generations:
             text = one.text.lstrip("\n")
-            found.setdefault(one.prompt, []).append((row, one, said_again(text[1:] if re.match(r" \S", text) else text)))
+            found.setdefault(one.prompt, []).append(
+                (row, one, said_again(text[1:] if re.match(r" \S", text) else text))
+            )
     return list(found.items())
 
 
@@ -188,16 +237,30 @@ def said_again(text: str, length: int = 4) -> list[tuple[str, bool]]:
 
 def _style() -> str:
     dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {look.variables(1)} }} }}"
-    return f":root {{ {look.variables(0)} }}\n{dark}\n{(HERE / 'page.css').read_text(encoding='utf-8')}"
+    return (
+        f":root {{ {look.variables(0)}"
+        f" }}\n{dark}\n{(HERE / 'page.css').read_text(encoding='utf-8')}"
+    )
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Load nothing; run these scripts and no others. Charts style themselves, and export pictures as data."""
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    """Load nothing; run these scripts and no others. Charts style themselves, and export pictures
+    as data.
+    """
+    hashes = (
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    )
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:;"
+        " base-uri 'none'; form-action 'none'"
+    )
 
 
 def _safe_json(value: Mapping[str, Any]) -> str:
     """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace("&", "\\u0026")
+    return (
+        json.dumps(value, separators=(",", ":"), allow_nan=False)
+        .replace("<", "\\u003c")
+        .replace("&", "\\u0026")
+    )

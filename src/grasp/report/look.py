@@ -1,8 +1,10 @@
 """The colours and type of the report, once: charts, style sheet and script all read them here.
 
-Every colour has a light and a dark value. A chart is written in the light ones; a drawn SVG then names them by CSS variable, and the
-script swaps them in the interactive chart, so both follow the reader's `prefers-color-scheme`. The series colours differ in hue and in
-lightness, so that they stay apart for colour-blind readers; charts use shapes beside them. The dense model is grey everywhere.
+Every colour has a light and a dark value. A chart is written in the light ones; a drawn SVG then
+names them by CSS variable, and the script swaps them in the interactive chart, so both follow the
+reader's `prefers-color-scheme`. The series colours differ in hue and in lightness, so that they
+stay apart for colour-blind readers; charts use shapes beside them. The dense model is grey
+everywhere.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def light(name: str) -> str:
 def colours_of(methods: Iterable[str]) -> dict[str, str]:
     """A colour for every method, the same in every chart."""
     named = [method for method in dict.fromkeys(methods) if method != "dense"]
-    return {"dense": light("dense"), **{method: light(SERIES[number % len(SERIES)]) for number, method in enumerate(named)}}
+    return {
+        "dense": light("dense"),
+        **{method: light(SERIES[number % len(SERIES)]) for number, method in enumerate(named)},
+    }
 
 
 def variables(column: int) -> str:
@@ -69,12 +74,41 @@ def config() -> dict[str, Any]:
         "font": FONT,
         "padding": 4,
         "view": {"stroke": None},
-        "title": {"anchor": "start", "frame": "bounds", "color": ink, "fontSize": 13, "fontWeight": 600, "offset": 10,
-                  "subtitleColor": muted, "subtitleFontSize": 11.5, "subtitlePadding": 4},
-        "axis": {"labelColor": muted, "titleColor": muted, "labelFontSize": 11, "titleFontSize": 11.5, "titleFontWeight": 400,
-                 "gridColor": grid, "domainColor": rule, "tickColor": rule, "tickSize": 4, "labelLimit": 150, "titlePadding": 7},
+        "title": {
+            "anchor": "start",
+            "frame": "bounds",
+            "color": ink,
+            "fontSize": 13,
+            "fontWeight": 600,
+            "offset": 10,
+            "subtitleColor": muted,
+            "subtitleFontSize": 11.5,
+            "subtitlePadding": 4,
+        },
+        "axis": {
+            "labelColor": muted,
+            "titleColor": muted,
+            "labelFontSize": 11,
+            "titleFontSize": 11.5,
+            "titleFontWeight": 400,
+            "gridColor": grid,
+            "domainColor": rule,
+            "tickColor": rule,
+            "tickSize": 4,
+            "labelLimit": 150,
+            "titlePadding": 7,
+        },
         "axisY": {"domain": False, "ticks": False},
-        "legend": {"labelColor": ink, "titleColor": muted, "labelFontSize": 11.5, "titleFontSize": 11.5, "titleFontWeight": 400,
-                   "labelLimit": 200, "symbolStrokeWidth": 2, "orient": "bottom", "columnPadding": 14},
+        "legend": {
+            "labelColor": ink,
+            "titleColor": muted,
+            "labelFontSize": 11.5,
+            "titleFontSize": 11.5,
+            "titleFontWeight": 400,
+            "labelLimit": 200,
+            "symbolStrokeWidth": 2,
+            "orient": "bottom",
+            "columnPadding": 14,
+        },
         "range": {"category": [light(name) for name in SERIES]},
-    }  # fmt: skip
+    }

@@ -25,18 +25,29 @@ def check_picture(path: Path) -> None:
     """Raise `RecipeError` where a picture cannot be written: asked before any work is done."""
     kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.lstrip(".") not in kinds:
-        raise RecipeError(f"--output {path}: not a picture matplotlib writes; allowed: {', '.join('.' + kind for kind in kinds)}")
+        raise RecipeError(
+            f"--output {path}: not a picture matplotlib writes; allowed:"
+            f" {', '.join('.' + kind for kind in kinds)}"
+        )
     check_file(path, "--output")
 
 
 def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
-    """Block influence per layer with the edited layers marked; below, score against sigma of a few matrices with kept groups marked.
+    """Block influence per layer with the edited layers marked; below, score against sigma of a few
+    matrices with kept groups marked.
 
-    The second row is the paper's Figure 2: a large singular value is not always an important one. Where the ranks come from one budget
-    for all matrices, it is instead the share of groups that every matrix kept.
+    The second row is the paper's Figure 2: a large singular value is not always an important one.
+    Where the ranks come from one budget for all matrices, it is instead the share of groups that
+    every matrix kept.
     """
     by_budget = "prediction" in manifest
-    edits = [] if by_budget else [edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit]
+    edits = (
+        []
+        if by_budget
+        else [
+            edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit
+        ]
+    )
     shown = _spread(edits, matrices)
     below = ["ranks"] if by_budget else [f"m{i}" for i in range(len(shown))]
     figure, rows = pyplot.subplot_mosaic(
@@ -53,8 +64,9 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
             rows["m0"].set_ylabel(f"{edit['score']} score (higher = keep)")
     sizes = manifest["parameters"]
     figure.suptitle(
-        f"{manifest['model']['source']}  ·  {manifest['method']['name']}  ·  "
-        f"{sizes['before'] / 1e6:.1f} M → {sizes['after'] / 1e6:.1f} M parameters ({100 * sizes['ratio']:.1f} % removed)"
+        f"{manifest['model']['source']}  ·  {manifest['method']['name']}  · "
+        f" {sizes['before'] / 1e6:.1f} M → {sizes['after'] / 1e6:.1f} M parameters"
+        f" ({100 * sizes['ratio']:.1f} % removed)"
     )
     return _written(figure, path)
 
@@ -62,26 +74,40 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
 def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
     """One bar a layer; low bars are redundant layers, edited ones are filled."""
     kind, scores = next(iter(manifest["redundancy"].items()))
-    edited = {edit["layer"] if edit["edit"] == "drop" else _layer_of(edit["path"]) for edit in manifest["edits"]}
+    edited = {
+        edit["layer"] if edit["edit"] == "drop" else _layer_of(edit["path"])
+        for edit in manifest["edits"]
+    }
     layers = [int(layer) for layer in scores]
-    axes.bar(layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers])
+    axes.bar(
+        layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers]
+    )
     axes.set_yscale("log")
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel("block influence\n(low = redundant)" if kind == "bi" else "angular distance / π")
+    axes.set_ylabel(
+        "block influence\n(low = redundant)" if kind == "bi" else "angular distance / π"
+    )
     axes.set_xticks(layers[:: max(1, len(layers) // 32)])
     axes.margins(x=0.01)
     axes.legend(
-        handles=[Patch(color=KEPT, label="edited"), Patch(color=LEFT, label="untouched")], loc="upper right", frameon=False, ncols=2
+        handles=[Patch(color=KEPT, label="edited"), Patch(color=LEFT, label="untouched")],
+        loc="upper right",
+        frameon=False,
+        ncols=2,
     )
 
 
 def rank_map(axes: Axes, manifest: dict[str, Any]) -> None:
-    """The share of its groups that every matrix kept, layer by layer; 1 stands for a matrix that stays dense."""
+    """The share of its groups that every matrix kept, layer by layer; 1 stands for a matrix that
+    stays dense.
+    """
     edits = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
     names = list(dict.fromkeys(edit["path"].rsplit(".", 1)[-1] for edit in edits))
     grid = [[1.0] * manifest["model"]["num_layers"] for _ in names]
     for edit in edits:
-        grid[names.index(edit["path"].rsplit(".", 1)[-1])][_layer_of(edit["path"])] = edit["rank"] / len(edit["singular_values"])
+        grid[names.index(edit["path"].rsplit(".", 1)[-1])][_layer_of(edit["path"])] = edit[
+            "rank"
+        ] / len(edit["singular_values"])
     image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="cividis")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("decoder layer")
@@ -91,19 +117,33 @@ def rank_map(axes: Axes, manifest: dict[str, Any]) -> None:
 def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:
     """Score against singular value of every group of one matrix."""
     kept = set(edit["kept"])
-    for color, chosen in ((LEFT, [k for k in range(len(edit["scores"])) if k not in kept]), (KEPT, sorted(kept))):
+    for color, chosen in (
+        (LEFT, [k for k in range(len(edit["scores"])) if k not in kept]),
+        (KEPT, sorted(kept)),
+    ):
         axes.scatter(
-            [edit["singular_values"][k] for k in chosen], [max(edit["scores"][k], 1e-12) for k in chosen],
-            s=9, color=color, alpha=0.85, linewidths=0,
-        )  # fmt: skip
+            [edit["singular_values"][k] for k in chosen],
+            [max(edit["scores"][k], 1e-12) for k in chosen],
+            s=9,
+            color=color,
+            alpha=0.85,
+            linewidths=0,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("singular value σ")
-    axes.set_title(f"{edit['path'].removeprefix('model.')}: kept {len(kept)} of {len(edit['scores'])} groups", fontsize=9)
+    axes.set_title(
+        f"{edit['path'].removeprefix('model.')}: kept {len(kept)} of {len(edit['scores'])} groups",
+        fontsize=9,
+    )
 
 
-def spectra(redundancy: dict[int, float], kind: str, singular_values: dict[str, list[float]], path: Path) -> Path:
-    """For `inspect`: redundancy per layer, and the share of each matrix's squared singular values that its largest ones hold."""
+def spectra(
+    redundancy: dict[int, float], kind: str, singular_values: dict[str, list[float]], path: Path
+) -> Path:
+    """For `inspect`: redundancy per layer, and the share of each matrix's squared singular values
+    that its largest ones hold.
+    """
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(11, 7), layout="constrained")
     top.bar(list(redundancy), list(redundancy.values()), color=KEPT)
     top.set_yscale("log")

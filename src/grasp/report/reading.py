@@ -1,4 +1,6 @@
-"""Paths -> what a report can show: results files and the manifests of checkpoints, found where a user points."""
+"""Paths -> what a report can show: results files and the manifests of checkpoints, found where a
+user points.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ from grasp.errors import CheckpointError
 from grasp.report.bounds import LIMITS, bounded, shortened
 
 ALLOWED = (
-    "a checkpoint (a directory with grasp.json), a results file (of grasp eval, bench, compare or demo), or a directory that holds some"
+    "a checkpoint (a directory with grasp.json), a results file (of grasp eval, bench, compare or"
+    " demo), or a directory that holds some"
 )
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that became low-rank. `groups`: how many it had, 0 where the method did not count them."""
+    """A matrix that became low-rank. `groups`: how many it had, 0 where the method did not count
+    them.
+    """
 
     path: str
     layer: int
@@ -36,7 +41,9 @@ class Matrix:
 
     @property
     def keeps_the_first(self) -> bool:
-        """Whether the kept groups are those of the largest singular values: then only their number was chosen."""
+        """Whether the kept groups are those of the largest singular values: then only their number
+        was chosen.
+        """
         return self.kept == tuple(range(len(self.kept)))
 
 
@@ -81,14 +88,29 @@ class Checkpoint:
         manifest = read_manifest(directory)
         try:
             return cls._of(directory, shortened(manifest, LIMITS[1][0], sys.maxsize))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as failure:
-            raise CheckpointError(f"{directory / MANIFEST}: the manifest is damaged: {failure!r}; make the checkpoint again") from failure
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+            ZeroDivisionError,
+        ) as failure:
+            raise CheckpointError(
+                f"{directory / MANIFEST}: the manifest is damaged: {failure!r}; make the checkpoint"
+                " again"
+            ) from failure
 
     @classmethod
     def _of(cls, directory: Path, found: dict[str, Any]) -> Checkpoint:
-        model, sizes, method, edits = found["model"], found["parameters"], dict(found["method"]), found["edits"]
+        model = found["model"]
+        sizes = found["parameters"]
+        method = dict(found["method"])
+        edits = found["edits"]
         kind, redundancy = next(iter((found.get("redundancy") or {}).items()), ("", {}))
-        prediction = {str(key): float(value) for key, value in (found.get("prediction") or {}).items()}
+        prediction = {
+            str(key): float(value) for key, value in (found.get("prediction") or {}).items()
+        }
         curve = (found.get("recovery") or {}).get("curve") or ()
         checkpoint = cls(
             directory,
@@ -105,12 +127,21 @@ class Checkpoint:
             tuple(_matrix(edit) for edit in edits if edit["edit"] == "factorize"),
             tuple(sorted(int(edit["layer"]) for edit in edits if edit["edit"] == "drop")),
             prediction,
-            tuple({str(key): float(value) for key, value in step.items() if isinstance(value, (int, float))} for step in curve),
+            tuple(
+                {
+                    str(key): float(value)
+                    for key, value in step.items()
+                    if isinstance(value, (int, float))
+                }
+                for step in curve
+            ),
             {str(key): float(value) for key, value in (found.get("seconds") or {}).items()},
         )
         if not 0 < checkpoint.after <= checkpoint.before:
             raise ValueError(f"{checkpoint.before} parameters -> {checkpoint.after}")
-        if not all(map(math.isfinite, [*checkpoint.redundancy.values(), *checkpoint.prediction.values()])):
+        if not all(
+            map(math.isfinite, [*checkpoint.redundancy.values(), *checkpoint.prediction.values()])
+        ):
             raise ValueError("a score or predicted loss is not finite")
         return checkpoint
 
@@ -120,16 +151,33 @@ def _matrix(edit: dict[str, Any]) -> Matrix:
     place = next((number for number, part in enumerate(parts) if part.isdigit()), -1)
     if place < 0:
         raise ValueError(f"{edit['path']}: names no layer")
-    scores, values = (tuple(float(value) for value in edit.get(key) or ()) for key in ("scores", "singular_values"))
+    scores, values = (
+        tuple(float(value) for value in edit.get(key) or ())
+        for key in ("scores", "singular_values")
+    )
     kept = tuple(int(group) for group in edit.get("kept") or ())
     loss = None if edit.get("predicted_loss") is None else float(edit["predicted_loss"])
     numbers = (*scores, *values, *([] if loss is None else [loss]))
-    if len(scores) != len(values) or not all(map(math.isfinite, numbers)) or any(not 0 <= group < len(scores) for group in kept if scores):
-        raise ValueError(f"{edit['path']}: scores, singular values and kept groups do not belong together")
+    if (
+        len(scores) != len(values)
+        or not all(map(math.isfinite, numbers))
+        or any(not 0 <= group < len(scores) for group in kept if scores)
+    ):
+        raise ValueError(
+            f"{edit['path']}: scores, singular values and kept groups do not belong together"
+        )
     return Matrix(
-        ".".join(parts), int(parts[place]), ".".join(parts[place + 1 :]), int(edit["rank"]), len(values), kept,
-        str(edit.get("score", "")), scores, values, loss,
-    )  # fmt: skip
+        ".".join(parts),
+        int(parts[place]),
+        ".".join(parts[place + 1 :]),
+        int(edit["rank"]),
+        len(values),
+        kept,
+        str(edit.get("score", "")),
+        scores,
+        values,
+        loss,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +189,9 @@ class Material:
 
     @property
     def names(self) -> list[str]:
-        """What to call each checkpoint: as little of the end of its path as tells it from the others."""
+        """What to call each checkpoint: as little of the end of its path as tells it from the
+        others.
+        """
         parts = [one.path.absolute().parts for one in self.checkpoints]
         return ["/".join(mine[-_distinct(mine, parts) :]) for mine in parts]
 
@@ -149,13 +199,19 @@ class Material:
 def _distinct(mine: Sequence[str], others: Sequence[Sequence[str]]) -> int:
     """How many of the last parts of a path no other of the paths ends with."""
     return next(
-        (length for length in range(1, len(mine)) if sum(tuple(other[-length:]) == tuple(mine[-length:]) for other in others) == 1),
+        (
+            length
+            for length in range(1, len(mine))
+            if sum(tuple(other[-length:]) == tuple(mine[-length:]) for other in others) == 1
+        ),
         len(mine),
     )
 
 
 def gather(paths: Sequence[Path]) -> Material:
-    """Read everything the paths hold, each thing once. Raises `CheckpointError` where one holds nothing, or something damaged."""
+    """Read everything the paths hold, each thing once. Raises `CheckpointError` where one holds
+    nothing, or something damaged.
+    """
     places: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
@@ -167,8 +223,12 @@ def gather(paths: Sequence[Path]) -> Material:
             places.setdefault(place.resolve(), place)
     if not places:
         raise CheckpointError(f"PATH: nothing was given; give {ALLOWED}")
-    files = tuple((place, bounded(Results.read(place))) for place in places.values() if place.is_file())
-    return Material(files, tuple(Checkpoint.read(place) for place in places.values() if place.is_dir()))
+    files = tuple(
+        (place, bounded(Results.read(place))) for place in places.values() if place.is_file()
+    )
+    return Material(
+        files, tuple(Checkpoint.read(place) for place in places.values() if place.is_dir())
+    )
 
 
 def _place(file: Path) -> Path:
@@ -177,10 +237,14 @@ def _place(file: Path) -> Path:
 
 
 def _inside(directory: Path) -> Iterator[Path]:
-    """The results files and checkpoints in a directory, or one level below. A checkpoint holds no others."""
+    """The results files and checkpoints in a directory, or one level below. A checkpoint holds no
+    others.
+    """
     yield from _here(directory)
     if not (directory / MANIFEST).is_file():
-        for child in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        for child in sorted(
+            path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
+        ):
             yield from _here(child)
 
 

@@ -36,7 +36,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """`groups`: headings with the number of columns under each. `protocols`: (column, settings all share, (model, its own settings))."""
+    """`groups`: headings with the number of columns under each. `protocols`: (column, settings all
+    share, (model, its own settings)).
+    """
 
     groups: tuple[tuple[str, int], ...]
     heads: tuple[tuple[str, str], ...]
@@ -74,7 +76,9 @@ def table_of(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
         "bytes": [_cell(row.result.num_bytes, size) for row in rows],
     }
     costs = {
-        "made in": [_cell(total_seconds(row.result), duration, settings(row.result.seconds)) for row in rows],
+        "made in": [
+            _cell(total_seconds(row.result), duration, settings(row.result.seconds)) for row in rows
+        ],
         "peak memory": [_cell(row.result.peak_memory, size) for row in rows],
     }
     filled = {("Size", (head, "")): cells for head, cells in sizes.items()}
@@ -82,10 +86,16 @@ def table_of(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
         filled[column.group, column.head] = _cells(column, rows)
     filled |= {("Cost", (head, "")): cells for head, cells in costs.items()}
     filled = {key: cells for key, cells in filled.items() if any(cell.text for cell in cells)}
-    lines = [Line(row, _about(row), tuple(cells[number] for cells in filled.values())) for number, row in enumerate(rows)]
+    lines = [
+        Line(row, _about(row), tuple(cells[number] for cells in filled.values()))
+        for number, row in enumerate(rows)
+    ]
     every = [cell for cells in filled.values() for cell in cells]
     return Table(
-        tuple((group, len(list(members))) for group, members in groupby(filled, key=lambda key: key[0])),
+        tuple(
+            (group, len(list(members)))
+            for group, members in groupby(filled, key=lambda key: key[0])
+        ),
         tuple(head for _, head in filled),
         tuple(lines),
         tuple(_protocol(column, rows) for column in columns),
@@ -114,7 +124,16 @@ def _cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
             continue
         hint = f"{column.unit}: {settings(protocol(score))}"
         key = score.value if math.isfinite(score.value) else None
-        cells.append(Cell(value_of(column, score), key, _uncertainty(column, score), hint, row.label in top, row.label in odd))
+        cells.append(
+            Cell(
+                value_of(column, score),
+                key,
+                _uncertainty(column, score),
+                hint,
+                row.label in top,
+                row.label in odd,
+            )
+        )
     return cells
 
 
@@ -122,9 +141,19 @@ def _protocol(column: Column, rows: Sequence[Row]) -> tuple[str, str, tuple[tupl
     """What all numbers of a column have in common, and what is each one's own."""
     found = {row.label: protocol(score) for row in rows if (score := column.of(row)) is not None}
     first = next(iter(found.values()))
-    common = {key: value for key, value in first.items() if all(plain(one.get(key)) == plain(value) for one in found.values())}
-    own = {label: {key: value for key, value in one.items() if key not in common} for label, one in found.items()}
-    differing = {label: {key: value for key, value in one.items() if key in SETTINGS or len(found) > 1} for label, one in own.items()}
+    common = {
+        key: value
+        for key, value in first.items()
+        if all(plain(one.get(key)) == plain(value) for one in found.values())
+    }
+    own = {
+        label: {key: value for key, value in one.items() if key not in common}
+        for label, one in found.items()
+    }
+    differing = {
+        label: {key: value for key, value in one.items() if key in SETTINGS or len(found) > 1}
+        for label, one in own.items()
+    }
     return (
         f"{column.group}: {', '.join(part for part in column.head if part)}",
         settings({"unit": column.unit, **common}),

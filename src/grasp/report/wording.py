@@ -26,7 +26,13 @@ def percent(share: float | int, places: int = 1) -> str:
 
 def count(value: int) -> str:
     """Parameters: millions or billions."""
-    return f"{value / 1e9:,.2f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M" if value >= 1e6 else f"{value:,}"
+    return (
+        f"{value / 1e9:,.2f} B"
+        if value >= 1e9
+        else f"{value / 1e6:,.1f} M"
+        if value >= 1e6
+        else f"{value:,}"
+    )
 
 
 def size(num_bytes: float | int) -> str:
@@ -44,12 +50,20 @@ def duration(seconds: float | int) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 120
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def short_name(name: str) -> str:
     """A text or model by its last part where it is a path."""
-    return ", ".join(PurePath(part).name or part for part in name.split(",")) if "/" in name or "\\" in name else name
+    return (
+        ", ".join(PurePath(part).name or part for part in name.split(","))
+        if "/" in name or "\\" in name
+        else name
+    )
 
 
 def plain(value: Any) -> str:
@@ -59,7 +73,11 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(plain, value)) if len(value) <= 12 else f"{plain(value[0])} … {plain(value[-1])} ({len(value)})"
+        return (
+            ", ".join(map(plain, value))
+            if len(value) <= 12
+            else f"{plain(value[0])} … {plain(value[-1])} ({len(value)})"
+        )
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
     text = str(value)
@@ -69,5 +87,12 @@ def plain(value: Any) -> str:
 
 def settings(values: Mapping[str, Any]) -> str:
     """Names and values on one line; of a hash, its beginning."""
-    told = {key: f"{value[:12]}…" if key.endswith("sha256") and isinstance(value, str) else plain(value) for key, value in values.items()}
-    return " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.items() if values[key] not in (None, ""))
+    told = {
+        key: f"{value[:12]}…" if key.endswith("sha256") and isinstance(value, str) else plain(value)
+        for key, value in values.items()
+    }
+    return " · ".join(
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in told.items()
+        if values[key] not in (None, "")
+    )

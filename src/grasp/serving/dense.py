@@ -1,4 +1,6 @@
-"""Dense: an ordinary checkpoint of the original architecture. Every pair is multiplied out, so it loads anywhere and is no smaller."""
+"""Dense: an ordinary checkpoint of the original architecture. Every pair is multiplied out, so it
+loads anywhere and is no smaller.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,18 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits import multiply_out
 from grasp.core.layer import is_low_rank
 
-NO_SMALLER = "the low-rank matrices are multiplied out, so they are as large as in the model before compression (layers that were removed stay removed)"
+NO_SMALLER = (
+    "the low-rank matrices are multiplied out, so they are as large as in the model before"
+    " compression (layers that were removed stay removed)"
+)
 
 
 def dense_parameters(decoder: Decoder) -> int:
     """Numbers the model will store once its pairs are multiplied out."""
     pairs = [module for module in decoder.model.modules() if is_low_rank(module)]
-    return decoder.num_parameters() + sum(m.in_features * m.out_features - m.weight.numel() - m.weight_in.numel() for m in pairs)
+    return decoder.num_parameters() + sum(
+        m.in_features * m.out_features - m.weight.numel() - m.weight_in.numel() for m in pairs
+    )
 
 
 def write(decoder: Decoder, folder: Path) -> None:

@@ -1,8 +1,10 @@
-"""OpenVINO: a model that keeps its own key-value cache, with its tokenizer, for openvino-genai. The low-rank products stay low-rank.
+"""OpenVINO: a model that keeps its own key-value cache, with its tokenizer, for openvino-genai. The
+low-rank products stay low-rank.
 
-The graph comes from transformers' own exporter, the tokenizer from openvino-tokenizers; `weights="int8"` is nncf's weight-only compression
-(8 bits a number, a scale a row, embeddings too). Inputs: `input_ids`, `attention_mask`, `position_ids` (where the
-model has them), `beam_idx`; output: `logits`.
+The graph comes from transformers' own exporter, the tokenizer from openvino-tokenizers;
+`weights="int8"` is nncf's weight-only compression (8 bits a number, a scale a row, embeddings too).
+Inputs: `input_ids`, `attention_mask`, `position_ids` (where the model has them), `beam_idx`;
+output: `logits`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ import openvino
 import openvino_tokenizers
 import torch
 from torch import Tensor
-from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig, OpenVINOConfig, OpenVINOExporter
+from transformers.exporters import (
+    NNCFOpenVINOQuantizer,
+    NNCFWeightCompressionConfig,
+    OpenVINOConfig,
+    OpenVINOExporter,
+)
 
 from grasp.core.decoder import Decoder
 from grasp.serving.tracing import exporting, prefill, sample_inputs
@@ -23,7 +30,8 @@ FILE = "openvino_model.xml"
 
 
 def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
-    """Write `openvino_model.xml` and `.bin`, and the tokenizer and detokenizer as OpenVINO models, to `folder`.
+    """Write `openvino_model.xml` and `.bin`, and the tokenizer and detokenizer as OpenVINO models,
+    to `folder`.
 
     A float32 model is traced; `weights` "float16" or "int8" is how its matrices are stored.
     """
@@ -45,18 +53,28 @@ def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
 
 
 def answer(folder: Path, ids: Tensor) -> Tensor:
-    """The logits (rows, tokens, vocabulary) that OpenVINO computes for `ids`, in float32: where a processor can, it takes bfloat16."""
-    compiled = openvino.Core().compile_model(folder / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    """The logits (rows, tokens, vocabulary) that OpenVINO computes for `ids`, in float32: where a
+    processor can, it takes bfloat16.
+    """
+    compiled = openvino.Core().compile_model(
+        folder / FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     feed = {**prefill(ids), "beam_idx": np.arange(len(ids), dtype=np.int32)}
     known = {name for port in compiled.inputs for name in port.names}
-    found = compiled.create_infer_request().infer({name: value for name, value in feed.items() if name in known})
+    found = compiled.create_infer_request().infer(
+        {name: value for name, value in feed.items() if name in known}
+    )
     return torch.tensor(found["logits"]).float()
 
 
 def how_to_run(weights: str | None) -> str:
     """For the README beside the model: `str.format` with `out`."""
     option = ', DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' if weights == "int8" else ""
-    why = "By that option only the weights are rounded, not the activations as well.\n\n" if option else ""
+    why = (
+        "By that option only the weights are rounded, not the activations as well.\n\n"
+        if option
+        else ""
+    )
     return f"""
 ```python
 import openvino_genai

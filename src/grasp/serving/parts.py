@@ -1,15 +1,21 @@
-"""What one device of a server holds of one matrix: the slices of its factors, and how to multiply by them. Plain torch.
+"""What one device of a server holds of one matrix: the slices of its factors, and how to multiply
+by them. Plain torch.
 
-A server splits a linear over its devices by outputs (column-parallel: q, k, v, gate, up) or by inputs (row-parallel: o, down), and
-stacks matrices that read the same input into one linear. With `y = B (A x)`, `B` (out, rank) and `A` (rank, in):
+A server splits a linear over its devices by outputs (column-parallel: q, k, v, gate, up) or by
+inputs (row-parallel: o, down), and stacks matrices that read the same input into one linear. With
+`y = B (A x)`, `B` (out, rank) and `A` (rank, in):
 
-    by outputs: every device has the whole A and its rows of B            no more communication than a dense linear
-    by inputs:  every device has its columns of A and the whole B         the partial outputs are summed, as a dense linear's are
+    by outputs: every device has the whole A and its rows of B: no more communication than a
+                dense linear
+    by inputs:  every device has its columns of A and the whole B: the partial outputs are summed,
+                as a dense linear's are
 
-The rank need not divide by the number of devices. A pivoted pair (`modeling_grasp.LowRankLinear`) keeps A's `rank` outputs and computes the
-others from them; split by outputs, a device keeps only those rows of B that its own outputs need, and a shorter list of places.
+The rank need not divide by the number of devices. A pivoted pair (`modeling_grasp.LowRankLinear`)
+keeps A's `rank` outputs and computes the others from them; split by outputs, a device keeps only
+those rows of B that its own outputs need, and a shorter list of places.
 
-All matrices of a stacked linear run their first products as one: `rows` below, A of a pair, the matrix itself where it is dense.
+All matrices of a stacked linear run their first products as one: `rows` below, A of a pair, the
+matrix itself where it is dense.
 """
 
 from __future__ import annotations
@@ -21,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grasp.core.quantized_grasp import meaning
-from grasp.core.reading_grasp import check_floats, check_places
+from grasp.core.layers.quantized_grasp import meaning
+from grasp.core.layers.reading_grasp import check_floats, check_places
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -31,9 +37,10 @@ Multiply = Callable[[Tensor], Tensor]
 class Part:
     """One matrix of the checkpoint within a linear of the server, on one device.
 
-    `path`: its name, for errors. `out_features`, `in_features`: of the whole matrix. `outputs`, `inputs`: the ranges of them that live
-    here. `rank`: None for a dense matrix. `group_size`: set where its matrices are stored in 8 or 4 bits (`quantized_grasp`); they are
-    dequantised. Tensors come one by one, in any order, to `load`; each is sliced as soon as it can be.
+    `path`: its name, for errors. `out_features`, `in_features`: of the whole matrix. `outputs`,
+    `inputs`: the ranges of them that live here. `rank`: None for a dense matrix. `group_size`: set
+    where its matrices are stored in 8 or 4 bits (`quantized_grasp`); they are dequantised. Tensors
+    come one by one, in any order, to `load`; each is sliced as soon as it can be.
     """
 
     path: str
@@ -53,11 +60,16 @@ class Part:
         if self.rank is None:
             return {"weight": (self.out_features, self.in_features)}
         rows = self.out_features - self.rank if self.pivoted else self.out_features
-        found: dict[str, tuple[int, ...]] = {"weight": (rows, self.rank), "weight_in": (self.rank, self.in_features)}
+        found: dict[str, tuple[int, ...]] = {
+            "weight": (rows, self.rank),
+            "weight_in": (self.rank, self.in_features),
+        }
         return {**found, "places": (self.out_features,)} if self.pivoted else found
 
     def load(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError` for a wrong name or shape."""
+        """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError`
+        for a wrong name or shape.
+        """
         if self.group_size is not None and name != "places":
             name, whole = self._gather(name, tensor)
             if whole is None:
@@ -65,24 +77,47 @@ class Part:
             tensor = whole
         expected = self.shapes().get(name)
         if expected is None:
-            raise ValueError(f"{self.path}: the checkpoint has a '{name}', but config.json names no rank for it")
+            raise ValueError(
+                f"{self.path}: the checkpoint has a '{name}', but config.json names no rank for it"
+            )
         if tuple(tensor.shape) != expected:
-            raise ValueError(f"{self.path}.{name} has the shape {tuple(tensor.shape)}, config.json asks for {expected}")
+            raise ValueError(
+                f"{self.path}.{name} has the shape {tuple(tensor.shape)}, config.json asks for"
+                f" {expected}"
+            )
         if name == "places":
             check_places(self.path, tensor)
         else:
             check_floats(self.path, **{name: tensor})
         self._waiting[name] = tensor
-        if self.pivoted and name != "weight_in" and not {"weight", "places"} <= self._waiting.keys():
+        if (
+            self.pivoted
+            and name != "weight_in"
+            and not {"weight", "places"} <= self._waiting.keys()
+        ):
             return  # which rows are needed is known once both are here
-        for ready in ("weight_in",) if name == "weight_in" else ("weight", "places") if self.pivoted else ("weight",):
-            self._sliced[ready] = self._slice(ready).to(device, torch.int64 if ready == "places" else dtype).contiguous()
+        for ready in (
+            ("weight_in",)
+            if name == "weight_in"
+            else ("weight", "places")
+            if self.pivoted
+            else ("weight",)
+        ):
+            self._sliced[ready] = (
+                self._slice(ready)
+                .to(device, torch.int64 if ready == "places" else dtype)
+                .contiguous()
+            )
         if name != "weight_in":
             self._waiting.clear()
 
     def _gather(self, name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
-        """(matrix, itself) once all its stored numbers are here: scales under its own name, `_qdata`, and in 4 bits `_zero`."""
-        matrix, _, kind = name.partition("_q") if name.endswith("_qdata") else name.partition("_zero")
+        """(matrix, itself) once all its stored numbers are here: scales under its own name,
+        `_qdata`, and in 4 bits `_zero`.
+        """
+        matrix, _, kind = (
+            name.partition("_q") if name.endswith("_qdata") else name.partition("_zero")
+        )
         parts = self._stored.setdefault(matrix, {})
         parts["zero" if name.endswith("_zero") else "qdata" if kind else "scale"] = tensor
         wanted = 3 if "qdata" in parts and parts["qdata"].dtype == torch.uint8 else 2
@@ -90,17 +125,38 @@ class Part:
             return matrix, None
         self._check_stored(matrix, parts)
         del self._stored[matrix]
-        return matrix, meaning(parts["qdata"], parts["scale"], parts.get("zero"), self.shapes()[matrix][1], self.group_size or 1)
+        return matrix, meaning(
+            parts["qdata"],
+            parts["scale"],
+            parts.get("zero"),
+            self.shapes()[matrix][1],
+            self.group_size or 1,
+        )
 
     def _check_stored(self, matrix: str, parts: dict[str, Tensor]) -> None:
-        """Raise `ValueError` where the stored numbers of a matrix do not have the shapes and types of `quantized_grasp`."""
+        """Raise `ValueError` where the stored numbers of a matrix do not have the shapes and types
+        of `quantized_grasp`.
+        """
         (rows, columns), qdata = self.shapes()[matrix], parts["qdata"]
         few = qdata.dtype == torch.uint8
         groups = -(-columns // (self.group_size or 1)) if few else 1
-        check_floats(f"{self.path}.{matrix}", **{name: tensor for name, tensor in parts.items() if name != "qdata"})
-        fits = qdata.dtype in (torch.int8, torch.uint8) and tuple(qdata.shape) == (rows, -(-columns // 2) if few else columns)
-        if not fits or any(tuple(tensor.shape) != (rows, groups) for name, tensor in parts.items() if name != "qdata"):
-            raise ValueError(f"{self.path}.{matrix}: its stored numbers do not fit the quantization in config.json")
+        check_floats(
+            f"{self.path}.{matrix}",
+            **{name: tensor for name, tensor in parts.items() if name != "qdata"},
+        )
+        fits = qdata.dtype in (torch.int8, torch.uint8) and tuple(qdata.shape) == (
+            rows,
+            -(-columns // 2) if few else columns,
+        )
+        if not fits or any(
+            tuple(tensor.shape) != (rows, groups)
+            for name, tensor in parts.items()
+            if name != "qdata"
+        ):
+            raise ValueError(
+                f"{self.path}.{matrix}: its stored numbers do not fit the quantization in"
+                " config.json"
+            )
 
     def _slice(self, name: str) -> Tensor:
         tensor = self._waiting[name]
@@ -118,7 +174,7 @@ class Part:
         return sorted(self.shapes().keys() - self._sliced.keys())
 
     def first(self) -> Tensor:
-        """What the input is multiplied by: A (rank, in), or the matrix (out, in) where it is dense."""
+        """What the input is multiplied by: A (rank, in), or the matrix (out, in) if it is dense."""
         return self._sliced["weight_in" if self.rank is not None else "weight"]
 
     def second(self) -> Tensor | None:
@@ -131,7 +187,9 @@ class Part:
 
 
 def local_places(places: Tensor, outputs: Sequence[range], rank: int) -> tuple[Tensor, Tensor]:
-    """Of a pivoted pair with `places` (out), what the `outputs` need: rows of B (n), and places (outputs) in `cat(A x, B[rows] A x)`."""
+    """Of a pivoted pair with `places` (out), what the `outputs` need: rows of B (n), and places
+    (outputs) in `cat(A x, B[rows] A x)`.
+    """
     mine = torch.cat([places[span.start : span.stop] for span in outputs]).long()
     computed = mine >= rank
     rows, position = torch.unique(mine[computed] - rank, return_inverse=True)
@@ -141,8 +199,10 @@ def local_places(places: Tensor, outputs: Sequence[range], rank: int) -> tuple[T
 
 @dataclass(frozen=True)
 class Stack:
-    """How the parts of one linear combine. `sizes`: of the first product's columns, by part, of which `widths` are used where a kernel wants
-    more. `second`: the second product of each part, None where it is dense. `order` (outputs): puts the results in place, None where they are."""
+    """How the parts of one linear combine. `sizes`: of the first product's columns, by part, of
+    which `widths` are used where a kernel wants more. `second`: the second product of each part,
+    None where it is dense. `order` (outputs): puts the results in place, None where they are.
+    """
 
     sizes: list[int]
     widths: list[int]
@@ -152,12 +212,16 @@ class Stack:
     out_features: int
 
     def __call__(self, input: Tensor, first: Multiply | None) -> Tensor:
-        """x (..., in) -> y (..., outputs), without a bias. `first` multiplies by all parts' rows at once."""
+        """x (..., in) -> y (..., outputs), without a bias. `first` multiplies by all parts' rows at
+        once.
+        """
         if first is None:  # rank 0 throughout
             return input.new_zeros(*input.shape[:-1], self.out_features)
         results = []
         columns = first(input).split(self.sizes, dim=-1)
-        for inner, width, second, pivoted in zip(columns, self.widths, self.second, self.pivoted, strict=True):
+        for inner, width, second, pivoted in zip(
+            columns, self.widths, self.second, self.pivoted, strict=True
+        ):
             if second is None or pivoted:
                 results.append(inner[..., :width])
             if second is not None:
@@ -173,7 +237,9 @@ def padded(factor: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def global_order(parts: Sequence[Part]) -> Tensor | None:
-    """(outputs) Where each output of the linear is in the results of all parts laid side by side; None where they are in order."""
+    """(outputs) Where each output of the linear is in the results of all parts laid side by side;
+    None where they are in order.
+    """
     if not any(part.pivoted for part in parts):
         return None
     found, offset = [], 0
@@ -181,19 +247,29 @@ def global_order(parts: Sequence[Part]) -> Tensor | None:
         first, second, order = part.first(), part.second(), part.order()
         width = second.shape[0] if second is not None else first.shape[0]
         width += first.shape[0] if part.pivoted else 0
-        found.append(offset + (order if order is not None else torch.arange(width, device=first.device)))
+        found.append(
+            offset + (order if order is not None else torch.arange(width, device=first.device))
+        )
         offset += width
     return torch.cat(found)
 
 
-def spans(whole: Sequence[int], local: Sequence[int], index: Sequence[int], stored_as_one: bool) -> list[list[range]]:
+def spans(
+    whole: Sequence[int], local: Sequence[int], index: Sequence[int], stored_as_one: bool
+) -> list[list[range]]:
     """The ranges of outputs that live here, for each stored matrix.
 
-    A linear of the server stacks matrices of `whole` outputs; of each, block number `index` of size `local` lives here. The
-    checkpoint stores them one by one, or, where `stored_as_one`, as a single matrix with the same rows.
+    A linear of the server stacks matrices of `whole` outputs; of each, block number `index` of size
+    `local` lives here. The checkpoint stores them one by one, or, where `stored_as_one`, as a
+    single matrix with the same rows.
     """
     ranges = [range(i * size, (i + 1) * size) for size, i in zip(local, index, strict=True)]
     if not stored_as_one:
         return [[one] for one in ranges]
     starts = [sum(whole[:i]) for i in range(len(whole))]
-    return [[range(start + one.start, start + one.stop) for start, one in zip(starts, ranges, strict=True)]]
+    return [
+        [
+            range(start + one.start, start + one.stop)
+            for start, one in zip(starts, ranges, strict=True)
+        ]
+    ]

@@ -1,7 +1,9 @@
-"""What the graph exporters share: inputs to trace a decoder with, and the silence of what they print.
+"""What the graph exporters share: inputs to trace a decoder with, and the silence of what they
+print.
 
-One graph serves prefill and decoding: it reads new tokens after a cache of earlier ones, and both lengths, the batch and the cache's, are
-free. With an empty cache it is a prefill. (Two graphs, as older exporters make, would store the weights twice or need a merge.)
+One graph serves prefill and decoding: it reads new tokens after a cache of earlier ones, and both
+lengths, the batch and the cache's, are free. With an empty cache it is a prefill. (Two graphs, as
+older exporters make, would store the weights twice or need a merge.)
 """
 
 from __future__ import annotations
@@ -24,35 +26,52 @@ from grasp.core.decoder import Decoder
 from grasp.errors import GraspError, ModelError
 
 BATCH, PAST, NEW = 2, 3, 4
-"""Sizes of the inputs that are traced. None may be 0 or 1, which tracing takes for constants, and no two may be equal."""
+"""Sizes of the inputs that are traced. None may be 0 or 1, which tracing takes for constants, and
+no two may be equal.
+"""
 
 
 @torch.no_grad()
 def sample_inputs(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Forward arguments for a trace, and which of their axes are free.
 
-    `NEW` tokens of `BATCH` sequences after a cache of `PAST` tokens: `input_ids` (batch, new), `attention_mask` (batch, past + new) with
-    padding in it (without, models leave the mask out), `position_ids` (batch, new) where the model takes them, `past_key_values`.
+    `NEW` tokens of `BATCH` sequences after a cache of `PAST` tokens: `input_ids` (batch, new),
+    `attention_mask` (batch, past + new) with padding in it (without, models leave the mask out),
+    `position_ids` (batch, new) where the model takes them, `past_key_values`.
     """
     model, device = decoder.model, decoder.device
-    ids = torch.arange(BATCH * (PAST + NEW), device=device).reshape(BATCH, PAST + NEW) % decoder.config.vocab_size
+    ids = (
+        torch.arange(BATCH * (PAST + NEW), device=device).reshape(BATCH, PAST + NEW)
+        % decoder.config.vocab_size
+    )
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     past = full_cache()
-    model(input_ids=ids[:, :PAST], attention_mask=mask[:, :PAST], past_key_values=past, use_cache=True)
-    batch, earlier, new = Dim("batch"), Dim("past"), Dim("new")  # named, so that every layer's cache shares them: tracing is faster
+    model(
+        input_ids=ids[:, :PAST], attention_mask=mask[:, :PAST], past_key_values=past, use_cache=True
+    )
+    # named, so that every layer's cache shares them: tracing is faster
+    batch = Dim("batch")
+    earlier = Dim("past")
+    new = Dim("new")
     inputs: dict[str, Any] = {"input_ids": ids[:, PAST:], "attention_mask": mask}
-    free: dict[str, Any] = {"input_ids": {0: batch, 1: new}, "attention_mask": {0: batch, 1: Dim.AUTO}}
+    free: dict[str, Any] = {
+        "input_ids": {0: batch, 1: new},
+        "attention_mask": {0: batch, 1: Dim.AUTO},
+    }
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"], free["position_ids"] = positions[:, PAST:], {0: batch, 1: new}
-    inputs["past_key_values"] = past  # keys and values (batch, heads, past, head size), layer by layer
+    # keys and values (batch, heads, past, head size), layer by layer
+    inputs["past_key_values"] = past
     free["past_key_values"] = [{0: batch, 2: earlier} for _ in range(2 * len(past.layers))]
     return inputs, free
 
 
 def prefill(ids: Tensor) -> dict[str, Any]:
-    """What a graph is fed, beside an empty cache, to read `ids` (batch, new); not every graph takes all of it."""
+    """What a graph is fed, beside an empty cache, to read `ids` (batch, new); not every graph takes
+    all of it.
+    """
     mask = torch.ones_like(ids)
     named = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
     return {name: tensor.numpy() for name, tensor in named.items()}
@@ -60,9 +79,11 @@ def prefill(ids: Tensor) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def exporting(decoder: Decoder, name: str) -> Iterator[None]:
-    """Keep the exporters' progress off stdout, which is for `--json`, and their notes about versions and skipped operators off stderr.
+    """Keep the exporters' progress off stdout, which is for `--json`, and their notes about
+    versions and skipped operators off stderr.
 
-    What they raise becomes a `ModelError`: they are made for what transformers' own models do, and a model can do something else.
+    What they raise becomes a `ModelError`: they are made for what transformers' own models do, and
+    a model can do something else.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -73,10 +94,12 @@ def exporting(decoder: Decoder, name: str) -> Iterator[None]:
     except (GraspError, OSError):
         raise
     except Exception as failure:
-        reason = textwrap.shorten(" ".join(str(failure.__cause__ or failure).split()), 200, placeholder="…")
+        reason = textwrap.shorten(
+            " ".join(str(failure.__cause__ or failure).split()), 200, placeholder="…"
+        )
         raise ModelError(
-            f"{decoder.source}: transformers' exporter cannot make an {name} graph of a '{decoder.config.model_type}' model: {reason}; "
-            "--format dense works for every model"
+            f"{decoder.source}: transformers' exporter cannot make an {name} graph of a"
+            f" '{decoder.config.model_type}' model: {reason}; --format dense works for every model"
         ) from failure
     finally:
         logging.disable(before)

@@ -1,7 +1,9 @@
-"""How vLLM makes, loads and runs a linear of a grasp checkpoint: the factors of `parts`, each multiplied by vLLM's own kernels.
+"""How vLLM makes, loads and runs a linear of a grasp checkpoint: the factors of `parts`, each
+multiplied by vLLM's own kernels.
 
-vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or dense, at any rank; families that store
-them as one matrix (Phi-3, GPT-2) have one pair for all. A linear with nothing of ours is left to vLLM.
+vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or
+dense, at any rank; families that store them as one matrix (Phi-3, GPT-2) have one pair for all. A
+linear with nothing of ours is left to vLLM.
 """
 
 from __future__ import annotations
@@ -23,16 +25,29 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from grasp.core.modeling_grasp import NAMES, GraspConfig
+from grasp.core.layers.modeling_grasp import NAMES, GraspConfig
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
 
-TENSORS = ("weight", "weight_in", "places", "weight_qdata", "weight_zero", "weight_in_qdata", "weight_in_zero")
+TENSORS = (
+    "weight",
+    "weight_in",
+    "places",
+    "weight_qdata",
+    "weight_zero",
+    "weight_in_qdata",
+    "weight_in_zero",
+)
 
 
 class LowRankConfig(QuantizationConfig):
     """The `quantization_config` of a grasp checkpoint. Raises `ValueError` for a newer format."""
 
-    def __init__(self, ranks: dict[str, int], pivoted: Sequence[str], quantization: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        ranks: dict[str, int],
+        pivoted: Sequence[str],
+        quantization: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self.ranks, self.pivoted, self.transposed = dict(ranks), set(pivoted), False
         self.quantized = set((quantization or {}).get("modules", ()))
@@ -40,7 +55,8 @@ class LowRankConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
-        said = GraspConfig(**{key: value for key, value in config.items() if key != "quant_method"})  # checks all of it
+        # checks all of it
+        said = GraspConfig(**{key: value for key, value in config.items() if key != "quant_method"})
         return cls(said.ranks, said.pivoted, said.quantization)
 
     @classmethod
@@ -59,8 +75,11 @@ class LowRankConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         return []
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        self.transposed = getattr(hf_config, "model_type", "") == "gpt2"  # vLLM transposes its weights, for they used to be Conv1D
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        # vLLM transposes its weights, for they used to be Conv1D
+        self.transposed = getattr(hf_config, "model_type", "") == "gpt2"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
@@ -81,7 +100,9 @@ class LowRankConfig(QuantizationConfig):
 
 
 class LowRankMethod(LinearMethodBase):
-    """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at least one of them low-rank or in few bits."""
+    """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at
+    least one of them low-rank or in few bits.
+    """
 
     def __init__(self, paths: list[str], config: LowRankConfig):
         self.paths, self.config, self.kernel = paths, config, UnquantizedLinearMethod()
@@ -96,31 +117,55 @@ class LowRankMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Register placeholders for `weight`, `weight_in` and `places` that hand every tensor of the checkpoint to its part."""
+        """Register placeholders for `weight`, `weight_in` and `places` that hand every tensor of
+        the checkpoint to its part.
+        """
         whole, index = _split(layer, output_partition_sizes)
-        start = layer.tp_rank * input_size_per_partition if isinstance(layer, RowParallelLinear) else 0
+        start = (
+            layer.tp_rank * input_size_per_partition if isinstance(layer, RowParallelLinear) else 0
+        )
         inputs = range(start, start + input_size_per_partition)
         outputs = spans(whole, output_partition_sizes, index, stored_as_one=len(self.paths) == 1)
         sizes = whole if len(self.paths) == len(whole) else [sum(whole)]
         layer.parts = [
-            self._part(path, size, input_size, here, inputs) for path, size, here in zip(self.paths, sizes, outputs, strict=True)
+            self._part(path, size, input_size, here, inputs)
+            for path, size, here in zip(self.paths, sizes, outputs, strict=True)
         ]
         layer.outputs_here, layer.factor_dtype = sum(output_partition_sizes), params_dtype
         for name in TENSORS:
-            kind = {"places": torch.int32, "qdata": torch.uint8}.get(name.rpartition("_")[2], params_dtype)
+            kind = {"places": torch.int32, "qdata": torch.uint8}.get(
+                name.rpartition("_")[2], params_dtype
+            )
             place: Any = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
             place.weight_loader = partial(self._load, layer, name)
             layer.register_parameter(name, place)
 
-    def _part(self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range) -> Part:
+    def _part(
+        self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range
+    ) -> Part:
         config = self.config
         groups = config.group_size if path in config.quantized else None
-        return Part(path, out_features, in_features, outputs, inputs, config.ranks.get(path), path in config.pivoted, groups)
+        return Part(
+            path,
+            out_features,
+            in_features,
+            outputs,
+            inputs,
+            config.ranks.get(path),
+            path in config.pivoted,
+            groups,
+        )
 
-    def _load(self, layer: Any, name: str, place: nn.Parameter, tensor: Tensor, shard: Any = None) -> None:
-        """What vLLM calls with each tensor. `shard`: which of the stacked matrices it is, "q", "k", "v" or a number."""
+    def _load(
+        self, layer: Any, name: str, place: nn.Parameter, tensor: Tensor, shard: Any = None
+    ) -> None:
+        """What vLLM calls with each tensor. `shard`: which of the stacked matrices it is, "q", "k",
+        "v" or a number.
+        """
         if layer.parts is None:
-            raise ValueError(f"{self.paths[0]}: its weights are in place; to serve others, start vLLM anew")
+            raise ValueError(
+                f"{self.paths[0]}: its weights are in place; to serve others, start vLLM anew"
+            )
         number = "qkv".index(shard) if isinstance(shard, str) else shard or 0
         part = layer.parts[number]
         if self.config.transposed and name == "weight":
@@ -128,12 +173,15 @@ class LowRankMethod(LinearMethodBase):
         part.load(name, tensor, place.device, layer.factor_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Lay the first factors one below the other, and give every product to vLLM's kernel. Raises `ValueError` where tensors are missing."""
+        """Lay the first factors one below the other, and give every product to vLLM's kernel.
+        Raises `ValueError` where tensors are missing.
+        """
         parts: list[Part] = layer.parts
         for part in parts:
             if part.missing():
                 raise ValueError(
-                    f"{part.path}: the checkpoint lacks {' and '.join(part.missing())}; it is incomplete, copy or make it again"
+                    f"{part.path}: the checkpoint lacks {' and '.join(part.missing())}; it is"
+                    " incomplete, copy or make it again"
                 )
         order, multiple = global_order(parts), _columns(layer)
         rows = [padded(part.first(), multiple if part.rank is not None else 1, 1) for part in parts]
@@ -143,7 +191,14 @@ class LowRankMethod(LinearMethodBase):
             needed = factor is not None and (factor.shape[0] > 0 or not part.pivoted)
             second.append(self._product(layer, f"second_{number}", factor) if needed else None)
         widths = [part.first().shape[0] for part in parts]
-        stack = Stack([r.shape[0] for r in rows], widths, second, [part.pivoted for part in parts], order, layer.outputs_here)
+        stack = Stack(
+            [r.shape[0] for r in rows],
+            widths,
+            second,
+            [part.pivoted for part in parts],
+            order,
+            layer.outputs_here,
+        )
         layer.parts = None  # frees the slices; `_product` keeps what is used
         first = torch.cat(rows) if len(rows) > 1 else rows[0]
         del rows
@@ -151,12 +206,16 @@ class LowRankMethod(LinearMethodBase):
         layer.stack = stack
 
     def _product(self, layer: Any, name: str, factor: Any) -> Multiply:
-        """x (..., k) -> (..., n) for a factor (n, k), by the kernel that vLLM uses for dense matrices here."""
+        """x (..., k) -> (..., n) for a factor (n, k), by the kernel that vLLM uses for dense
+        matrices here.
+        """
         n, k = factor.shape
         if 0 in (n, k):
             return lambda x: x.new_zeros(*x.shape[:-1], n)
         holder: Any = nn.Module()
-        holder.weight = nn.Parameter(padded(factor, min(16, _columns(layer)), _columns(layer)), requires_grad=False)
+        holder.weight = nn.Parameter(
+            padded(factor, min(16, _columns(layer)), _columns(layer)), requires_grad=False
+        )
         rows, columns = holder.weight.shape
         layer.add_module(name, holder)
         if _plain(layer):
@@ -177,22 +236,33 @@ class LowRankMethod(LinearMethodBase):
 
 
 def _plain(layer: Any) -> bool:
-    """Whether torch's own product serves better: vLLM's for float32 on CPU keeps one more copy of an odd-sized matrix for every number of tokens."""
+    """Whether torch's own product serves better: vLLM's for float32 on CPU keeps one more copy of
+    an odd-sized matrix for every number of tokens.
+    """
     return layer.weight.device.type == "cpu" and layer.factor_dtype == torch.float32
 
 
 def _columns(layer: Any) -> int:
-    """Ranks are filled up with zeros to a multiple of this: vLLM's 16-bit kernels on CPU read whole blocks, and crash on others."""
+    """Ranks are filled up with zeros to a multiple of this: vLLM's 16-bit kernels on CPU read whole
+    blocks, and crash on others.
+    """
     return 32 if layer.weight.device.type == "cpu" and layer.factor_dtype != torch.float32 else 1
 
 
 def _split(layer: Any, local: list[int]) -> tuple[list[int], list[int]]:
-    """(outputs of each whole matrix, which block of it lives here) of a linear that vLLM splits over its devices."""
+    """(outputs of each whole matrix, which block of it lives here) of a linear that vLLM splits
+    over its devices.
+    """
     if isinstance(layer, QKVParallelLinear):
         heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
         widths = (layer.head_size, layer.head_size, getattr(layer, "v_head_size", layer.head_size))
-        shared = layer.tp_rank // layer.num_kv_head_replicas  # with fewer k, v heads than devices, several hold the same
-        return [number * width for number, width in zip(heads, widths, strict=True)], [layer.tp_rank, shared, shared]
+        # with fewer k, v heads than devices, several hold the same
+        shared = layer.tp_rank // layer.num_kv_head_replicas
+        return [number * width for number, width in zip(heads, widths, strict=True)], [
+            layer.tp_rank,
+            shared,
+            shared,
+        ]
     if isinstance(layer, ColumnParallelLinear):
         return [size * layer.tp_size for size in local], [layer.tp_rank] * len(local)
     return list(local), [0] * len(local)

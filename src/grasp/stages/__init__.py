@@ -1,1 +1,3 @@
-"""The steps of the paper: model in, record out. Stages do not import one another's decisions, only statistics."""
+"""The steps of the paper: model in, record out. Stages do not import one another's decisions, only
+statistics.
+"""

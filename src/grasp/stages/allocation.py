@@ -1,7 +1,8 @@
-"""Stage 2b, allocation: scores and a budget in, ranks out. Counts only; no model, no tensor changes hands.
+"""Stage 2b, allocation: scores and a budget in, ranks out. Counts only; no model, no tensor changes
+hands.
 
-A matrix (m, n) of rank r costs `r (m + n)` parameters; at the break-even rank `m n / (m + n)` and above the dense matrix is smaller and
-stays (rank None).
+A matrix (m, n) of rank r costs `r (m + n)` parameters; at the break-even rank `m n / (m + n)` and
+above the dense matrix is smaller and stays (rank None).
 """
 
 from __future__ import annotations
@@ -27,14 +28,27 @@ def guarded(shape: tuple[int, int], rank: int, multiple: int = 1) -> int | None:
 
 def uniform(shapes: Shapes, retain_ratio: float, multiple: int = 1) -> Allocation:
     """Every matrix keeps the share `retain_ratio` of its own parameters."""
-    return Allocation({path: guarded((m, n), rank_for_ratio(m, n, retain_ratio), multiple) for path, (m, n) in shapes.items()})
+    return Allocation(
+        {
+            path: guarded((m, n), rank_for_ratio(m, n, retain_ratio), multiple)
+            for path, (m, n) in shapes.items()
+        }
+    )
 
 
-def threshold(shape: tuple[int, int], attribution: Attribution, share: float, multiple: int = 1) -> int | None:
-    """The size of the smallest set of groups that holds `share` of the matrix's total score; negative (signed) scores count as 0."""
+def threshold(
+    shape: tuple[int, int], attribution: Attribution, share: float, multiple: int = 1
+) -> int | None:
+    """The size of the smallest set of groups that holds `share` of the matrix's total score;
+    negative (signed) scores count as 0.
+    """
     scores = attribution.scores.double().clamp_min(0)
     total = scores.sort(descending=True).values.cumsum(0)
-    rank = int((total < share * total[-1] * (1 - 1e-12)).sum()) + 1 if share > 0 and float(total[-1]) > 0 else 0
+    rank = (
+        int((total < share * total[-1] * (1 - 1e-12)).sum()) + 1
+        if share > 0 and float(total[-1]) > 0
+        else 0
+    )
     return guarded(shape, rank, multiple)
 
 
@@ -46,7 +60,8 @@ def saved(shape: tuple[int, int], rank: int | None) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """The answer of `for_budget`: the first `num_layers` layers get these ranks, which removes `removed` parameters.
+    """The answer of `for_budget`: the first `num_layers` layers get these ranks, which removes
+    `removed` parameters.
 
     `reached` is False where even all layers do not save enough.
     """
@@ -64,10 +79,11 @@ def for_budget(
     retain_ratio: float,
     multiple: int = 1,
 ) -> Budget:
-    """How many of `layers`, most redundant first, must go to `retain_ratio` so that `to_remove` parameters are saved.
+    """How many of `layers`, most redundant first, must go to `retain_ratio` so that `to_remove`
+    parameters are saved.
 
-    The last of them keeps more, as much as the budget leaves: what is removed is at least `to_remove` and exceeds it by less
-    than one rank of one matrix (one `multiple` of ranks).
+    The last of them keeps more, as much as the budget leaves: what is removed is at least
+    `to_remove` and exceeds it by less than one rank of one matrix (one `multiple` of ranks).
     """
     ranks: dict[str, int | None] = {}
     removed = 0
@@ -76,7 +92,9 @@ def for_budget(
             return Budget(count, Allocation(ranks), removed, True)
         full = dict(uniform(shapes[layer], retain_ratio, multiple).ranks)
         if removed + _gain(shapes[layer], full) > to_remove:
-            full = _fill(shapes[layer], full, removed + _gain(shapes[layer], full) - to_remove, multiple)
+            full = _fill(
+                shapes[layer], full, removed + _gain(shapes[layer], full) - to_remove, multiple
+            )
         ranks.update(full)
         removed += _gain(shapes[layer], full)
     return Budget(len(layers), Allocation(ranks), removed, removed >= to_remove)
@@ -86,15 +104,23 @@ def _gain(shapes: Shapes, ranks: Mapping[str, int | None]) -> int:
     return sum(saved(shape, ranks[path]) for path, shape in shapes.items())
 
 
-def _fill(shapes: Shapes, ranks: Mapping[str, int | None], spare: int, multiple: int) -> dict[str, int | None]:
-    """Spend `spare` parameters on ranks: first the same share of every matrix, then single ranks where they fit."""
+def _fill(
+    shapes: Shapes, ranks: Mapping[str, int | None], spare: int, multiple: int
+) -> dict[str, int | None]:
+    """Spend `spare` parameters on ranks: first the same share of every matrix, then single ranks
+    where they fit.
+    """
     low, high = 0.0, 1.0
 
     def at(share: float) -> dict[str, int | None]:
         grown = {}
         for path, (m, n) in shapes.items():
             base = ranks[path]
-            wanted = None if base is None else base + int(share * (break_even_rank(m, n) - base)) // multiple * multiple
+            wanted = (
+                None
+                if base is None
+                else base + int(share * (break_even_rank(m, n) - base)) // multiple * multiple
+            )
             grown[path] = None if wanted is None or wanted >= break_even_rank(m, n) else wanted
         return grown
 

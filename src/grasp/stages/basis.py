@@ -1,4 +1,5 @@
-"""Stage 2b', the basis: a matrix and what the loss says about it in, singular groups in that metric out.
+"""Stage 2b', the basis: a matrix and what the loss says about it in, singular groups in that metric
+out.
 
     plain    W itself: what dropping a group does to the weights
     input    W X^½: what it does to the outputs (SVD-LLM, arXiv 2403.07378)
@@ -25,7 +26,9 @@ from grasp.core.scratch import Scratch
 BasisName = Literal["plain", "input", "fisher"]
 BASES: tuple[str, ...] = get_args(BasisName)
 INPUT_DAMPING, GRADIENT_DAMPING = 1e-4, 1e-2
-"""Added to the diagonals of X and D, as shares of their mean eigenvalues. Figures hardly move between a tenth and a hundred times this."""
+"""Added to the diagonals of X and D, as shares of their mean eigenvalues. Figures hardly move
+between a tenth and a hundred times this.
+"""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,9 +36,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Groups:
-    """The singular groups of one matrix W (out, in) in a metric, best first: W = sum_k left_k right_k'.
+    """The singular groups of one matrix W (out, in) in a metric, best first: W = sum_k left_k
+    right_k'.
 
-    `squares` (k): the squared singular values; `expand` (short, k) and `contract` (k, short) as in `grasp.core.linalg.metric_groups`.
+    `squares` (k): the squared singular values; `expand` (short, k) and `contract` (k, short) as in
+    `grasp.core.linalg.metric_groups`.
     """
 
     weight: Tensor
@@ -43,7 +48,9 @@ class Groups:
     expand: Float[Tensor, "short k"]
     contract: Float[Tensor, "k short"]
 
-    def pair(self, kept: Int[Tensor, "rank"]) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    def pair(
+        self, kept: Int[Tensor, "rank"]
+    ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(left, right) of the groups `kept`: their product is what remains of W."""
         weight = self.weight.float()
         expand, contract = self.expand[:, kept].to(weight), self.contract[kept].to(weight)
@@ -55,7 +62,8 @@ class Groups:
 def groups(curvature: Curvature, basis: str, scratch: Scratch) -> Groups:
     """The singular groups of a matrix in `basis`, their vectors kept in `scratch`."""
     weight = curvature.weight
-    weight = (weight.cpu() if weight.device.type == "mps" else weight).double()  # that device has no float64
+    # that device has no float64
+    weight = (weight.cpu() if weight.device.type == "mps" else weight).double()
     if not curvature.is_tall:
         weight = weight.mT
     tall, short = weight.shape
@@ -66,13 +74,21 @@ def groups(curvature: Curvature, basis: str, scratch: Scratch) -> Groups:
     if curvature.is_tall and basis != "plain":
         near = _damped(curvature.near, inputs, INPUT_DAMPING, near)
     if curvature.is_tall and basis == "fisher":
-        far = curvature.far.to(weight) / gradients + GRADIENT_DAMPING * curvature.gradient_square / gradients / tall * gram  # type: ignore[union-attr]
+        far = (
+            curvature.far.to(weight) / gradients  # type: ignore[union-attr]
+            + GRADIENT_DAMPING * curvature.gradient_square / gradients / tall * gram
+        )
     if not curvature.is_tall and basis == "fisher":
         near = _damped(curvature.near, gradients, GRADIENT_DAMPING, near)
     if not curvature.is_tall and basis != "plain":
-        far = curvature.far.to(weight) / inputs + INPUT_DAMPING * curvature.input_square / inputs / tall * gram  # type: ignore[union-attr]
+        far = (
+            curvature.far.to(weight) / inputs  # type: ignore[union-attr]
+            + INPUT_DAMPING * curvature.input_square / inputs / tall * gram
+        )
     expand, squares, contract = metric_groups(weight, near, far)
-    return Groups(curvature.weight, squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
+    return Groups(
+        curvature.weight, squares.float().cpu(), scratch.hold(expand), scratch.hold(contract)
+    )
 
 
 def _damped(total: Tensor | None, tokens: int, damping: float, identity: Tensor) -> Tensor:
@@ -81,7 +97,9 @@ def _damped(total: Tensor | None, tokens: int, damping: float, identity: Tensor)
 
 
 def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` on every item, in order, one thread a core: decompositions of this size gain little from more threads each."""
+    """`work` on every item, in order, one thread a core: decompositions of this size gain little
+    from more threads each.
+    """
     threads = torch.get_num_threads()
 
     def alone(item: Item) -> Result:

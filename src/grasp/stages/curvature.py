@@ -1,11 +1,13 @@
 """The second-order sensitivity of the loss to every matrix, collected in one sweep.
 
-With x a matrix's input, d = dL/dy the gradient at its output (loss summed over tokens), X = E[xx'] and D = E[dd'] (means over tokens), a
-change M of the matrix raises the loss by about `1/2 tr(D M X M')`: the Fisher information in its Kronecker-factored form (K-FAC, Martens and
-Grosse, arXiv 1503.05671; the term that section 3.2 of the GRASP paper names and drops).
+With x a matrix's input, d = dL/dy the gradient at its output (loss summed over tokens), X = E[xx']
+and D = E[dd'] (means over tokens), a change M of the matrix raises the loss by about `1/2 tr(D M X
+M')`: the Fisher information in its Kronecker-factored form (K-FAC, Martens and Grosse, arXiv
+1503.05671; the term that section 3.2 of the GRASP paper names and drops).
 
-The singular groups of D^½ W X^½ need the longer side of W only through W' D W (tall matrices) or W X W' (wide ones), so only sums of
-the size of the shorter side are kept: a third of the arithmetic, memory and disk of X and D themselves for a Llama-like layer.
+The singular groups of D^½ W X^½ need the longer side of W only through W' D W (tall matrices) or W
+X W' (wide ones), so only sums of the size of the shorter side are kept: a third of the arithmetic,
+memory and disk of X and D themselves for a Llama-like layer.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from grasp.errors import NumericsError
 
 
 class Curvatures(Collector):
-    """Sums of the outer products of inputs and of output gradients. Table: matrix path -> `Curvature`."""
+    """Sums of the outer products of inputs and of output gradients. Table: matrix path ->
+    `Curvature`.
+    """
 
     name: ClassVar[str] = "curvature"
     backward: ClassVar[bool] = True
@@ -43,7 +47,11 @@ class Curvatures(Collector):
         for linear in linears:
             self.table[linear.path] = Curvature(linear.weight)
         handles = [linear.module.register_forward_hook(self._hook(linear)) for linear in linears]
-        return [layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True), *handles] if linears else []
+        return (
+            [layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True), *handles]
+            if linears
+            else []
+        )
 
     def begin_block(self, mask: Tensor | None) -> None:
         super().begin_block(mask)
@@ -59,7 +67,8 @@ class Curvatures(Collector):
             if not found.is_tall:
                 found.far = self._add(found.far, _through(x, found.weight.mT))
             elif self.last_input[0] is inputs[0]:
-                found.near = self.table[self.last_input[1]].near  # q, k and v read the same input, and so do gate and up
+                # q, k and v read the same input, and so do gate and up
+                found.near = self.table[self.last_input[1]].near
             else:
                 found.near = self._add(found.near, x)
                 self.last_input = (inputs[0], linear.path)
@@ -97,13 +106,16 @@ class Curvatures(Collector):
             for value in (found.near, found.far):
                 if value is None or not bool(torch.isfinite(value).all()):
                     raise NumericsError(
-                        f"the statistics of '{path}' are {'missing' if value is None else 'not finite'}; try --dtype float32"
+                        f"the statistics of '{path}' are"
+                        f" {'missing' if value is None else 'not finite'}; try --dtype float32"
                     )
         return self.table
 
 
 def _through(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows weight, in the rows' dtype; in float32 where they are float16, whose range is too small for products."""
+    """rows weight, in the rows' dtype; in float32 where they are float16, whose range is too small
+    for products.
+    """
     rows = wide(rows) if rows.dtype == torch.float16 else rows
     return rows @ weight.to(rows.dtype)
 
@@ -117,7 +129,9 @@ def _ask_for_gradients(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 @contextmanager
 def exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products multiply in bfloat16 where the numbers are bfloat16 anyway: the same sums on faster units."""
+    """Let float32 products multiply in bfloat16 where the numbers are bfloat16 anyway: the same
+    sums on faster units.
+    """
     backends = [getattr(torch.backends.mkldnn, "matmul", None)]
     if dtype != torch.bfloat16 or not hasattr(backends[0], "fp32_precision"):
         yield

@@ -1,4 +1,4 @@
-"""What a matrix costs in time: decode speed of its shape and rank, measured on the machine at hand."""
+"""What a matrix costs in time: decode speed by shape and rank, measured on the machine at hand."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from grasp.core.modeling_grasp import LowRankLinear
+from grasp.core.layers.modeling_grasp import LowRankLinear
 
 POINTS, ROUNDS = 5, 7
 COLD_BYTES = 96_000_000
-"""Weights touched between two uses of the same ones: more than caches hold, since decoding reads every weight once a token."""
+"""Weights touched between two uses of the same ones: more than caches hold, since decoding reads
+every weight once a token.
+"""
 
 
 class Latency:
-    """Seconds to multiply one token by a matrix of a shape, dense or low-rank. Measured once a shape at a few ranks, in turn; between
-    them linear, and never falling with the rank."""
+    """Seconds to multiply one token by a matrix of a shape, dense or low-rank. Measured once a
+    shape at a few ranks, in turn; between them linear, and never falling with the rank.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, pivoted: bool):
         self.device, self.dtype, self.pivoted = device, dtype, pivoted
@@ -38,10 +41,15 @@ class Latency:
 
     @torch.no_grad()
     def _measure(self, shape: tuple[int, int]) -> tuple[list[int], list[float], float]:
-        """(ranks, seconds at each, seconds dense): medians over rounds in which all variants run in turn."""
+        """(ranks, seconds at each, seconds dense): medians over rounds in which all variants run in
+        turn.
+        """
         m, n = shape
         short = min(m, n)
-        ranks = sorted({round(short * i / (POINTS - 1)) for i in range(1, POINTS)} - {short} | {1, short - 1} - {0})
+        ranks = sorted(
+            {round(short * i / (POINTS - 1)) for i in range(1, POINTS)} - {short}
+            | {1, short - 1} - {0}
+        )
         variants: list[Callable[[], Any]] = [lambda: nn.Linear(n, m, bias=False)]
         variants += [lambda r=r: LowRankLinear(n, m, r, False, pivoted=self.pivoted) for r in ranks]  # type: ignore[misc]
         stacks = []
@@ -65,7 +73,9 @@ class Latency:
 
     def _filled(self, module: nn.Module) -> nn.Module:
         """A module of small weights on the device; a pivoted pair's places in order."""
-        state = {name: torch.full(value.shape, 1 / 64) for name, value in module.state_dict().items()}
+        state = {
+            name: torch.full(value.shape, 1 / 64) for name, value in module.state_dict().items()
+        }
         if "places" in state:
             state["places"] = torch.arange(len(state["places"]), dtype=torch.int32)
         module.load_state_dict(state)

@@ -1,8 +1,8 @@
 """Stage 1, redundancy: which decoder layers barely change their input (paper, section 3.1).
 
-Block influence of a layer is `1 - mean over tokens of cos(layer input, layer output)`, in [0, 2]; low = redundant. The angular
-alternative scores contiguous spans by `arccos(cos) / pi` between the input of the first layer and the output of the last, at the
-last token.
+Block influence of a layer is `1 - mean over tokens of cos(layer input, layer output)`, in [0, 2];
+low = redundant. The angular alternative scores contiguous spans by `arccos(cos) / pi` between the
+input of the first layer and the output of the last, at the last token.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ def block_influence(statistics: Statistics) -> Redundancy:
 
 
 def angular_distance(statistics: Statistics) -> Redundancy:
-    """Layer -> angular distance, and the distances of all spans, from a sweep with `AngularDistance`."""
+    """Layer -> angular distance, and the distances of all spans, from a sweep with
+    `AngularDistance`.
+    """
     table = statistics[AngularDistance.name]
     distance = table["distance"]
     layers = table["layers"].tolist()
-    return Redundancy("angular", {layer: float(distance[i, i + 1]) for i, layer in enumerate(layers)}, distance)
+    return Redundancy(
+        "angular", {layer: float(distance[i, i + 1]) for i, layer in enumerate(layers)}, distance
+    )
 
 
 def describe_redundancy(statistics: Statistics) -> dict[str, dict[str, float]]:
@@ -39,6 +43,10 @@ def describe_redundancy(statistics: Statistics) -> dict[str, dict[str, float]]:
         for layer, score in redundancy.scores.items():
             if not math.isfinite(score):
                 raise NumericsError(
-                    f"layer {layer}: its {redundancy.kind} is {score}, so its hidden states are not finite; try --dtype float32"
+                    f"layer {layer}: its {redundancy.kind} is {score}, so its hidden states are not"
+                    " finite; try --dtype float32"
                 )
-    return {redundancy.kind: {str(layer): score for layer, score in redundancy.scores.items()} for redundancy in found}
+    return {
+        redundancy.kind: {str(layer): score for layer, score in redundancy.scores.items()}
+        for redundancy in found
+    }

@@ -1,4 +1,6 @@
-"""The statistics a sweep can collect. Sums are kept in float32 or wider, whatever the model's dtype."""
+"""The statistics a sweep can collect. Sums are kept in float32 or wider, whatever the model's
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ def _hidden(value: Any) -> Tensor:
 
 
 class Similarity(Collector):
-    """Mean cosine between a layer's input and its own output over all real tokens (paper, section 3.1). Table: layer -> scalar.
+    """Mean cosine between a layer's input and its own output over all real tokens (paper, section
+    3.1). Table: layer -> scalar.
 
-    Taken at the layer itself: the last entry of `output_hidden_states` is after the final norm and mis-scores the last layer.
+    Taken at the layer itself: the last entry of `output_hidden_states` is after the final norm and
+    mis-scores the last layer.
     """
 
     name: ClassVar[str] = "similarity"
@@ -35,7 +39,8 @@ class Similarity(Collector):
 
     def attach(self, layer: Layer) -> list[RemovableHandle]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = _hidden(args or kwargs["hidden_states"]).float(), _hidden(output).float()
+            before = _hidden(args or kwargs["hidden_states"]).float()
+            after = _hidden(output).float()
             cosine = cosine_similarity(before, after, dim=-1).double()  # batch, seq
             if self.mask is not None:
                 cosine = cosine[self.mask]
@@ -49,10 +54,12 @@ class Similarity(Collector):
 
 
 class AngularDistance(Collector):
-    """Angular distance `arccos(cos) / pi` between the inputs of every two layers, at the last real token of each block.
+    """Angular distance `arccos(cos) / pi` between the inputs of every two layers, at the last real
+    token of each block.
 
-    (Gromov et al., arXiv 2403.17887.) Table: "distance" -> (num_layers + 1, num_layers + 1), "layers" -> their indices; the last
-    row and column are the output of the last layer. Keeps one vector a layer and block, never the hidden states.
+    (Gromov et al., arXiv 2403.17887.) Table: "distance" -> (num_layers + 1, num_layers + 1),
+    "layers" -> their indices; the last row and column are the output of the last layer. Keeps one
+    vector a layer and block, never the hidden states.
     """
 
     name: ClassVar[str] = "angular_distance"
@@ -79,7 +86,8 @@ class AngularDistance(Collector):
     def end_block(self) -> None:
         if self.last is None:
             raise NumericsError("no decoder layer ran during the sweep")
-        states = torch.stack([*(self.states[i] for i in sorted(self.states)), self.last], dim=1)  # batch, layers + 1, width
+        # batch, layers + 1, width
+        states = torch.stack([*(self.states[i] for i in sorted(self.states)), self.last], dim=1)
         unit = torch.nn.functional.normalize(states, dim=-1)
         distance = (unit @ unit.mT).clamp(-1, 1).arccos().sum(0) / math.pi
         self.total = distance if self.total is None else self.total + distance
@@ -92,7 +100,9 @@ class AngularDistance(Collector):
 
 
 class _OfGradients(Collector):
-    """Asks for the gradients of the matrices at `paths`; what it makes of them after each block is up to the subclass."""
+    """Asks for the gradients of the matrices at `paths`; what it makes of them after each block is
+    up to the subclass.
+    """
 
     backward: ClassVar[bool] = True
 
@@ -110,9 +120,11 @@ class _OfGradients(Collector):
 
 
 class WeightGrad(_OfGradients):
-    """`G = dL/dW` (out, in) of the chosen matrices, the loss summed over the whole set. Table: path -> G in float32 or wider.
+    """`G = dL/dW` (out, in) of the chosen matrices, the loss summed over the whole set. Table: path
+    -> G in float32 or wider.
 
-    For a float32 model autograd itself keeps the sum in `.grad`; a narrower gradient is added to a float32 sum after each block.
+    For a float32 model autograd itself keeps the sum in `.grad`; a narrower gradient is added to a
+    float32 sum after each block.
     """
 
     name: ClassVar[str] = "weight_grad"
@@ -130,15 +142,20 @@ class WeightGrad(_OfGradients):
             grad = self.sums.pop(path) if path in self.sums else linear.parameter.grad
             linear.parameter.grad = None
             if grad is None or not bool(torch.isfinite(grad).all()):
-                raise NumericsError(f"the gradient of '{path}' is {'missing' if grad is None else 'not finite'}; try --dtype float32")
+                raise NumericsError(
+                    f"the gradient of '{path}' is {'missing' if grad is None else 'not finite'};"
+                    " try --dtype float32"
+                )
             table[path] = linear.oriented(grad)
         return table
 
 
 class GroupGrad(_OfGradients):
-    """Per-sample sums of every singular group's `g_k = sigma_k u_k' G_s v_k`, where G_s is the gradient of block s alone.
+    """Per-sample sums of every singular group's `g_k = sigma_k u_k' G_s v_k`, where G_s is the
+    gradient of block s alone.
 
-    Table: path -> (3, k): sum of g, sum of |g|, sum of g squared over the blocks. Needs the decompositions beforehand.
+    Table: path -> (3, k): sum of g, sum of |g|, sum of g squared over the blocks. Needs the
+    decompositions beforehand.
     """
 
     name: ClassVar[str] = "group_grad"

@@ -1,0 +1,1 @@
+"""The modules that a checkpoint carries, and how transformers loads them."""

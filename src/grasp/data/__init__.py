@@ -1,0 +1,1 @@
+"""Text in, token ids out: the one road for calibration, evaluation and training."""

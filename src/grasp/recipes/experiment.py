@@ -1,0 +1,337 @@
+"""`EXPERIMENT.toml`: a model, one calibration, one evaluation, and the methods to compare, as a
+list of cells to run.
+
+    title = "How much of a replaced matrix to keep"
+    model = "smollm2"
+    dtype = "bfloat16"
+
+    [calibration]
+    data = "$DATA/wiki.valid.raw"       # $NAME: a variable of the environment
+    num_samples = 32
+
+    # arguments of grasp.evaluate; against = true: fidelity to the dense model
+    [evaluation]
+    ppl = ["wikitext2=$DATA/wiki.test.raw"]
+    seq_len = 512
+
+    [speed]                             # optional: arguments of grasp.bench
+    rounds = 3
+
+    [[methods]]
+    method = "grasp"
+    num_layers = 9
+    # optional: one cell for every combination; fields of the method or of the calibration
+    [methods.sweep]
+    retain_ratio = [0.05, 0.1, 0.2]
+
+Sizes and what may be set are checked before anything runs. Trust (--trust-remote-code), the device
+and folders to write are the command line's alone: an experiment may be somebody else's.
+
+A cell's key is a hash of everything that makes its numbers, the bytes of local files included: a
+finished cell is run again exactly where one of these changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grasp.core.documents import read_toml
+from grasp.core.fields import (
+    BatchSize,
+    Count,
+    NumFewshot,
+    NumSamples,
+    NumTokens,
+    Rounds,
+    Seed,
+    SeqLen,
+    check,
+)
+from grasp.errors import GraspError, RecipeError, did_you_mean
+from grasp.methods import available, make
+
+TOP: dict[str, Any] = {"title": str, "model": str, "dtype": str, "dense": bool}
+TABLES: dict[str, dict[str, Any]] = {
+    "calibration": {
+        "data": str,
+        "num_samples": NumSamples,
+        "seq_len": SeqLen,
+        "seed": Seed,
+        "text_field": str,
+    },
+    "evaluation": {
+        "against": bool,
+        "ppl": list[str],
+        "tasks": list[str],
+        "task_data": str,
+        "limit": Count,
+        "num_fewshot": NumFewshot,
+        "batch_size": BatchSize,
+        "generate": bool,
+        "new_tokens": NumTokens,
+        "seq_len": SeqLen,
+        "stride": NumTokens,
+        "num_blocks": Count,
+        "rolling": bool,
+        "text_field": str,
+    },
+    "speed": {
+        "batch_sizes": list[BatchSize],
+        "prompt_len": NumTokens,
+        "new_tokens": NumTokens,
+        "rounds": Rounds,
+        "compile": bool,
+    },
+}
+COMMAND_LINE = {"device": "--device", "trust_remote_code": "--trust-remote-code"}
+MOST_CELLS = 1_000
+DEFAULTS = {"data": "pydoc", "num_samples": 64, "seq_len": 512, "seed": 0}
+VERSION = 1
+"""Counts up where the meaning of a cell changes, so that old rows are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be: a method with its fields and its calibration, measured in one way. `method`
+    "": the dense model.
+    """
+
+    label: str
+    model: str
+    method: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    speed: Mapping[str, Any] | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    varied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of all that makes the numbers: the fields, and the bytes of the local files they
+        name.
+        """
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in ("label", "varied")
+        }
+        values["loading"].pop("trust_remote_code", None)  # what may be run, not what is computed
+        if self.method:  # what is left to its default and what names it are the same
+            values["fields"] = make(self.method, dict(self.fields)).recipe()
+            values["calibration"] = {**DEFAULTS, **self.calibration}
+        else:
+            values["calibration"] = {}
+        texts = [*str(self.calibration.get("data", "")).split(","), *self.evaluation.get("ppl", ())]
+        files = [
+            _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
+            for text in texts
+            if (path := _file(text)).is_file()
+        ]
+        return hashlib.sha256(
+            json.dumps([VERSION, values, files], sort_keys=True).encode()
+        ).hexdigest()[:16]
+
+    @property
+    def granted(self) -> list[str]:
+        """The flags of the command line that a process of its own must be given again."""
+        device = ["--device", str(self.loading["device"])] if "device" in self.loading else []
+        return [
+            *device,
+            *(["--trust-remote-code"] if self.loading.get("trust_remote_code") else []),
+        ]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the file asks for."""
+
+    path: Path
+    title: str
+    cells: tuple[Cell, ...]
+    about: Mapping[str, Any]
+
+
+def read_experiment(
+    path: Path, device: str | None = None, trust_remote_code: bool = False
+) -> Experiment:
+    """Read and check the file before anything is run. Raises `RecipeError`: file, key, value, what
+    is allowed.
+
+    `device`, `trust_remote_code`: as the command line says; the file may not.
+    """
+    values = read_toml(path, hint="give a .toml file (see docs/evaluation.md)")
+    for key in COMMAND_LINE.keys() & values.keys():
+        raise RecipeError(
+            f"{path}: '{key}': only the command line may say {COMMAND_LINE[key]}, not an"
+            " experiment; take the line out"
+        )
+    _check(path, "", values, {**TOP, **dict.fromkeys(TABLES, dict), "methods": list})
+    for name, known in TABLES.items():
+        _check(path, name, values.get(name, {}), known)
+    if not values.get("model"):
+        raise RecipeError(
+            f'{path}: names no model; write model = "smollm2", a hub id or a directory'
+        )
+    methods = values.get("methods", [])
+    if not methods or not all(isinstance(entry, dict) for entry in methods):
+        raise RecipeError(f"{path}: names no method; write one [[methods]] table for each")
+    shared: dict[str, Any] = {
+        "model": values["model"],
+        "evaluation": values.get("evaluation", {}),
+        "speed": values.get("speed"),
+        "loading": {
+            **({"dtype": values["dtype"]} if "dtype" in values else {}),
+            **({"device": device} if device is not None else {}),
+            **({"trust_remote_code": True} if trust_remote_code else {}),
+        },
+    }
+    _check_count(path, methods)
+    cells = [Cell("dense", **shared)] if values.get("dense", True) else []
+    for number, entry in enumerate(methods, start=1):
+        cells += _cells(path, number, dict(entry), values.get("calibration", {}), shared)
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        same = first.setdefault(cell.key, cell)
+        if same is not cell:
+            raise RecipeError(
+                f"{path}: '{same.label}' and '{cell.label}' are the same cell; take one out"
+            )
+    about = {
+        "calibration": values.get("calibration", {}),
+        "evaluation": shared["evaluation"],
+        "speed": shared["speed"] or {},
+    }
+    return Experiment(
+        path,
+        str(values.get("title", path.stem)),
+        tuple(cells),
+        {**about, **shared["loading"], "model": shared["model"]},
+    )
+
+
+def _check_count(path: Path, methods: list[dict[str, Any]]) -> None:
+    """Count the cells before any is made: a sweep multiplies."""
+    total = 0
+    for number, entry in enumerate(methods, start=1):
+        sweep = entry.get("sweep", {})
+        if not isinstance(sweep, dict):
+            raise RecipeError(
+                f"{path}: methods table {number}: sweep = {sweep!r}: must be a table,"
+                " [methods.sweep]"
+            )
+        for key, options in sweep.items():
+            if not isinstance(options, list) or not options:
+                raise RecipeError(
+                    f"{path}: methods table {number}: sweep of {key}: give a list of values, such"
+                    " as [0.1, 0.2]"
+                )
+        total += math.prod(map(len, sweep.values()))
+        if total > MOST_CELLS:
+            raise RecipeError(
+                f"{path}: methods table {number}: its sweep brings the cells to {total:,}; at most"
+                f" {MOST_CELLS:,} are allowed, sweep fewer values"
+            )
+
+
+def _cells(
+    path: Path,
+    number: int,
+    entry: dict[str, Any],
+    calibration: Mapping[str, Any],
+    shared: Mapping[str, Any],
+) -> Iterator[Cell]:
+    """The cells of one [[methods]] table: one, or one for every combination of its sweep."""
+    where = f"{path}: methods table {number}"
+    name, label, sweep = entry.pop("method", None), entry.pop("label", None), entry.pop("sweep", {})
+    if not isinstance(name, str) or name not in available():
+        raise RecipeError(
+            f"{where}: method {name!r} is unknown; allowed:"
+            f" {', '.join(available())}{did_you_mean(str(name), available())}"
+        )
+    if label is not None and not isinstance(label, str):
+        raise RecipeError(f"{where}: label = {label!r}: must be text")
+    written = {
+        f.name for f in dataclasses.fields(available()[name]) if not f.metadata["recipe"]
+    } & {*entry, *sweep}
+    for key in written:
+        raise RecipeError(
+            f"{where}: '{key}': only the command line may say --{key.replace('_', '-')}, not an"
+            " experiment; take the line out"
+        )
+    for combination in itertools.product(*sweep.values()):
+        varied = dict(zip(sweep, combination, strict=True))
+        asked = {**entry, **varied}
+        drawn = {
+            **calibration,
+            **{key: value for key, value in asked.items() if key in TABLES["calibration"]},
+        }
+        fields = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in asked.items()
+            if key not in drawn
+        }
+        _check(path, f"methods table {number}", drawn, TABLES["calibration"])
+        for text in str(drawn.get("data", "")).split(","):
+            _file(text)
+        try:
+            make(name, fields)
+        except GraspError as problem:
+            raise RecipeError(f"{where}: {problem}") from None
+        said = ", ".join(f"{key} {_name(value)}" for key, value in varied.items())
+        yield Cell(
+            " ".join(filter(None, (label or name, said))),
+            method=name,
+            fields=fields,
+            calibration=drawn,
+            varied=varied,
+            **shared,
+        )
+
+
+def _name(value: Any) -> str:
+    return Path(value).name if isinstance(value, str) else str(value)
+
+
+def _file(text: str) -> Path:
+    """The file that DATA would be, $NAMES put in. Raises `RecipeError` for a name that the
+    environment lacks.
+    """
+    place = os.path.expandvars(text.strip().rpartition("=")[2])
+    if "$" in place:
+        raise RecipeError(
+            f"data {text}: the environment has no {place[place.index('$') :].split('/')[0]}; set"
+            " it, e.g. DATA=path/to/data grasp compare ..."
+        )
+    return Path(place).expanduser()
+
+
+@functools.cache
+def _digest(path: Path, _mtime: int, _size: int) -> str:
+    """sha256 of a file: read once, however many cells name it, unless it changes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _check(path: Path, table: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    where = f"{path}: [{table}]" if table else str(path)
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(
+                f"{where}: '{key}' is unknown; allowed:"
+                f" {', '.join(known)}{did_you_mean(key, known)}"
+            )
+        check(key, value, known[key], f"{where}: {key} =")

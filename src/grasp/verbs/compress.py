@@ -1,0 +1,295 @@
+"""READ FIRST: the whole tool in the paper's order.
+
+    compress()   model + calibration text -> fewer parameters, saved as a checkpoint
+        1. load the model; draw the calibration set                        (paper, section 4.1)
+        2. one sweep: how redundant is every layer, and what else the method needs   (3.1)
+        3. the method yields edits; each is applied before the next is asked for     (3.2, 3.3)
+        4. save: weights, manifest, model card
+    predict()    the loss to expect at several ratios, before anything is changed
+
+What came of it is measured in `grasp.verbs.evaluate`. Progress, parameter counts, the edit log and
+timings live here, once for all methods.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from transformers import PreTrainedModel
+
+from grasp.core.bos import AS_TOKENISED, EVERY_BLOCK
+from grasp.core.checkpoint import save
+from grasp.core.classes import settle_class
+from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
+from grasp.core.edits import apply
+from grasp.core.fields import IS_PATH, NumSamples, PathLike, Seed, SeqLen, checked
+from grasp.core.models import open_model
+from grasp.core.proof import check_savable
+from grasp.core.provenance import Clock, describe_model, versions
+from grasp.core.records import Calibration, Statistics
+from grasp.core.sweep import Progress, silent
+from grasp.data.calibration import calibrate, check_lengths
+from grasp.errors import RecipeError
+from grasp.methods import make
+from grasp.methods.base import Method
+from grasp.report.card import model_card
+from grasp.stages.enough import calibration_notes
+from grasp.stages.redundancy import describe_redundancy
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_METHOD = "grasp-fisher"
+DEFAULT_DATA, DEFAULT_NUM_SAMPLES, DEFAULT_SEQ_LEN = "pydoc", 64, 512
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` did. `manifest` is what `grasp.json` holds; `path` the checkpoint, None if
+    none was asked for.
+    """
+
+    decoder: Decoder = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    parameters_before: int
+    parameters_after: int
+    path: Path | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model, an ordinary Hugging Face one."""
+        return self.decoder.model
+
+    @property
+    def ratio(self) -> float:
+        """Share of all parameters that is gone, tied weights counted once."""
+        return 1 - self.parameters_after / self.parameters_before
+
+
+@checked
+def compress(
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    out: PathLike | None = None,
+    *,
+    method: str | Method = DEFAULT_METHOD,
+    data: str | Calibration = DEFAULT_DATA,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    seq_len: SeqLen = DEFAULT_SEQ_LEN,
+    seed: Seed = 0,
+    text_field: str | None = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Compression:
+    """Compress a model and save it.
+
+    Args:
+        model: hub id, directory, `.gguf` file, "smollm2", or a loaded model, which is then edited
+            in place.
+        out: directory to write; must not exist or be empty. None: nothing is written.
+        method: a name (see `grasp methods`), with its fields as further arguments, or a `Method`.
+        data: calibration text (a named set, a file, "self", "pydoc"), or a ready `Calibration`.
+        num_samples, seq_len, seed: so many blocks of so many tokens, drawn by this seed.
+        progress: called as `progress(task, done, total)`.
+
+    Raises:
+        GraspError: one line that names the argument, its value, what is allowed and the way out.
+    """
+    chosen, clock = make(method, fields), Clock()
+    if out is not None:
+        check_destination(Path(out), 0, model)
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
+    decoder.progress = progress
+    _check(chosen, decoder, out, data, num_samples, seq_len)
+    before, original = decoder.num_parameters(), describe_model(decoder)
+    clock.lap("load")
+
+    if isinstance(data, str):
+        data = calibrate(
+            decoder,
+            data,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            text_field=text_field,
+            progress=progress,
+        )
+    clock.lap("calibration")
+
+    needs = chosen.needs(decoder)
+    notes = calibration_notes(decoder, data, needs)
+    stats = decoder.sweep(data, needs, "statistics")
+    redundancy = describe_redundancy(stats)
+    clock.lap("statistics")
+
+    log = _carry_out(chosen, decoder, data, stats)
+    after = decoder.num_parameters()
+    clock.lap("attribution and replacement")
+
+    recipe = {
+        "model": decoder.source,
+        "method": chosen.name,
+        **chosen.recipe(),
+        **data.recipe(),
+        "text_field": text_field,
+        "dtype": dtype,
+    }
+    manifest = {
+        "model": original,
+        "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe()},
+        "recipe": {name: value for name, value in recipe.items() if value is not None},
+        "calibration": {
+            **data.to_json(),
+            "bos": AS_TOKENISED if decoder.block_bos is None else EVERY_BLOCK,
+            "loss_before": stats.loss,
+        },
+        "redundancy": redundancy,
+        "edits": log,
+        **_prediction(stats.loss, log),
+        "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
+        "versions": versions(),
+        "seconds": clock.laps,
+        "notes": list(notes),
+    }
+    if out is not None:
+        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
+    for note in notes:
+        logger.warning(note)
+    return Compression(decoder, manifest, before, after, None if out is None else Path(out))
+
+
+def _check(
+    method: Method,
+    decoder: Decoder,
+    out: str | Path | None,
+    data: str | Calibration,
+    num_samples: int,
+    seq_len: int,
+) -> None:
+    """Find what is wrong before any work is done: the recipe, the destination, the weights."""
+    if isinstance(data, str):
+        check_lengths(decoder, num_samples, seq_len)
+    settle_class(decoder)
+    method.check(decoder)
+    if out is not None:
+        before, after = decoder.num_parameters(), method.plan(decoder).parameters
+        check_destination(
+            Path(out),
+            decoder.num_bytes() * (before if after is None else after) // before,
+            decoder.source,
+        )
+        check_savable(decoder)
+    decoder.check_finite()
+
+
+def _carry_out(
+    method: Method, decoder: Decoder, data: Calibration, stats: Statistics
+) -> list[dict[str, Any]]:
+    """Apply each edit before the next is asked for. Returns the log: every edit, and the parameter
+    count after it.
+    """
+    log: list[dict[str, Any]] = []
+    before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
+    for edit in method.edits(decoder, data, stats):
+        apply(decoder, edit)
+        log.append({**edit.spec(), "parameters": decoder.num_parameters()})
+        decoder.progress("replacing", len(log), max(expected, len(log)))
+    decoder.progress("replacing", len(log), len(log))
+    after = decoder.num_parameters()
+    logger.info(
+        "%s parameters -> %s (%.2f %% removed)",
+        f"{before:,}",
+        f"{after:,}",
+        100 * (1 - after / before),
+    )
+    return log
+
+
+def _prediction(loss: float | None, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's "prediction": the rise of the loss that the edits say they cost, where all of
+    them say it.
+    """
+    rises = [edit["predicted_loss"] for edit in log if "predicted_loss" in edit]
+    if loss is None or not rises or len(rises) < len(log):
+        return {}
+    return {
+        "prediction": {
+            "loss_before": loss,
+            "loss_rise": sum(rises),
+            "perplexity_ratio": math.exp(sum(rises)),
+        }
+    }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method expects on the calibration text itself, in nats a token: the loss now, and its
+    rise at each ratio. Text that the statistics have not seen loses more, the more so the fewer the
+    tokens (docs/fisher.md); `notes` say where they are too few.
+    """
+
+    loss: float
+    rises: dict[float, float]
+    notes: tuple[str, ...] = ()
+
+    def perplexity(self, ratio: float) -> float:
+        """exp(loss + rise) at one of the ratios in `rises`."""
+        return math.exp(self.loss + self.rises[ratio])
+
+
+@checked
+def predict(
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    ratios: Sequence[float],
+    *,
+    method: str | Method = DEFAULT_METHOD,
+    data: str | Calibration = DEFAULT_DATA,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    seq_len: SeqLen = DEFAULT_SEQ_LEN,
+    seed: Seed = 0,
+    text_field: str | None = None,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Prediction:
+    """The expected loss after `compress` at several ratios, from one sweep; nothing is changed or
+    written.
+
+    Arguments as for `compress`, a size among them.
+
+    Raises `RecipeError` for a method whose scores are not losses.
+    """
+    chosen = make(method, fields)
+    if not chosen.predicts:
+        raise RecipeError(
+            f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do"
+        )
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
+    decoder.progress = progress
+    _check(chosen, decoder, None, data, num_samples, seq_len)
+    if isinstance(data, str):
+        data = calibrate(
+            decoder,
+            data,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            text_field=text_field,
+            progress=progress,
+        )
+    needs = chosen.needs(decoder)
+    notes = calibration_notes(decoder, data, needs)
+    stats = decoder.sweep(data, needs, "statistics")
+    assert stats.loss is not None
+    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios), notes)

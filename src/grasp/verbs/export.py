@@ -1,0 +1,298 @@
+"""Exports: a checkpoint in the format of another runtime.
+
+export()    checkpoint -> a directory that `format`'s own runtime loads
+    1. check what was asked, and that the packages are there
+    2. read the checkpoint, in the dtype of the export
+    3. write model, config, tokenizer and a README that says how to run it; the directory appears
+       when it is whole
+
+    dense      safetensors of the original architecture, pairs multiplied out: loads anywhere, no
+               smaller
+    onnx       one graph with a key-value cache, pairs kept
+    openvino   a model with its own cache and tokenizer, pairs kept
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
+from grasp.core.edits import strip_quantization_marks
+from grasp.core.extras import need
+from grasp.core.fields import PathLike, checked
+from grasp.core.layer import is_low_rank
+from grasp.core.manifest import MANIFEST, read_manifest
+from grasp.core.models import load_model
+from grasp.core.proof import answer, check_savable, compare, digits_of, prove, question
+from grasp.core.writing import whole
+from grasp.errors import RecipeError, did_you_mean
+from grasp.serving import dense
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format takes: packages, by the names they are imported by, values of `dtype` (the
+    first is the default) and of `weights`.
+    """
+
+    about: str
+    dtypes: tuple[str | None, ...]
+    packages: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "dense": Format(
+        "ordinary checkpoint, pairs multiplied out", (None, "float32", "bfloat16", "float16")
+    ),
+    "onnx": Format("for onnxruntime, pairs kept", ("float32", "float16"), ("onnx", "onnxscript")),
+    "openvino": Format(
+        "for openvino-genai, pairs kept",
+        ("float32", "float16"),
+        ("openvino", "openvino_tokenizers"),
+        ("int8",),
+    ),
+}
+SPARE_GRAPH = 64e6
+"""Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote. `pairs`: low-rank matrices of the checkpoint; `parameters`: its numbers,
+    and those of the export where dense.
+    """
+
+    path: Path
+    format: str
+    dtype: str
+    weights: str | None
+    pairs: int
+    parameters_before: int
+    parameters_after: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+@checked
+def export(
+    checkpoint: PathLike,
+    out: PathLike,
+    *,
+    format: str,
+    dtype: str | None = None,
+    weights: str | None = None,
+    trust_remote_code: bool = False,
+) -> Export:
+    """Write a checkpoint in another format.
+
+    Args:
+        checkpoint: a directory that `compress` or `recover` wrote, or any other MODEL. It is not
+            changed.
+        out: directory to write; must not exist or be empty.
+        format: "dense", "onnx" or "openvino".
+        dtype: of the export. None: as stored for dense, float32 for the others.
+        weights: "int8" stores the matrices of an OpenVINO model in 8 bits.
+
+    Raises:
+        GraspError: one line that names the argument, its value, what is allowed and the way out.
+    """
+    place, out = str(checkpoint), Path(out)
+    asked = check(format, dtype, weights)
+    check_destination(out, 0, checkpoint)
+    kind = dtype or asked.dtypes[0]
+    computed = kind if format != "openvino" else "float32"
+    decoder = load_model(
+        place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True
+    )
+    decoder.check_finite()
+    check_savable(decoder)
+    pairs = sum(is_low_rank(module) for module in decoder.model.modules())
+    before = decoder.num_parameters()
+    after = dense.dense_parameters(decoder) if format == "dense" else before
+    check_destination(
+        out, after * decoder.model.dtype.itemsize + int(SPARE_GRAPH if format != "dense" else 0)
+    )
+    kind = kind or str(decoder.model.dtype).removeprefix("torch.")
+    notes = _notes(format, pairs)
+    said = answer(decoder)
+    with whole(out) as folder:
+        how = _write(decoder, folder, format, "int8" if weights else kind)
+        strip_quantization_marks(decoder.model)
+        if format != "dense":
+            decoder.config.dtype = kind
+            decoder.model.config.save_pretrained(folder)
+            decoder.model.generation_config.save_pretrained(folder)
+        if decoder.tokenizer is not None:
+            decoder.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(
+            _card(place, name_of(out), format, kind, weights, (before, after), notes, how),
+            encoding="utf-8",
+        )
+        _prove(decoder, said, folder, out, format, "int8" if weights else kind)
+    size = sum(
+        file.stat().st_size
+        for file in out.iterdir()
+        if file.suffix in (".safetensors", ".onnx", ".data", ".bin")
+    )
+    return Export(out, format, kind, weights, pairs, before, after, size, notes)
+
+
+def check(format: str, dtype: str | None, weights: str | None) -> Format:
+    """The format's row. Raises `RecipeError` for what it does not take, and where its packages are
+    missing.
+    """
+    asked = FORMATS.get(format)
+    if asked is None:
+        raise RecipeError(
+            f"--format {format}: unknown; allowed:"
+            f" {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}"
+        )
+    _check_value("--dtype", dtype, [name for name in asked.dtypes if name], format)
+    _check_value("--weights", weights, asked.weights, format)
+    if weights and dtype not in (None, "float32"):
+        raise RecipeError(
+            f"--weights {weights} --dtype {dtype}: the rest of an {weights} model is float32; leave"
+            " out --dtype or --weights"
+        )
+    need(f"--format {format}", format, *asked.packages, *(["nncf"] if weights else []))
+    if asked.packages and importlib.util.find_spec("transformers.exporters.runners") is None:
+        raise RecipeError(
+            f"--format {format}: needs transformers 5.23 or newer (Python 3.11); run `pip install"
+            " -U transformers`, or take dense"
+        )
+    return asked
+
+
+def _check_value(flag: str, value: str | None, allowed: Sequence[str], format: str) -> None:
+    if value is not None and value not in allowed:
+        choice = (
+            f"allowed with --format {format}: {', '.join(allowed)}"
+            if allowed
+            else f"--format {format} has no such choice; leave it out"
+        )
+        raise RecipeError(f"{flag} {value}: {choice}{did_you_mean(value, allowed)}")
+
+
+def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
+    """Write the model; returns how to run it. The formats' modules are imported only here: each
+    needs its own packages.
+    """
+    if format == "dense":
+        dense.write(decoder, folder)
+        return dense.HOW_TO_RUN
+    if format == "onnx":
+        from grasp.serving import onnx
+
+        onnx.write(decoder, folder)
+        return onnx.HOW_TO_RUN
+    from grasp.serving import openvino
+
+    openvino.write(decoder, folder, kind)
+    return openvino.how_to_run(kind)
+
+
+ROUNDED = 0.2
+"""The part of the largest logit that an export whose matrices were rounded to 8 bits may be off: it
+is not the model, but close to it.
+"""
+
+
+def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str, kind: str) -> None:
+    """Raise `CheckpointError` where the export in `folder`, run by its own runtime where that is
+    installed, is not the model.
+    """
+    if format == "dense":
+        prove(decoder, said, folder, out)
+        return
+    if format == "onnx":
+        from grasp.serving import onnx
+
+        heard = onnx.answer(folder, question(decoder))
+    else:
+        from grasp.serving import openvino
+
+        heard = openvino.answer(folder, question(decoder))
+    if heard is None:
+        logger.warning(
+            "--format %s: not tried, since onnxruntime is not installed; `pip install onnxruntime`"
+            " lets the export be tried",
+            format,
+        )
+        return
+    compare(said, heard, ROUNDED if kind == "int8" else 10 * digits_of(getattr(torch, kind)), out)
+
+
+def _notes(format: str, pairs: int) -> tuple[str, ...]:
+    if not pairs:
+        what = (
+            "the dense export is a copy"
+            if format == "dense"
+            else "the export is as large as the model"
+        )
+        return (f"the model has no low-rank matrix: {what}",)
+    return (dense.NO_SMALLER,) if format == "dense" else ()
+
+
+def _card(
+    place: str,
+    name: str,
+    format: str,
+    kind: str,
+    weights: str | None,
+    sizes: tuple[int, int],
+    notes: Sequence[str],
+    how: str,
+) -> str:
+    """README.md of the export: where it comes from and how to run it."""
+    facts: dict[str, Any] = read_manifest(Path(place)) if (Path(place) / MANIFEST).is_file() else {}
+    rows = [
+        f"| exported from | {Path(place).name} |",
+        f"| format | {format}, {kind}{f', matrices {weights}' if weights else ''} |",
+    ]
+    if facts:
+        method, source = facts["method"], facts["model"]["source"]
+        origin = f", from {source}" if source else ""
+        rows.append(
+            f"| compressed by | `{method['name']}` ({method['paper']}) with grasp{origin} |"
+        )
+    before, after = sizes
+    rows.append(
+        "| parameters |"
+        f" {after:,}{f' ({before:,} in the low-rank checkpoint)' if before != after else ''} |"
+    )
+    head = [
+        "---",
+        f"library_name: {'transformers' if format == 'dense' else format}",
+        "pipeline_tag: text-generation",
+        "tags: [grasp]",
+        "---",
+    ]
+    said = [note[0].upper() + note[1:] + "." for note in notes]
+    return "\n".join(
+        [
+            *head,
+            "",
+            f"# {name}",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            *said,
+            "",
+            "## Run",
+            how.format(out=name),
+        ]
+    )

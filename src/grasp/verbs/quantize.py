@@ -1,0 +1,246 @@
+"""Weights in 8 or 4 bits, on top of low rank or alone.
+
+quantize()  model -> the same model with every linear of its decoder layers rounded, saved
+    1. check, load; find the dense matrices and the low-rank pairs
+    2. round each of their matrices (grasp.core.rounding), put them in place
+    3. save, with what was done in the manifest
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grasp.core.checkpoint import save
+from grasp.core.classes import settle_class
+from grasp.core.decoder import Decoder
+from grasp.core.destination import check_destination, name_of
+from grasp.core.edits import Quantize, apply
+from grasp.core.fields import IS_PATH, PathLike, checked
+from grasp.core.layer import is_low_rank
+from grasp.core.layers.modeling_grasp import NAMES
+from grasp.core.manifest import MANIFEST, read_manifest
+from grasp.core.models import open_model
+from grasp.core.proof import check_savable
+from grasp.core.provenance import Clock, describe_model, versions
+from grasp.core.rounding import GROUP_SIZES, rounded, torchao
+from grasp.core.seal import SEAL
+from grasp.core.sweep import Progress, silent
+from grasp.errors import RecipeError
+from grasp.report.card import model_card
+
+logger = logging.getLogger(__name__)
+
+SCHEMES = {(8, "weight-only"): "int8", (8, "dynamic"): "int8-dynamic", (4, "weight-only"): "int4"}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize` did. `manifest` is what `grasp.json` holds, its part "quantization" about
+    this; `path` None if nothing was written.
+    """
+
+    decoder: Decoder = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The quantized model, an ordinary Hugging Face one."""
+        return self.decoder.model
+
+
+@checked
+def quantize(
+    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    out: PathLike | None = None,
+    *,
+    bits: int,
+    scheme: str = "weight-only",
+    group_size: int = 32,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Quantization:
+    """Round the linears of the decoder layers, dense ones and the factors of low-rank pairs, to 8
+    or 4 bits.
+
+    Args:
+        model: a checkpoint of grasp, any other MODEL, or a loaded model, which is then changed in
+            place.
+        out: directory to write; must not exist or be empty. None: nothing is written.
+        bits: 8 (one scale a row) or 4 (a scale and a minimum for every `group_size` numbers of a
+            row).
+        scheme: "weight-only", or "dynamic" (8 bits): the input of each product is rounded too, one
+            scale a token.
+
+    Raises:
+        GraspError: one line that names the argument, its value, what is allowed and the way out.
+    """
+    kind = _check(bits, scheme, group_size)
+    torchao()
+    clock = Clock()
+    if out is not None:
+        check_destination(Path(out), 0, model)
+    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+    settle_class(decoder)
+    written = getattr(decoder.config, "quantization_config", None) or getattr(
+        decoder.model.config, "quantization_config", None
+    )
+    if written is not None and (
+        getattr(written, "quant_method", "") not in NAMES or written.quantization
+    ):
+        raise RecipeError(
+            f"DIR {decoder.source}: is quantized already; give the model it was made from"
+        )
+    decoder.check_finite()
+    if out is not None:
+        check_savable(decoder)
+    pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
+    if pivoted and bits == 4:
+        raise RecipeError(
+            f"--bits 4: {pivoted} pairs of {decoder.source or 'the model'} are pivoted, and"
+            " rounding them so coarsely leaves noise; use --bits 8, or `grasp compress --storage"
+            " pair` first"
+        )
+    if pivoted and scheme == "dynamic":
+        logger.warning(
+            "%d pairs are pivoted and lose far more by rounded activations than plain pairs do;"
+            " better --scheme weight-only, or `grasp compress --storage pair` first",
+            pivoted,
+        )
+    manifest = _manifest(decoder)
+    before = decoder.num_bytes()
+    command = [
+        "grasp",
+        "quantize",
+        Path(decoder.source).name,
+        name_of(Path(out or "OUT")),
+        "--bits",
+        str(bits),
+    ]
+    command += [
+        *(["--scheme", scheme] if scheme != "weight-only" else []),
+        *(["--group-size", str(group_size)] if bits == 4 else []),
+    ]
+    clock.lap("load")
+    errors = dict(_round_all(decoder, kind, group_size, progress))
+    clock.lap("rounding")
+    numbers = sum(count for count, _ in errors.values())
+    found = sorted(error for _, error in errors.values())
+    manifest["quantization"] = {
+        "scheme": kind,
+        "bits": bits,
+        "group_size": group_size if bits == 4 else None,
+        "matrices": len(errors),
+        "share": numbers / decoder.num_parameters(),
+        "error_median": found[len(found) // 2],
+        "error_largest": found[-1],
+        "bytes_before": before,
+        "bytes_after": decoder.num_bytes(),
+        "checkpoint": Path(decoder.source).name,
+        "command": shlex.join([*command, *(["--dtype", dtype] if dtype else [])]),
+        "versions": versions(),
+        "seconds": clock.laps,
+    }
+    if out is not None:
+        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
+    return Quantization(decoder, manifest, None if out is None else Path(out))
+
+
+def _check(bits: int, scheme: str, group_size: int) -> str:
+    """The name of what is asked for. Raises `RecipeError` for what there is not."""
+    if bits not in (8, 4):
+        raise RecipeError(f"--bits {bits}: must be 8 or 4")
+    if scheme not in ("weight-only", "dynamic"):
+        raise RecipeError(f"--scheme {scheme}: unknown; allowed: weight-only, dynamic")
+    if (bits, scheme) not in SCHEMES:
+        raise RecipeError(
+            f"--scheme dynamic: needs --bits 8, not --bits {bits}; use --scheme weight-only"
+        )
+    if group_size not in GROUP_SIZES:
+        raise RecipeError(
+            f"--group-size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return SCHEMES[bits, scheme]
+
+
+def _manifest(decoder: Decoder) -> dict[str, Any]:
+    """The manifest of the checkpoint that is quantized, or the beginnings of one for a model that
+    grasp did not write.
+    """
+    place = Path(decoder.source)
+    if decoder.source and (place / MANIFEST).is_file():
+        return {
+            key: value
+            for key, value in read_manifest(place).items()
+            if key not in ("format_version", SEAL)
+        }
+    size = decoder.num_parameters()
+    return {
+        "model": describe_model(decoder),
+        "method": {"name": "dense", "paper": ""},
+        "edits": [],
+        "parameters": {"before": size, "after": size, "ratio": 0.0},
+        "versions": versions(),
+    }
+
+
+def _round_all(
+    decoder: Decoder, kind: str, group_size: int, progress: Progress
+) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Round every linear and pair of the decoder layers. Yields (path of a matrix, (its numbers,
+    relative error of the rounding)).
+    """
+    names = [
+        f"{decoder.family.layers}.{index}.{name}"
+        for index in range(len(decoder.stack))
+        for _, name in decoder.family.matrices
+    ]
+    for done, path in enumerate(names):
+        progress("rounding", done, len(names))
+        module: Any = decoder.model.get_submodule(path)
+        matrices = _matrices(module)
+        if not matrices:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for name, matrix in matrices.items():
+            tensors |= rounded(name, matrix, kind, group_size, module.weight.dtype)
+        apply(decoder, Quantize(path, kind, group_size, tensors))
+        new: Any = decoder.model.get_submodule(path)
+        for name, matrix in matrices.items():
+            change = new.dequantized(name).float() - matrix.float()
+            yield (
+                f"{path}.{name}",
+                (
+                    matrix.numel(),
+                    float(
+                        change.norm()
+                        / matrix.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+                    ),
+                ),
+            )
+    progress("rounding", len(names), len(names))
+
+
+@torch.no_grad()
+def _matrices(module: Any) -> dict[str, Tensor]:
+    """The matrices (rows, columns) of a linear or pair, ready to be rounded; none of a pair of rank
+    0.
+    """
+    if not is_low_rank(module):
+        weight = module.weight.detach()
+        return {"weight": weight if isinstance(module, torch.nn.Linear) else weight.T}
+    if module.rank == 0:
+        return {}
+    return {"weight": module.weight.detach(), "weight_in": module.weight_in.detach()}
