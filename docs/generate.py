@@ -68,18 +68,31 @@ def reference() -> str:
     parts += [
         "## Families",
         "",
-        "| family | model type | layers | attention | mlp | notes |",
-        "|---|---|---|---|---|---|",
+        (
+            "| family | model type | layers | attention | mlp | norms |"
+            " embeddings, final norm, head | KV groups | notes |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in FAMILIES:
+        assert row.ends is not None
+        ends = (row.ends.embedding, row.ends.positions, row.ends.norm, row.ends.head)
+        inside = [[path for _, path in part] for part in (row.attention, row.mlp)]
         names = [
-            " ".join(f"`{path.rsplit('.', 1)[-1]}`" for _, path in part)
-            for part in (row.attention, row.mlp)
+            " ".join(f"`{path.rsplit('.', 1)[-1]}`" for path in paths if path)
+            for paths in (*inside, row.norms.all, ends)
         ]
         parts.append(
-            f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {names[0]} |"
-            f" {names[1]} | {row.notes} |"
+            f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {' | '.join(names)} |"
+            f" {'yes' if row.heads_by_width else 'no'} | {row.notes} |"
         )
+    parts += [
+        "",
+        "Norms: those before the matrices first, then those behind them, then those of queries and"
+        " keys. KV groups: whether whole ones can be taken out of a layer with plain smaller"
+        " matrices, because the attention code takes the number of heads from their width. MLP"
+        " channels can in every family.",
+    ]
     parts += ["", "## Texts (`--data`, `--ppl`)", "", "| DATA | what | from |", "|---|---|---|"]
     for name, known in NAMED.items():
         parts.append(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
-from grasp.core.layer import is_low_rank
+from grasp.core.layer import is_low_rank, matrix_in
 from grasp.core.sweep import Progress
 from grasp.data.rows import Collate, Rows, read_by_model
 from grasp.errors import NumericsError
@@ -51,17 +51,11 @@ def pairs_of(decoder: Decoder, teacher: Decoder, origin: Sequence[int]) -> list[
     found = []
     for index, layer in enumerate(decoder.stack):
         dense = teacher.layer(origin[index]).linears
-        modules = dict(layer.named_modules())
         for _, name in decoder.family.matrices:
-            if is_low_rank(modules[name]) and modules[name].weight.numel():
-                found.append(
-                    Pair(
-                        f"{decoder.family.layers}.{index}.{name}",
-                        index,
-                        modules[name],
-                        dense[name].weight,
-                    )
-                )
+            module: Any = matrix_in(layer, name)
+            if module is not None and is_low_rank(module) and module.weight.numel():
+                path = f"{decoder.family.layers}.{index}.{name}"
+                found.append(Pair(path, index, module, dense[name].weight))
     return found
 
 

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.bos import block_bos, num_rows
-from grasp.core.families import Family, find_family, select
-from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
+from grasp.core.families import Family, select
+from grasp.core.inspecting import find_family
+from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import auto_classes
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import wide
@@ -166,7 +167,9 @@ class Decoder:
         return ids
 
     def layer(self, index: int) -> Layer:
-        """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""
+        """Layer `index` of the model as loaded, with the matrices it has. Raises `RecipeError`
+        where there is none (left).
+        """
         if index not in self.kept:
             raise RecipeError(
                 f"layer {index} is not in the model; it has layers 0 to {self.num_layers - 1}"
@@ -174,8 +177,8 @@ class Decoder:
         module = self.stack[self.kept.index(index)]
         linears = {}
         for _, name in self.family.matrices:
-            child = module.get_submodule(name)
-            if not is_low_rank(child) and not is_quantized(child):
+            child = matrix_in(module, name)
+            if child is not None and not is_low_rank(child) and not is_quantized(child):
                 linears[name] = Linear(f"{self.family.layers}.{index}.{name}", index, name, child)
         return Layer(index, module, linears)
 
@@ -187,6 +190,18 @@ class Decoder:
         """The dense matrices of one layer that `projections` selects, in their order of use."""
         wanted = select(self.family, tuple(projections))
         return [linear for name, linear in self.layer(index).linears.items() if name in wanted]
+
+    def replaced(self, index: int, projections: Sequence[str] = ("all",)) -> list[str]:
+        """Names of those it selects that are low-rank pairs or quantized already."""
+        module = self.layer(index).module
+        found = [
+            (name, matrix_in(module, name)) for name in select(self.family, tuple(projections))
+        ]
+        return [
+            name
+            for name, child in found
+            if child is not None and (is_low_rank(child) or is_quantized(child))
+        ]
 
     def locate(self, path: str) -> tuple[int, str]:
         """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it

@@ -45,13 +45,25 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by
-    path inside the layer.
+    """One decoder layer: its index in the model as loaded, its module, and by path inside the layer
+    those of its family's matrices that it has, as far as they are dense.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, Linear]
+
+
+def matrix_in(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module that keeps a matrix of a layer, dense or not; None where the layer lacks it."""
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:
+        return None
+    if is_low_rank(module) or is_quantized(module):
+        return module
+    weight = getattr(module, "weight", None)
+    return module if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def is_low_rank(module: nn.Module) -> bool:

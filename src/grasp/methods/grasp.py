@@ -29,7 +29,6 @@ from msgspec import Meta
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
-from grasp.core.families import select
 from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, break_even_rank, factors, svd
@@ -144,10 +143,7 @@ class Grasp(LayerMethod):
         layers, allocation = self._choose(decoder, stats)
         order = sorted(layers, reverse=True)
         for index in order:
-            low_rank = len(select(decoder.family, self.projections)) - len(
-                decoder.linears(index, self.projections)
-            )
-            if low_rank:
+            if low_rank := len(decoder.replaced(index, self.projections)):
                 logger.warning(
                     "layer %d: %d of its matrices are low-rank pairs already and stay as they are",
                     index,

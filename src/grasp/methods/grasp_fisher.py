@@ -33,7 +33,6 @@ from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
-from grasp.core.families import select
 from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
@@ -265,9 +264,7 @@ class GraspFisher(Method):
         """
         layers = self._choose(decoder, stats)
         for index in layers:
-            if low_rank := len(select(decoder.family, self.projections)) - len(
-                decoder.linears(index, self.projections)
-            ):
+            if low_rank := len(decoder.replaced(index, self.projections)):
                 logger.warning(
                     "layer %d: %d of its matrices are low-rank pairs already and stay as they are",
                     index,

@@ -456,13 +456,23 @@ def methods(as_json: bool) -> None:
 def families(as_json: bool) -> None:
     """Every row of the family table."""
     rows = [
-        (f.name, ", ".join(f.model_types), " ".join(roles for roles, _ in f.matrices), f.notes)
+        (
+            f.name,
+            ", ".join(f.model_types),
+            " ".join(roles for roles, _ in f.matrices),
+            "yes" if f.heads_by_width else "no",
+            f.notes,
+        )
         for f in FAMILIES
     ]
-    table("", ("family", "model_type", "matrices by role", "notes"), rows, left=4)
+    table("", ("family", "model_type", "matrices by role", "KV groups", "notes"), rows, left=5)
+    say(
+        "KV groups: whether whole ones can be taken out of a layer with plain smaller matrices, as"
+        " MLP channels can in every family."
+    )
     say(
         "An unknown model whose layers are plain linears works by inspection, with a notice. --json"
-        " gives the module paths."
+        " gives the paths of matrices, norms, embeddings and head."
     )
     if as_json:
         emit({f.name: dataclasses.asdict(f) for f in FAMILIES})

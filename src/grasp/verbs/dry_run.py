@@ -45,16 +45,9 @@ def estimate(
     memory = parameters * dtype_bytes + plan.gradient_parameters * 4 + activations + logits
     tokens = num_samples * seq_len
     work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
-    for linear in (linear for layer in decoder.layers() for linear in layer.linears.values()):
-        m, n = linear.shape
-        work += (
-            20.0
-            * m
-            * n
-            * min(m, n)
-            * plan.num_edits
-            / (decoder.num_layers * len(decoder.family.matrices))
-        )
+    linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
+    for m, n in (linear.shape for linear in linears):
+        work += 20.0 * m * n * min(m, n) * plan.num_edits / len(linears)
     return Estimate(memory, work / (_matmul_speed() * EFFICIENCY))
 
 

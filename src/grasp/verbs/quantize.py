@@ -25,7 +25,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize, apply
 from grasp.core.fields import IS_PATH, PathLike, checked
-from grasp.core.layer import is_low_rank
+from grasp.core.layer import is_low_rank, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
@@ -204,8 +204,9 @@ def _round_all(
     """
     names = [
         f"{decoder.family.layers}.{index}.{name}"
-        for index in range(len(decoder.stack))
+        for index, layer in enumerate(decoder.stack)
         for _, name in decoder.family.matrices
+        if matrix_in(layer, name) is not None
     ]
     for done, path in enumerate(names):
         progress("rounding", done, len(names))
