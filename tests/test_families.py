@@ -9,6 +9,8 @@ import transformers
 from closeness import close
 from conftest import _GATED, _IDS, FAMILY_ROWS, LAYERS, build
 from torch import nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -127,6 +129,18 @@ def test_a_model_that_is_not_laid_out_as_its_family(calibration):
         del layer.mlp.up_proj
     with pytest.raises(grasp.GraspError, match=r"not laid out as Llama: no layer .*'mlp.up_proj'"):
         grasp.compress(model, num_layers=1, data=calibration, method="grasp")
+
+
+def test_layers_that_text_alone_does_not_run_are_refused():
+    """Mllama's cross-attention layers are skipped where there is no picture: nothing to measure."""
+    config = MllamaTextConfig(
+        **_IDS,
+        **{key: value for key, value in _GATED.items() if key != "head_dim"},
+        cross_attention_layers=[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    with pytest.raises(grasp.GraspError, match=r"layer 1 has 'cross_attn\.\w+', which text alone"):
+        _ = Decoder(MllamaForCausalLM(config)).family
 
 
 class NoAttention(nn.Module):

@@ -140,6 +140,13 @@ def _inspect(model: nn.Module, model_type: str) -> Family:
                 f" {_holder(layer)} holds most of the rest; {_ADD_A_ROW}"
             )
     paths = list(dict.fromkeys(path for found in linears for path in found))
+    for path in paths:
+        having = [index for index, found in enumerate(linears) if path in found]
+        if "cross" in path and len(having) < len(layers):
+            raise ModelError(
+                f"model type '{model_type}' is unknown, and its layers differ in kind: layer"
+                f" {having[0]} has '{path}', which text alone does not run; {_ADD_A_ROW}"
+            )
     attention = tuple((path, path) for path in paths if "attn" in path or "attention" in path)
     mlp = tuple((path, path) for path in paths if (path, path) not in attention)
     return Family(

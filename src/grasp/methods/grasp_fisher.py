@@ -33,6 +33,7 @@ from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, Factorize
+from grasp.core.families import select
 from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
