@@ -467,12 +467,9 @@ def families(as_json: bool) -> None:
     ]
     table("", ("family", "model_type", "matrices by role", "KV groups", "notes"), rows, left=5)
     say(
-        "KV groups: whether whole ones can be taken out of a layer with plain smaller matrices, as"
-        " MLP channels can in every family."
-    )
-    say(
-        "An unknown model whose layers are plain linears works by inspection, with a notice. --json"
-        " gives the paths of matrices, norms, embeddings and head."
+        "KV groups: whether whole ones go out of a layer with plain smaller matrices. An unknown"
+        " model whose layers are plain linears works by inspection, with a notice. --json gives the"
+        " paths of matrices, norms, embeddings and head."
     )
     if as_json:
         emit({f.name: dataclasses.asdict(f) for f in FAMILIES})
