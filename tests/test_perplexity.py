@@ -12,13 +12,16 @@ from grasp.core.decoder import Decoder
 from grasp.core.records import Text
 from grasp.core.score import Score
 from grasp.data.blocks import blocks_of, cut, rolling
+from grasp.data.stream import Stream
 from grasp.errors import DataError, GraspError, NumericsError, RecipeError
 from grasp.evaluation import perplexity as measuring
 
 
-def perplexity(model: Decoder, tokens: torch.Tensor, *, name: str, **options) -> Score:
+def perplexity(
+    model: Decoder, tokens: torch.Tensor, *, name: str, bos: int | None = None, **options
+) -> Score:
     """Cut and measured, without a text to count words of."""
-    return measuring.perplexity(model, cut(tokens, name=name, **options))
+    return measuring.perplexity(model, cut(Stream(tokens, bos), name=name, **options))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.core.bos import block_bos, num_rows
+from grasp.core.bos import block_bos
 from grasp.core.families import Family, select
 from grasp.core.inspecting import find_family
 from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized, matrix_in
@@ -30,8 +30,7 @@ from grasp.core.linalg import wide
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Collector, Progress, silent
-from grasp.core.tokens import check_ids, tokenise
-from grasp.errors import DataError, ModelError, NumericsError, RecipeError
+from grasp.errors import ModelError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -102,69 +101,6 @@ class Decoder:
         return block_bos(
             self.model, self.tokenizer, self.config, manifest.get("calibration", {}).get("bos")
         )
-
-    def tokenize(self, text: str, most: int | None = None) -> Tensor:
-        """The whole text as one stream of ids (num_tokens,), special tokens only where the
-        tokenizer itself puts them. `most`: so many tokens are enough. Raises `DataError` for ids
-        that the model does not have.
-        """
-        if self.tokenizer is None:
-            place = (
-                f"{self.source} has no tokenizer files" if self.source else "this model has none"
-            )
-            raise DataError(
-                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it"
-                " there (in Python: tokenizer=...)"
-            )
-        return tokenise(
-            self.tokenizer,
-            text,
-            special=self.block_bos is None,
-            rows=num_rows(self.model),
-            most=most,
-            progress=self.progress,
-        )
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts,
-        and as the model needs them to begin.
-        """
-        if self.tokenizer is None:
-            raise DataError("text needs a tokenizer, and this model has none")
-        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-        return self.begun(ids) if special else self.known(ids)
-
-    def begun(self, ids: list[int]) -> list[int]:
-        """Ids of a whole text, with the token in front that the model needs there, where it is
-        missing.
-        """
-        bos = self.block_bos
-        return self.known(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
-
-    def check_vocabulary(self) -> None:
-        """Raise `DataError` where the tokenizer's own vocabulary is larger than the model's, as
-        that of another model may be. Tokens that were added to it count only where a text holds
-        them: some models' tokenizers name more of those than the model has.
-        """
-        if self.tokenizer is not None:
-            added = set(self.tokenizer.get_added_vocab().values())
-            self.known(
-                [
-                    max(
-                        (
-                            token
-                            for token in self.tokenizer.get_vocab().values()
-                            if token not in added
-                        ),
-                        default=0,
-                    )
-                ]
-            )
-
-    def known(self, ids: list[int]) -> list[int]:
-        """The ids. Raises `DataError` for one that the model does not have."""
-        check_ids(self.tokenizer, ids, num_rows(self.model))
-        return ids
 
     def layer(self, index: int) -> Layer:
         """Layer `index` of the model as loaded, with the matrices it has. Raises `RecipeError`

@@ -34,7 +34,8 @@ from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sweep import Progress, silent
-from grasp.data.calibration import calibrate, check_lengths
+from grasp.data.calibration import calibrate
+from grasp.data.stream import check_lengths
 from grasp.errors import RecipeError
 from grasp.methods import make
 from grasp.methods.base import Method

@@ -13,7 +13,7 @@ import torch
 from grasp.core.decoder import Decoder
 from grasp.core.fields import NumSamples, PathLike, Seed, SeqLen, checked
 from grasp.core.models import load_model
-from grasp.data.calibration import check_lengths
+from grasp.data.stream import check_lengths
 from grasp.methods import make
 from grasp.methods.base import Method, Plan
 

@@ -31,8 +31,8 @@ from grasp.core.results import Generation, Result, Results
 from grasp.core.score import Score
 from grasp.core.sweep import Progress, silent
 from grasp.data.blocks import Blocks, blocks_of
-from grasp.data.calibration import check_lengths
-from grasp.data.text import fields_of, read_text
+from grasp.data.stream import check_lengths, check_vocabulary
+from grasp.data.text import fields_of, read_text, sources
 from grasp.errors import RecipeError
 from grasp.evaluation.fidelity import check_same_tokens, fidelity
 from grasp.evaluation.generation import agreement, check_room, continuations
@@ -125,7 +125,7 @@ def evaluate(
     fields = fields_of(names, text_field) if names else []
     decoder.progress = progress
     if chosen or generate:
-        decoder.check_vocabulary()
+        check_vocabulary(decoder)
     texts = [
         read_text(name, split="test", text_field=field, tokenizer=decoder.tokenizer)
         for name, field in zip(names, fields, strict=True)
@@ -230,11 +230,7 @@ class _Pair:
 
 def _names(flag: str, value: str | Iterable[str]) -> list[str]:
     """The names in a comma-separated list, or in any other."""
-    names = (
-        [name.strip() for name in value.split(",")]
-        if isinstance(value, str)
-        else [str(name) for name in value]
-    )
+    names = sources(value) if isinstance(value, str) else [str(name) for name in value]
     if "" in names and names != [""]:
         raise RecipeError(
             f"{flag} '{value}': an empty name in the list; write it like wikitext2,my.txt"

@@ -56,10 +56,10 @@ from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.seal import SEAL
 from grasp.core.sweep import Progress, silent
-from grasp.data.calibration import check_lengths, sources
 from grasp.data.examples import read_examples
 from grasp.data.rows import Collate, Rows, TrainingData, pack_or_pad, prepare
-from grasp.data.text import fields_of, read_source
+from grasp.data.stream import check_lengths
+from grasp.data.text import fields_of, read_source, sources
 from grasp.errors import CheckpointError, GraspError, RecipeError
 from grasp.report.card import model_card
 
