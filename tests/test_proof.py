@@ -13,6 +13,7 @@ from grasp.core import edits
 from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop, apply
+from grasp.core.runner import Resident
 
 
 def model_of(config: str, **more: object):
@@ -30,7 +31,7 @@ def test_layers_built_from_their_index_are_not_dropped(tmp_path, calibration, mo
     """DiffLlama's lambda_init follows from the index, and no config says it: refused before the
     work; the last layer may go.
     """
-    monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_: pytest.fail("the work has begun"))
     for fields in ({"layers": (1,)}, {"layers": (0, 3)}, {"num_layers": 1}):
         with pytest.raises(
             grasp.GraspError, match=r"'diffllama' model cannot be dropped: .*lambda_init' is 0\."
@@ -221,7 +222,7 @@ def test_what_cannot_be_saved_is_said_before_the_work(
 
     model, mine = build("llama"), copy.deepcopy(tokenizer)
     spoilt(model, mine)
-    monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(grasp.GraspError, match=said) as error:
         grasp.compress(
             model, tmp_path / "out", tokenizer=mine, method="grasp", layers=(1,), data=calibration

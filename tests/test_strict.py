@@ -20,6 +20,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize, apply
 from grasp.core.layers.modeling_grasp import GraspConfig
+from grasp.core.runner import Resident
 from grasp.errors import CheckpointError, ModelError
 from grasp.serving.parts import Part
 
@@ -436,7 +437,7 @@ def test_a_class_that_adds_nothing_is_saved_as_its_base(method, local, tmp_path,
 
 
 def test_a_class_that_adds_something_is_refused_before_any_work(calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr(Decoder, "sweep", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_, **__: pytest.fail("work was begun"))
     model = Changed(transformers.LlamaConfig(**_GATED, **_IDS))
     with pytest.raises(
         grasp.GraspError,

@@ -186,6 +186,19 @@ def test_only_edits_change_a_model():
                 assert trains or call not in text, f"{name}: {call}"
 
 
+def attributes(text: str) -> set[str]:
+    """Every name that stands behind a dot."""
+    return {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+
+
+def test_methods_and_stages_leave_the_model_to_the_runner():
+    """Who holds what in memory is decided in core/runner.py: they see layers, weights and sums."""
+    assert "model" in attributes(FILES["core/runner.py"])
+    for name, text in FILES.items():
+        if name.startswith(("methods/", "stages/")):
+            assert "model" not in attributes(text), name
+
+
 def test_no_method_is_named_outside_its_own_file():
     """The folder is the registry; a default is the one exception, in signatures that have it."""
     for name, text in FILES.items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
 from grasp.core.layer import is_low_rank
-from grasp.core.sweep import Progress
+from grasp.core.progress import Progress
 from grasp.data.rows import Collate, Rows, read_by_model
 from grasp.errors import NumericsError
 

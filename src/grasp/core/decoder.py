@@ -1,5 +1,4 @@
-"""`Decoder`: a typed view of a Hugging Face causal language model, and the sweep that shows it a
-calibration set.
+"""`Decoder`: a typed view of a Hugging Face causal language model.
 
 Paths and layer indices are always those of the model as it was loaded: dropping layer 3 does not
 rename layer 4.
@@ -10,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,7 @@ from grasp.core.layers.modeling_grasp import auto_classes
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import wide
 from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.records import Calibration, Statistics
-from grasp.core.sweep import Collector, Progress, silent
+from grasp.core.progress import Progress, silent
 from grasp.core.tokens import check_ids, tokenise
 from grasp.errors import DataError, ModelError, NumericsError, RecipeError
 
@@ -87,6 +84,11 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the model tells it."""
+        return self.model.dtype
 
     @cached_property
     def block_bos(self) -> int | None:
@@ -224,43 +226,6 @@ class Decoder:
                     " compressed as it is"
                 )
 
-    def sweep(
-        self, data: Calibration, collectors: Sequence[Collector], task: str = "sweep"
-    ) -> Statistics:
-        """Show the model every block once, with a backward pass if a collector asks for gradients,
-        and return what was collected.
-
-        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
-        taken one block at a time, so memory does not grow with the number of blocks. The model
-        comes back unchanged.
-        """
-        backward = any(collector.backward for collector in collectors)
-        total_loss, tokens = 0.0, 0
-        with self._prepared(collectors), torch.set_grad_enabled(backward):
-            self.progress(task, 0, data.num_blocks)
-            for block in range(data.num_blocks):
-                ids = data.ids[block : block + 1].to(self.device)
-                mask = None if data.mask is None else data.mask[block : block + 1].to(self.device)
-                for collector in collectors:
-                    collector.begin_block(mask)
-                if backward:
-                    loss, count = self.loss(ids, mask)
-                    if not bool(torch.isfinite(loss)):
-                        raise NumericsError(
-                            f"calibration block {block}: the loss is {float(loss.detach())};"
-                            f" {self.first_non_finite(ids, mask)}"
-                        )
-                    loss.backward()
-                    total_loss, tokens = total_loss + float(loss.detach()), tokens + count
-                else:
-                    self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                    tokens += ids.numel() if mask is None else int(mask.sum())
-                for collector in collectors:
-                    collector.end_block()
-                self.progress(task, block + 1, data.num_blocks)
-            tables = {collector.name: collector.result() for collector in collectors}
-        return Statistics(tables, tokens, total_loss / tokens if backward else None)
-
     def loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their
         number.
@@ -274,31 +239,6 @@ class Decoder:
             wide(logits.flatten(0, 1)), labels.flatten(), reduction="sum", ignore_index=-100
         )
         return loss, int((labels != -100).sum())
-
-    @contextmanager
-    def _prepared(self, collectors: Sequence[Collector]) -> Iterator[None]:
-        """Gradients off except where a collector turns them on, hooks attached; all of it undone at
-        the end.
-        """
-        before = [
-            (parameter, parameter.requires_grad, parameter.grad)
-            for parameter in self.model.parameters()
-        ]
-        handles = []
-        try:
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for layer in self.layers():
-                for collector in collectors:
-                    handles += collector.attach(layer)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, requires_grad, grad in before:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
 
     @torch.no_grad()
     def first_non_finite(self, ids: Tensor, mask: Tensor | None) -> str:

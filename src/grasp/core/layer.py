@@ -38,6 +38,11 @@ class Linear:
         rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def is_tall(self) -> bool:
+        """Whether there are at least as many outputs as inputs."""
+        return self.shape[0] >= self.shape[1]
+
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like the parameter (its gradient, say) turned to (out, in)."""
         return tensor.T if self.transposed else tensor

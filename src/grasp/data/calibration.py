@@ -15,8 +15,8 @@ from torch import Tensor
 
 from grasp.core.bos import num_rows
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.records import Calibration
-from grasp.core.sweep import Progress, silent
 from grasp.data.text import fields_of, read_text
 from grasp.errors import DataError, NumericsError
 

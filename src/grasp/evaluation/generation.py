@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.results import Generation
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
 
 PROMPTS = (

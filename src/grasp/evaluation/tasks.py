@@ -36,8 +36,8 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from grasp.core.decoder import Decoder
 from grasp.core.extras import need
 from grasp.core.hub import reachable
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.errors import DataError, GraspError, RecipeError, did_you_mean
 from grasp.evaluation.task_files import no_bars, with_local_data
 from grasp.evaluation.task_questions import (

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from grasp.core.decoder import Decoder
 from grasp.core.fields import IS_PATH, BatchSize, NumTokens, Rounds, checked
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Results
-from grasp.core.sweep import Progress, silent
 from grasp.evaluation.bench import bench as time_models
 from grasp.evaluation.rows import number_formats, row
 

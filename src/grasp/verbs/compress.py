@@ -30,10 +30,11 @@ from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import apply
 from grasp.core.fields import IS_PATH, NumSamples, PathLike, Seed, SeqLen, checked
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.records import Calibration, Statistics
-from grasp.core.sweep import Progress, silent
+from grasp.core.runner import Resident, Runner
 from grasp.data.calibration import calibrate, check_lengths
 from grasp.errors import RecipeError
 from grasp.methods import make
@@ -126,11 +127,12 @@ def compress(
 
     needs = chosen.needs(decoder)
     notes = calibration_notes(decoder, data, needs)
-    stats = decoder.sweep(data, needs, "statistics")
+    runner = Resident(decoder, data)
+    stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
 
-    log = _carry_out(chosen, decoder, data, stats)
+    log = _carry_out(chosen, runner, stats)
     after = decoder.num_parameters()
     clock.lap("attribution and replacement")
 
@@ -190,15 +192,14 @@ def _check(
     decoder.check_finite()
 
 
-def _carry_out(
-    method: Method, decoder: Decoder, data: Calibration, stats: Statistics
-) -> list[dict[str, Any]]:
+def _carry_out(method: Method, runner: Runner, stats: Statistics) -> list[dict[str, Any]]:
     """Apply each edit before the next is asked for. Returns the log: every edit, and the parameter
     count after it.
     """
     log: list[dict[str, Any]] = []
+    decoder = runner.decoder
     before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
-    for edit in method.edits(decoder, data, stats):
+    for edit in method.edits(runner, stats):
         apply(decoder, edit)
         log.append({**edit.spec(), "parameters": decoder.num_parameters()})
         decoder.progress("replacing", len(log), max(expected, len(log)))
@@ -290,6 +291,7 @@ def predict(
         )
     needs = chosen.needs(decoder)
     notes = calibration_notes(decoder, data, needs)
-    stats = decoder.sweep(data, needs, "statistics")
+    runner = Resident(decoder, data)
+    stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None
-    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios), notes)
+    return Prediction(stats.loss, chosen.predict(runner, stats, ratios), notes)

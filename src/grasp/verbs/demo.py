@@ -18,9 +18,9 @@ import torch
 from grasp.core.children import run_child
 from grasp.core.models import EMBEDDED, embedded_model, load_model
 from grasp.core.precision import has_fast_bfloat16
+from grasp.core.progress import Progress
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
-from grasp.core.sweep import Progress
 from grasp.errors import GraspError, Interrupted
 from grasp.evaluation.generation import greedy
 from grasp.evaluation.speed import decode_speed

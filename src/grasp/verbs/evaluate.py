@@ -25,11 +25,11 @@ from grasp.core.fields import (
     checked,
 )
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.provenance import machine, versions
 from grasp.core.records import Text
 from grasp.core.results import Generation, Result, Results
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.data.blocks import Blocks, blocks_of
 from grasp.data.calibration import check_lengths
 from grasp.data.text import fields_of, read_text

@@ -15,8 +15,9 @@ from grasp.core.decoder import Decoder
 from grasp.core.fields import IS_PATH, NumSamples, Seed, SeqLen, checked
 from grasp.core.linalg import svd
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.records import Calibration, Redundancy
-from grasp.core.sweep import Progress, silent
+from grasp.core.runner import Resident
 from grasp.data.calibration import calibrate
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
@@ -64,9 +65,8 @@ def inspect(
         progress=progress,
     )
     decoder.progress = progress
-    stats = decoder.sweep(
-        calibration, [AngularDistance()] if angular else [Similarity()], "layer redundancy"
-    )
+    runner = Resident(decoder, calibration)
+    stats = runner.sweep([AngularDistance()] if angular else [Similarity()], "layer redundancy")
     linears = (
         [linear for layer in decoder.layers() for linear in layer.linears.values()]
         if spectra
@@ -75,7 +75,8 @@ def inspect(
     values = {}
     for done, linear in enumerate(linears):
         progress("singular values", done, len(linears))
-        values[linear.path] = svd(linear.weight)[1].cpu()
+        with runner.holding(linear.layer):
+            values[linear.path] = svd(linear.weight)[1].cpu()
     progress("singular values", len(linears), len(linears))
     return Inspection(
         angular_distance(stats) if angular else block_influence(stats), values, calibration

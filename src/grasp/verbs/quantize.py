@@ -29,11 +29,11 @@ from grasp.core.layer import is_low_rank
 from grasp.core.layers.modeling_grasp import NAMES
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.rounding import GROUP_SIZES, rounded, torchao
 from grasp.core.seal import SEAL
-from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
 from grasp.report.card import model_card
 

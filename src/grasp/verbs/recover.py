@@ -52,10 +52,10 @@ from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
 from grasp.core.precision import has_fast_bfloat16
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.seal import SEAL
-from grasp.core.sweep import Progress, silent
 from grasp.data.calibration import check_lengths, sources
 from grasp.data.examples import read_examples
 from grasp.data.rows import Collate, Rows, TrainingData, pack_or_pad, prepare
