@@ -194,6 +194,14 @@ def test_several_collectors_see_what_each_alone_sees(decoder, data):
         check_equal(together[kind.name], alone[kind.name], 1e-6)
 
 
+def test_no_gradient_outlives_its_block(decoder, data):
+    """The sums are all that grows into memory."""
+    model, seen = decoder("llama"), []
+    model.progress = lambda *_: seen.extend(p.grad for p in model.model.parameters())
+    Resident(model, data("whole")).sweep([WeightGrad(paths(model))])
+    assert seen and all(grad is None for grad in seen)
+
+
 # --- what is missing
 
 
@@ -251,6 +259,14 @@ def test_an_input_shared_in_one_process_only_is_an_error(decoder, data):
     apart(model, 1, {3, 4, 5})
     fresh, (one, other) = halves(Curvatures, model, text)
     fresh.result(one), fresh.result(other)
+    with pytest.raises(NumericsError, match=r"'model.layers.1.mlp.up_proj' reads the same input"):
+        fresh.result(add(one, other))
+
+
+def test_an_input_that_the_first_read_oftener_is_an_error(decoder, data):
+    """Its X holds tokens that the other has not seen."""
+    fresh, (one, other) = halves(Curvatures, decoder("llama"), data("whole"))
+    one["input_tokens.model.layers.1.mlp.gate_proj"] += 20
     with pytest.raises(NumericsError, match=r"'model.layers.1.mlp.up_proj' reads the same input"):
         fresh.result(add(one, other))
 
