@@ -64,7 +64,7 @@ DOORS = {
     "click": {"cli.py", "terminal/flags.py"},
     "scipy": {"evaluation/fidelity.py"},
     "lm_eval": {"evaluation/tasks.py"},
-    "altair": {"report/charts.py"},
+    "altair": {"report/axes.py", "report/charts.py"},
     "vl_convert": {"report/vega.py"},
     "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"},
     "jinja2": {"report/html.py", "evaluation/task_files.py"},
@@ -199,13 +199,9 @@ TOO_LONG = {
     "core/layers/modeling_grasp.py": 560,
     "core/edits.py": 420,
     "verbs/recover.py": 480,
-    "report/charts.py": 450,
-    "evaluation/tasks.py": 410,
     "commands.py: dry_run": 100,
-    "card.py: model_card": 100,
     "quantize.py: quantize": 70,
     "demo.py: _run": 70,
-    "results.py: _speeds": 65,
     "compress.py: compress": 65,
 }
 """What 100 columns made too long; each goes when its part is rebuilt."""
