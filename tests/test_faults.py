@@ -525,7 +525,7 @@ import json, os, resource, signal, sys
 import torch
 torch.set_num_threads(1)  # a process with more threads must not fork
 import transformers
-import grasp.terminal.commands
+import grasp.terminal.shows.compress
 from grasp.cli import main
 
 # imported once, before the forks

@@ -408,7 +408,7 @@ def test_the_hidden_commands_end_with_their_parent(words, monkeypatch):
         raise Asked
 
     monkeypatch.setattr(cli, "end_with_parent", asked)
-    monkeypatch.setattr(cli, "_commands", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(cli, "_show", lambda _: pytest.fail("too late"))
     assert "unexpected Asked" in command(*words).err
 
 

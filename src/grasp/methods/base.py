@@ -4,7 +4,6 @@ the docs; it yields edits.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit
-from grasp.core.fields import NumLayers, Share, check_fields, flag
+from grasp.core.fields import NumLayers, Share, check_fields, declared, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Calibration, Redundancy, Statistics
 from grasp.core.sweep import Collector
@@ -87,9 +86,10 @@ class Method(ABC):
 
     def recipe(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values."""
-        fields = [f for f in dataclasses.fields(self) if f.metadata["recipe"]]
         given = {
-            f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default
+            one.name: getattr(self, one.name)
+            for one in declared(type(self)).values()
+            if one.recipe and getattr(self, one.name) != one.default
         }
         return {
             name: list(value) if isinstance(value, tuple) else value
