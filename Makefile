@@ -66,8 +66,8 @@ test-extras: .venv-extra/bare/ready
 	@touch $@
 
 check: $(VENV)/test
-	$(VENV)/bin/ruff format --check src tests benchmarks docs
-	$(VENV)/bin/ruff check src tests benchmarks docs
+	$(VENV)/bin/ruff format --check src tests benchmarks docs examples
+	$(VENV)/bin/ruff check src tests benchmarks docs examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python docs/generate.py --check
 

@@ -1,5 +1,5 @@
-"""What a newcomer reads first: the README's program runs, every link leads somewhere, every method is
-named.
+"""What a newcomer reads first: the README's program runs, every link leads somewhere, every method
+is named.
 """
 
 import json
@@ -23,7 +23,9 @@ WIDEST = 100
 
 def without_code(text: str) -> str:
     """Markdown without what stands in fences and between backticks."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.sub(
+        r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
 
 
 def programs(text: str) -> list[str]:
