@@ -27,10 +27,11 @@ from typing import Any
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit, apply
+from grasp.core.edits import Step
 from grasp.core.models import load_model
 from grasp.core.provenance import versions
 from grasp.core.records import Calibration, Statistics
+from grasp.core.runner import Resident
 from grasp.data.calibration import calibrate
 from grasp.methods import make
 from grasp.stages.statistics import WeightGrad
@@ -70,7 +71,7 @@ class Benchmark:
                     linear.path for layer in decoder.layers() for linear in layer.linears.values()
                 )
             )
-            self.sweeps = {key: (data, decoder.sweep(data, collectors))}
+            self.sweeps = {key: (data, Resident(decoder, data).sweep(collectors))}
         return self.sweeps[key]
 
     def row(self, name: str, edits: Any, **facts: Any) -> None:
@@ -111,11 +112,11 @@ class Benchmark:
         self.output.write_text(json.dumps(text, indent=1) + "\n")
 
     @staticmethod
-    def _apply(decoder: Decoder, edits: Iterable[Edit]) -> float | None:
+    def _apply(decoder: Decoder, steps: Iterable[Step]) -> float | None:
         rises = []
-        for edit in edits:
-            apply(decoder, edit)
-            rises.append(getattr(edit, "predicted_loss", None))
+        for step in steps:
+            step.edit.apply(decoder)
+            rises.append(step.note.predicted_loss)
         return None if not rises or None in rises else sum(rises)
 
     def fisher(
@@ -150,7 +151,8 @@ class Benchmark:
             ",".join(texts[name] for name in (source or "wikitext2").split("+")), blocks, seed
         )
         method = make("grasp-fisher", {"ratio": 0.2, **fields})
-        problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
+        runner = Resident(load_model("smollm2", dtype="bfloat16"), data)
+        problem = method.pose(runner, stats)  # type: ignore[attr-defined]
         facts = {
             "method": "grasp-fisher",
             "section": section,
@@ -163,7 +165,7 @@ class Benchmark:
             at = dataclasses.replace(method, ratio=ratio, allocation=ranks)  # type: ignore[call-arg]
             self.row(
                 name,
-                lambda decoder, at=at: at.replacements(decoder, problem),
+                lambda decoder, at=at: at.replacements(Resident(decoder, data), problem),
                 ratio=ratio,
                 allocation=ranks,
                 **facts,
@@ -185,7 +187,7 @@ class Benchmark:
                 "seed": seed,
                 **fields,
             }
-            self.row(name, lambda decoder: chosen.edits(decoder, data, stats), **facts)
+            self.row(name, lambda decoder: chosen.edits(Resident(decoder, data), stats), **facts)
 
 
 def sizes(bench: Benchmark) -> None:
@@ -233,7 +235,8 @@ def matrices(bench: Benchmark) -> None:
     """
     data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0)
     method = make("grasp-fisher", {"ratio": 0.2, "storage": "pair"})
-    problem = method.pose(load_model("smollm2", dtype="bfloat16"), data, stats)  # type: ignore[attr-defined]
+    runner = Resident(load_model("smollm2", dtype="bfloat16"), data)
+    problem = method.pose(runner, stats)  # type: ignore[attr-defined]
     for linear in problem.linears[4::26]:
         left = problem.losses[linear.path].flip(0).cumsum(0).flip(0)
         for rise in (0.005, 0.02, 0.08):

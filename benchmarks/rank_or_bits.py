@@ -32,10 +32,12 @@ import torch
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply, dequantize
+from grasp.core.edits import Factorize
+from grasp.core.edits.ordinary import dequantize
 from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.core.models import load_model
 from grasp.core.provenance import versions
+from grasp.core.runner import Resident
 from grasp.data.calibration import calibrate
 from grasp.errors import GraspError
 from grasp.methods import make
@@ -122,24 +124,28 @@ class Benchmark:
             )
             if method == "grasp":
                 chosen = make("grasp", {"ratio": 0.2})
-                stats = decoder.sweep(data, chosen.needs(decoder))
+                stats = Resident(decoder, data).sweep(chosen.needs(decoder))
                 self.made = {
                     **self.made,
                     method: lambda ratio: _by_path(
-                        dataclasses.replace(chosen, ratio=ratio).edits(self.fresh(), data, stats)
+                        dataclasses.replace(chosen, ratio=ratio).edits(
+                            Resident(self.fresh(), data), stats
+                        )
                     ),
                 }
             else:
                 base = make("grasp-fisher", {"ratio": 0.2})
-                stats = decoder.sweep(data, base.needs(decoder))
+                stats = Resident(decoder, data).sweep(base.needs(decoder))
                 for name, fields in {
                     "grasp-fisher": {},
                     "grasp-fisher, plain pairs": {"storage": "pair"},
                 }.items():
                     chosen = make("grasp-fisher", {"ratio": 0.2, **fields})
-                    problem = chosen.pose(self.fresh(), data, stats)  # type: ignore[attr-defined]
+                    problem = chosen.pose(Resident(self.fresh(), data), stats)  # type: ignore[attr-defined]
                     self.made[name] = lambda ratio, chosen=chosen, problem=problem: _by_path(
-                        dataclasses.replace(chosen, ratio=ratio).replacements(self.fresh(), problem)
+                        dataclasses.replace(chosen, ratio=ratio).replacements(
+                            Resident(self.fresh(), data), problem
+                        )
                     )
         return self.made[method]
 
@@ -177,7 +183,7 @@ class Benchmark:
                 return
         decoder = self.fresh()
         for edit in edits.values():
-            apply(decoder, edit)
+            edit.apply(decoder)
         if BITS[bits] is not None:
             grasp.quantize(decoder, bits=BITS[bits][0], group_size=BITS[bits][1])
         places = sum(

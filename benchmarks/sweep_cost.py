@@ -25,6 +25,7 @@ import torch
 from grasp.core.models import load_model
 from grasp.core.provenance import versions
 from grasp.core.records import Calibration
+from grasp.core.runner import Resident
 from grasp.methods import make
 
 
@@ -33,6 +34,8 @@ def measure(dtype: str, blocks: int, rounds: int) -> list[dict[str, object]]:
     decoder = load_model("smollm2", dtype=dtype)
     ids = torch.randint(0, 49_000, (blocks, 512), generator=torch.Generator().manual_seed(0))
     data, method = Calibration(ids, "random ids"), make("grasp-fisher", {"ratio": 0.2})
+
+    runner = Resident(decoder, data)
 
     def plain() -> None:
         decoder.model.requires_grad_(True)
@@ -44,8 +47,8 @@ def measure(dtype: str, blocks: int, rounds: int) -> list[dict[str, object]]:
         in_files = make("grasp-fisher", {"ratio": 0.2, "scratch": folder})
         jobs = {
             "plain": plain,
-            "sweep": lambda: decoder.sweep(data, method.needs(decoder)),
-            "sweep, sums in files": lambda: decoder.sweep(data, in_files.needs(decoder)),
+            "sweep": lambda: runner.sweep(method.needs(decoder)),
+            "sweep, sums in files": lambda: runner.sweep(in_files.needs(decoder)),
         }
         for job in jobs.values():
             job()  # warm up
@@ -55,9 +58,9 @@ def measure(dtype: str, blocks: int, rounds: int) -> list[dict[str, object]]:
                 begin = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - begin)
-    stats = decoder.sweep(data, method.needs(decoder))
+    stats = runner.sweep(method.needs(decoder))
     begin = time.perf_counter()
-    method.pose(decoder, data, stats)  # type: ignore[attr-defined]
+    method.pose(runner, stats)  # type: ignore[attr-defined]
     factorising = time.perf_counter() - begin
     rows: list[dict[str, object]] = []
     for name in ("sweep", "sweep, sums in files"):

@@ -5,7 +5,6 @@ results/*.json. `--check` only compares.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import math
@@ -17,10 +16,13 @@ import click
 
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
+from grasp.core.fields import declared
 from grasp.core.results import Result, Results
 from grasp.data.files import FILE_TYPES
 from grasp.data.text import NAMED
 from grasp.methods import available
+from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.model import ModelSource
 
 OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
     Path(__file__).with_name(name)
@@ -29,6 +31,8 @@ OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
 """Experiments that are about time; the others ran beside other work."""
+SHARED = (ModelSource, CalibrationRecipe)
+"""Parts whose flags several commands have."""
 PLACE = re.compile(r"<!-- results: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
@@ -48,8 +52,15 @@ def reference() -> str:
     for name in cli.list_commands(root):
         command = cli.commands[name]
         context = click.Context(command, info_name=name, parent=root, terminal_width=100)
-        parts += ["", f"### grasp {name}", "", "```", command.get_help(context), "```"]
-    parts += ["", "## Methods", ""]
+        parts += ["", f"### grasp {name}", "", "```", own_help(command.get_help(context)), "```"]
+    parts += ["", "## Shared flags", ""]
+    parts += [
+        "The same in every command that has them; in Python, arguments of the same names.",
+        "",
+    ]
+    for part in SHARED:
+        parts += [f"### {part.title}", "", *flag_table(part), ""]
+    parts += ["## Methods", "", "Flags of `grasp compress --method NAME`.", ""]
     for name, method in available().items():
         parts += [
             f"### {name}",
@@ -58,28 +69,37 @@ def reference() -> str:
             "",
             f"Paper: <{method.paper}>",
             "",
-            "| flag | default | |",
-            "|---|---|---|",
+            *flag_table(method),
+            "",
         ]
-        parts += [
-            f"| `--{f.name.replace('_', '-')}` | {f.default} | {f.metadata['help']} |"
-            for f in dataclasses.fields(method)
-        ] + [""]
     parts += [
         "## Families",
         "",
-        "| family | model type | layers | attention | mlp | notes |",
-        "|---|---|---|---|---|---|",
+        (
+            "| family | model type | layers | attention | mlp | norms |"
+            " embeddings, final norm, head | KV groups | notes |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in FAMILIES:
+        assert row.ends is not None
+        ends = (row.ends.embedding, row.ends.positions, row.ends.norm, row.ends.head)
+        inside = [[path for _, path in part] for part in (row.attention, row.mlp)]
         names = [
-            " ".join(f"`{path.rsplit('.', 1)[-1]}`" for _, path in part)
-            for part in (row.attention, row.mlp)
+            " ".join(f"`{path.rsplit('.', 1)[-1]}`" for path in paths if path)
+            for paths in (*inside, row.norms.all, ends)
         ]
         parts.append(
-            f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {names[0]} |"
-            f" {names[1]} | {row.notes} |"
+            f"| {row.name} | {', '.join(row.model_types)} | `{row.layers}` | {' | '.join(names)} |"
+            f" {'yes' if row.heads_by_width else 'no'} | {row.notes} |"
         )
+    parts += [
+        "",
+        "Norms: those before the matrices first, then those behind them, then those of queries and"
+        " keys. KV groups: whether whole ones can be taken out of a layer with plain smaller"
+        " matrices, because the attention code takes the number of heads from their width. MLP"
+        " channels can in every family.",
+    ]
     parts += ["", "## Texts (`--data`, `--ppl`)", "", "| DATA | what | from |", "|---|---|---|"]
     for name, known in NAMED.items():
         parts.append(
@@ -88,6 +108,34 @@ def reference() -> str:
         )
     parts += [f"| a path | {', '.join(FILE_TYPES)} | no network needed |", ""]
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
+
+
+def flag_table(of: type) -> list[str]:
+    """A line for every flag that a dataclass declares."""
+    lines = ["| flag | default | |", "|---|---|---|"]
+    for one in declared(of).values():
+        if one.flag.startswith("--") and not one.python:
+            lines.append(f"| `{one.flag}` | {one.default} | {one.help} |")
+    return lines
+
+
+def own_help(text: str) -> str:
+    """A command's help in which the flags that have a table of their own are only named."""
+    lines: list[str] = []
+    names: list[str] | None = None
+    for line in [*text.splitlines(), "End:"]:
+        if re.match(r"\S.*:$", line):
+            if names is not None:
+                lines += [f"  {', '.join(names)}", ""]
+            elsewhere = line[:-1] in {part.title for part in SHARED} or "--method" in line
+            names = [] if elsewhere else None
+            shown = line if names is None else f"{line[:-1]} (see below):"
+            lines.append(shown)
+        elif names is None:
+            lines.append(line)
+        elif found := re.match(r"  (--[\w-]+)", line):
+            names.append(found[1])
+    return "\n".join(lines[:-1]).rstrip()
 
 
 def experiments() -> str:

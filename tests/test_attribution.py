@@ -8,6 +8,7 @@ from conftest import BIASED
 from torch.func import functional_call
 
 from grasp.core.linalg import svd
+from grasp.core.runner import Resident
 from grasp.stages.attribution import SCORES, attribute, group_gradient
 from grasp.stages.statistics import GroupGrad, WeightGrad
 
@@ -24,7 +25,9 @@ def float64_throughout(monkeypatch):
 
 
 def weight_grads(model, calibration, linears):
-    return model.sweep(calibration, [WeightGrad(linear.path for linear in linears)])["weight_grad"]
+    return Resident(model, calibration).sweep([WeightGrad(linear.path for linear in linears)])[
+        "weight_grad"
+    ]
 
 
 def total_loss(model, calibration, overrides):
@@ -125,7 +128,7 @@ def test_per_sample_scores_equal_a_plain_loop(decoder, calibration):
     linear = model.linears(1)[4]
     groups = {linear.path: svd(linear.weight)}
     u, s, vh = groups[linear.path]
-    moments = model.sweep(calibration, [GroupGrad(groups)])["group_grad"][linear.path]
+    moments = Resident(model, calibration).sweep([GroupGrad(groups)])["group_grad"][linear.path]
     signed = []
     for number in range(calibration.num_blocks):
         model.model.zero_grad()

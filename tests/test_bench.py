@@ -15,7 +15,7 @@ from test_fused import low_rank
 import grasp
 from grasp.core.cache import cache_bytes, new_cache
 from grasp.core.decoder import Decoder
-from grasp.core.layers.modeling_grasp import fuse
+from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.models import load_model
 from grasp.core.results import Result, Results
 from grasp.errors import RecipeError

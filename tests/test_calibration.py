@@ -15,6 +15,7 @@ import torch
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.data.calibration import calibrate
+from grasp.data.stream import stream_of
 from grasp.data.text import NAMED, read_text
 from grasp.errors import DataError
 
@@ -98,14 +99,14 @@ def test_blocks_are_pieces_of_the_text_at_seeded_places(model, text_file):
 def test_every_place_can_be_drawn(model, tmp_path):
     path = write(tmp_path, ".txt", [ALPHABET[:20]])
     firsts = calibrate(model, path, num_samples=200, seq_len=16).ids[:, 0].tolist()
-    assert set(firsts) == set(model.tokenize(ALPHABET[:5]).tolist())
+    assert set(firsts) == set(stream_of(model, ALPHABET[:5]).ids.tolist())
 
 
 def test_a_text_of_exactly_one_block_is_enough(model, tmp_path):
     path = write(tmp_path, ".txt", [ALPHABET[:16]])
     assert torch.equal(
         calibrate(model, path, num_samples=2, seq_len=16).ids,
-        model.tokenize(ALPHABET[:16]).expand(2, -1),
+        stream_of(model, ALPHABET[:16]).ids.expand(2, -1),
     )
 
 

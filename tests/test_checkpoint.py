@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply
-from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.edits import Factorize
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 
 
 def compressed(out: Path, model: str, **fields: object) -> Path:
@@ -164,12 +164,13 @@ def test_the_directory_holds_what_was_promised(checkpoint):
     } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".pth")) for name in names)
     manifest = json.loads((checkpoint / "grasp.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 4
     assert manifest["redundancy"]["bi"].keys() == {"0", "1", "2", "3"}
     edit = manifest["edits"][0]
+    note = edit["note"]
     assert (
-        len(edit["kept"]) == edit["rank"]
-        and len(edit["scores"]) == len(edit["singular_values"]) == 32
+        len(note["kept"]) == edit["rank"]
+        and len(note["scores"]) == len(note["singular_values"]) == 32
     )
     assert manifest["edits"][-1]["parameters"] == manifest["parameters"]["after"]
     assert {"torch", "transformers", "grasp-llm", "python"} <= manifest["versions"].keys()
@@ -190,7 +191,7 @@ def test_the_factors_are_the_kept_groups(checkpoint, model_directory):
     )
     for edit in json.loads((checkpoint / "grasp.json").read_text())["edits"]:
         u, s, vh = torch.linalg.svd(dense.get_submodule(edit["path"]).weight, full_matrices=False)
-        kept = edit["kept"]
+        kept = edit["note"]["kept"]
         pair = small.get_submodule(edit["path"])
         assert torch.allclose(
             pair.weight @ pair.weight_in, u[:, kept] @ torch.diag(s[kept]) @ vh[kept], atol=1e-5
@@ -312,15 +313,13 @@ def test_applying_an_edit_twice_is_refused():
     model = Decoder(build("llama"))
     path = "model.layers.1.mlp.up_proj"
     edit = Factorize(path, torch.zeros(2, 32), torch.zeros(48, 2))
-    apply(model, edit)
+    edit.apply(model)
     with pytest.raises(grasp.GraspError, match="low-rank pair already"):
-        apply(model, edit)
+        edit.apply(model)
     with pytest.raises(grasp.GraspError, match="do not fit"):
-        apply(
-            model, Factorize("model.layers.2.mlp.up_proj", torch.zeros(2, 31), torch.zeros(48, 2))
-        )
+        Factorize("model.layers.2.mlp.up_proj", torch.zeros(2, 31), torch.zeros(48, 2)).apply(model)
     with pytest.raises(grasp.GraspError, match="names no matrix"):
-        apply(model, Factorize("model.layer.2.mlp.up_proj", torch.zeros(2, 32), torch.zeros(48, 2)))
+        Factorize("model.layer.2.mlp.up_proj", torch.zeros(2, 32), torch.zeros(48, 2)).apply(model)
 
 
 PEAK = """
@@ -361,10 +360,9 @@ def test_loading_peaks_near_the_size_of_the_file(tmp_path):
     for layer in range(5):
         for linear in model.linears(layer):
             out_features, in_features = linear.shape
-            apply(
-                model,
-                Factorize(linear.path, torch.zeros(64, in_features), torch.zeros(out_features, 64)),
-            )
+            Factorize(
+                linear.path, torch.zeros(64, in_features), torch.zeros(out_features, 64)
+            ).apply(model)
     model.model.save_pretrained(tmp_path)
     done = run(PEAK, tmp_path)
     assert "RESULT" in done.stdout, done.stderr[-2000:]

@@ -11,7 +11,7 @@ from conftest import FAMILY_ROWS, LAYERS, build
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, apply
+from grasp.core.edits import Drop
 from grasp.methods import available, make
 
 METHODS = sorted(available())
@@ -169,7 +169,7 @@ def test_dropping_a_layer_is_skipping_it(family, layer, calibration, tmp_path):
     on; config and cache follow.
     """
     dense, model = build(family), Decoder(build(family))
-    apply(model, Drop(layer))
+    Drop(layer).apply(model)
 
     def skip(_module, args, kwargs, output):
         before = args[0] if args else kwargs["hidden_states"]
@@ -197,8 +197,8 @@ def test_qwen2_keeps_its_window_boundary():
     does not.
     """
     below, above = Decoder(build("qwen2")), Decoder(build("qwen2"))
-    apply(below, Drop(0))
-    apply(above, Drop(3))
+    Drop(0).apply(below)
+    Drop(3).apply(above)
     assert (below.config.max_window_layers, above.config.max_window_layers) == (1, 2)
     assert below.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     assert above.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]

@@ -14,7 +14,6 @@ from test_cli import SMALL, command
 
 import grasp
 from grasp.core import models
-from grasp.core.decoder import Decoder
 from grasp.errors import ModelError
 
 POINTER = (
@@ -201,28 +200,3 @@ def test_a_model_that_is_only_run_may_be_of_any_kind(experts, text_file, tmp_pat
         "compress", experts, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL
     ).error
     assert "plain linears hold only" in error and "MixtralExperts" in error and "?" not in error
-
-
-def test_layers_that_differ_in_kind_are_said_to():
-    config = transformers.Qwen3NextConfig(
-        **{**_GATED, **_IDS},
-        num_experts=0,
-        layer_types=["linear_attention"] * 3 + ["full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-    )
-    model = Decoder(transformers.Qwen3NextForCausalLM(config))
-    with pytest.raises(
-        ModelError,
-        match=(
-            r"differ in kind: only layer 0 has 'linear_attn\.\w+' and only layer 3 has"
-            r" 'self_attn\.\w+'"
-        ),
-    ):
-        _ = model.family
-    odd = Decoder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GATED, **_IDS)))
-    del odd.model.model.layers[2].mlp.up_proj
-    with pytest.raises(ModelError, match="not laid out as Llama"):
-        _ = odd.family

@@ -27,7 +27,7 @@ from transformers import (
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import multiply_out
+from grasp.core.edits.ordinary import multiply_out
 from grasp.core.layer import is_low_rank
 from grasp.core.models import embedded_model
 from grasp.verbs import export as exporting

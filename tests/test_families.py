@@ -1,5 +1,6 @@
 """The family table: every row finds its matrices; unknown models work by inspection or say why."""
 
+import copy
 import logging
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 import transformers
 from closeness import close
 from conftest import _GATED, _IDS, FAMILY_ROWS, LAYERS, build
+from torch import nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -119,10 +123,90 @@ def test_a_model_with_fused_experts_says_how_to_add_a_row(calibration):
 
 
 def test_a_model_that_is_not_laid_out_as_its_family(calibration):
+    """No layer has one of the row's matrices."""
     model = build("llama")
-    del model.model.layers[0].mlp.up_proj
-    with pytest.raises(grasp.GraspError, match="not laid out as Llama"):
+    for layer in model.model.layers:
+        del layer.mlp.up_proj
+    with pytest.raises(grasp.GraspError, match=r"not laid out as Llama: no layer .*'mlp.up_proj'"):
         grasp.compress(model, num_layers=1, data=calibration, method="grasp")
+
+
+def test_layers_that_text_alone_does_not_run_are_refused():
+    """Mllama's cross-attention layers are skipped where there is no picture: nothing to measure."""
+    config = MllamaTextConfig(
+        **_IDS,
+        **{key: value for key, value in _GATED.items() if key != "head_dim"},
+        cross_attention_layers=[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    with pytest.raises(grasp.GraspError, match=r"layer 1 has 'cross_attn\.\w+', which text alone"):
+        _ = Decoder(MllamaForCausalLM(config)).family
+
+
+class NoAttention(nn.Module):
+    """What may stand where a layer's attention was taken out."""
+
+    def forward(self, hidden_states, **_):
+        return torch.zeros_like(hidden_states), None
+
+
+def test_a_layer_may_lack_a_matrix(calibration, caplog):
+    """The others' are found, swept and replaced, and its own, as far as it has them."""
+    model = build("llama")
+    model.model.layers[0].self_attn = NoAttention()
+    decoder = Decoder(model)
+    mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert set(decoder.layer(0).linears) == mlp and len(decoder.layer(1).linears) == 7
+    assert {linear.name for linear in decoder.linears(0)} == mlp
+    assert decoder.linears(0, ("attention",)) == []
+    options = {"method": "grasp", "data": calibration, "retain_ratio": 0.3}
+    result = grasp.compress(copy.deepcopy(model), layers=[0, 2], **options)
+    assert "pairs already" not in caplog.text
+    assert len(result.manifest["edits"]) == 3 + 7
+    assert grasp.quantize(model, bits=8).manifest["quantization"]["matrices"] == 3 + 3 * 7
+
+
+def test_a_matrix_is_what_holds_a_weight_of_two_dimensions():
+    model = build("llama")
+    model.model.layers[0].self_attn.q_proj = nn.Identity()
+    assert "self_attn.q_proj" not in Decoder(model).layer(0).linears
+
+
+def hybrid() -> transformers.PreTrainedModel:
+    """Qwen3-Next without experts: three layers of linear attention, one of full attention."""
+    config = transformers.Qwen3NextConfig(
+        **{**_GATED, **_IDS},
+        num_experts=0,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3NextForCausalLM(config).eval()
+
+
+def test_an_unknown_family_of_layers_of_two_kinds_works_by_inspection(calibration, tmp_path):
+    """Each layer has the plain linears it has: three of linear attention, four of full."""
+    model = hybrid()
+    counts = [len(layer.linears) for layer in Decoder(model).layers()]
+    assert counts == [6, 6, 6, 7]
+    result = grasp.compress(
+        model, tmp_path / "out", layers=[2, 3], retain_ratio=0.3, data=calibration, method="grasp"
+    )
+    assert len(result.manifest["edits"]) == 6 + 7
+    with torch.no_grad():
+        again = grasp.load(tmp_path / "out").model(input_ids=calibration.ids).logits
+        assert close(again, result.model(input_ids=calibration.ids).logits)
+
+
+def test_a_layer_of_an_unknown_family_that_is_not_plain_linears_is_named():
+    """The first layers of such a model are plain; the fourth keeps experts in one tensor."""
+    model = hybrid()
+    model.model.layers[3].mlp.experts = nn.ParameterList([torch.randn(4, 48, 32)])
+    with pytest.raises(grasp.GraspError, match=r"only \d\d% of layer 3: ParameterList holds most"):
+        _ = Decoder(model).family
 
 
 def test_layers_that_scale_by_their_index_are_not_dropped(calibration):

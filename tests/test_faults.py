@@ -345,7 +345,8 @@ def test_an_architecture_without_plain_linears(compress, tokenizer, tmp_path):
 
 def test_a_model_without_its_familys_linears():
     model = build("llama")
-    del model.model.layers[0].mlp.gate_proj
+    for layer in model.model.layers:
+        del layer.mlp.gate_proj
     with pytest.raises(ModelError, match=r"not laid out as Llama: .*gate_proj.*; .*add a row"):
         _ = Decoder(model).family
 
@@ -420,8 +421,9 @@ def test_a_damaged_manifest(content, checkpoint, tmp_path):
 def test_a_rank_table_that_does_not_fit(checkpoint, text_file, tmp_path):
     damaged = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
     table = json.loads((damaged / "config.json").read_text())["quantization_config"]
-    for ranks in ({**table["ranks"], "model.layers.9.mlp.up_proj": 3}, {}):
-        change_json(damaged / "config.json", quantization_config={**table, "ranks": ranks})
+    pair = {"kind": "low-rank", "rank": 3}
+    for structure in ({**table["structure"], "model.layers.9.mlp.up_proj": pair}, {}):
+        change_json(damaged / "config.json", quantization_config={**table, "structure": structure})
         assert str(damaged) in command("eval", damaged, "--ppl", text_file).error
 
 
@@ -525,7 +527,7 @@ import json, os, resource, signal, sys
 import torch
 torch.set_num_threads(1)  # a process with more threads must not fork
 import transformers
-import grasp.terminal.commands
+import grasp.terminal.shows.compress
 from grasp.cli import main
 
 # imported once, before the forks

@@ -10,8 +10,9 @@ import torch
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, apply
+from grasp.core.edits import Drop
 from grasp.data.blocks import cut
+from grasp.data.stream import Stream
 from grasp.errors import NumericsError, RecipeError
 from grasp.evaluation import fidelity as comparing
 from grasp.evaluation.fidelity import fidelity
@@ -22,7 +23,7 @@ from grasp.evaluation.generation import agreement, continuations, greedy, repeti
 def blocks():
     """Five blocks of 20 random tokens."""
     return cut(
-        torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(3)),
+        Stream(torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(3))),
         name="text",
         seq_len=20,
     )
@@ -32,7 +33,7 @@ def blocks():
 def pair(decoder):
     """A model without its second layer, and the dense one."""
     small = decoder("llama")
-    apply(small, Drop(1))
+    Drop(1).apply(small)
     return small, decoder("llama")
 
 
@@ -71,7 +72,7 @@ def test_the_interval_holds_the_value_and_shrinks_with_blocks(pair):
     tokens = torch.randint(0, 256, (2000,), generator=torch.Generator().manual_seed(4))
     widths = []
     for count in (5, 80):
-        found = fidelity(*pair, cut(tokens, name="text", seq_len=20, num_blocks=count))
+        found = fidelity(*pair, cut(Stream(tokens), name="text", seq_len=20, num_blocks=count))
         for score in (found.divergence, found.agreement, found.ratio):
             assert score.interval[0] <= score.value <= score.interval[1]
         widths.append(found.divergence.interval[1] - found.divergence.interval[0])
@@ -80,7 +81,9 @@ def test_the_interval_holds_the_value_and_shrinks_with_blocks(pair):
 
 def test_one_block_has_no_interval(pair, blocks):
     assert (
-        fidelity(*pair, cut(torch.cat(blocks.ids), name="text", seq_len=100)).divergence.interval
+        fidelity(
+            *pair, cut(Stream(torch.cat(blocks.ids)), name="text", seq_len=100)
+        ).divergence.interval
         is None
     )
 

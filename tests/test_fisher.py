@@ -13,7 +13,7 @@ from test_curvature import all_paths, brute_force, damped_gram, root
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.errors import GraspError, RecipeError
 from grasp.methods import grasp_fisher, make
 from grasp.stages import latency
@@ -81,7 +81,7 @@ def test_the_prediction_is_half_the_trace(name, calibration):
             )
             / 2
         )
-        assert edit["predicted_loss"] == pytest.approx(lost, rel=1e-2, abs=1e-9), path
+        assert edit["note"]["predicted_loss"] == pytest.approx(lost, rel=1e-2, abs=1e-9), path
         total, undamped = total + lost, undamped + float((d @ change @ x @ change.T).trace()) / 2
     assert result.manifest["prediction"]["loss_rise"] == pytest.approx(total, rel=1e-3)
     assert 0.6 * total < undamped < total
@@ -90,7 +90,7 @@ def test_the_prediction_is_half_the_trace(name, calibration):
 def test_no_loss_is_predicted_below_zero(calibration):
     """Though what is dropped may be a millionth of what is kept."""
     assert all(
-        edit["predicted_loss"] >= 0
+        edit["note"]["predicted_loss"] >= 0
         for edit in edits(run(calibration, build("gpt2"), ratio=0.02)).values()
     )
 
@@ -136,7 +136,7 @@ def test_only_losses_are_predicted(fields, data):
     if "method" not in fields:
         result = run(data, ratio=0.2, **fields)
         assert "prediction" not in result.manifest and not any(
-            "predicted_loss" in edit for edit in result.manifest["edits"]
+            "predicted_loss" in edit["note"] for edit in result.manifest["edits"]
         )
 
 
@@ -317,10 +317,12 @@ def test_the_plain_basis_is_the_truncated_svd(storage, data):
 @pytest.mark.parametrize("score", ["magnitude", "taylor", "random"])
 def test_the_groups_with_the_best_scores_are_kept(score, data):
     for edit in edits(run(data, ratio=0.3, score=score)).values():
-        assert edit["score"] == score
-        best = sorted(edit["scores"], reverse=True)[: edit["rank"]]
-        assert sorted((edit["scores"][k] for k in edit["kept"]), reverse=True) == best
-        assert score != "magnitude" or edit["kept"] == list(range(edit["rank"]))
+        assert edit["note"]["score"] == score
+        best = sorted(edit["note"]["scores"], reverse=True)[: edit["rank"]]
+        assert (
+            sorted((edit["note"]["scores"][k] for k in edit["note"]["kept"]), reverse=True) == best
+        )
+        assert score != "magnitude" or edit["note"]["kept"] == list(range(edit["rank"]))
 
 
 @pytest.mark.parametrize("basis", ["plain", "fisher"])
@@ -339,7 +341,7 @@ def test_taylor_is_the_first_order_change_of_the_loss(basis, data):
     found = run(
         data, layers=(1,), projections=("gate",), retain_ratio=0.0, basis=basis, score="taylor"
     )
-    scores = torch.tensor(edits(found)[path]["scores"])
+    scores = torch.tensor(edits(found)[path]["note"]["scores"])
     if basis == "plain":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         assert torch.allclose(
@@ -355,7 +357,7 @@ def test_the_random_score_is_seeded(calibration):
     def kept(seed):
         text = grasp.Calibration(calibration.ids[:2], "random", seed)
         return {
-            path: edit["kept"]
+            path: edit["note"]["kept"]
             for path, edit in edits(
                 run(text, layers=(1,), retain_ratio=0.5, allocation="uniform", score="random")
             ).items()
@@ -566,12 +568,12 @@ def test_the_same_edits_on_one_thread_or_three(data, monkeypatch):
     results.append(run(data, ratio=0.3))
     torch.set_num_threads(threads)
     one, three = results
-    assert [(edit["path"], edit["rank"], edit["kept"]) for edit in one.manifest["edits"]] == [
-        (edit["path"], edit["rank"], edit["kept"]) for edit in three.manifest["edits"]
-    ]
+    assert [
+        (edit["path"], edit["rank"], edit["note"]["kept"]) for edit in one.manifest["edits"]
+    ] == [(edit["path"], edit["rank"], edit["note"]["kept"]) for edit in three.manifest["edits"]]
     for path, edit in edits(one).items():
-        assert edits(three)[path]["predicted_loss"] == pytest.approx(
-            edit["predicted_loss"], rel=1e-3
+        assert edits(three)[path]["note"]["predicted_loss"] == pytest.approx(
+            edit["note"]["predicted_loss"], rel=1e-3
         ), path
         assert close(product(three, path).float(), product(one, path).float(), roundings=10_000), (
             path

@@ -4,7 +4,6 @@ table.
 A flag that is not in the table fails the first test, so a new one is declared here too.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -20,11 +19,12 @@ from test_faults import change_weights, copy  # noqa: F401
 import grasp
 from grasp.cli import cli
 from grasp.core import models
+from grasp.core.fields import declared
 from grasp.errors import CheckpointError, RecipeError
 from grasp.methods import available
 from grasp.recipes import experiment
 from grasp.recipes.experiment import read_experiment
-from grasp.terminal.flags import Place, RecipeArgument, RecipeOption
+from grasp.terminal.flags import Place
 
 HUGE, LISTS = "99999999999999999999999", (",", "a,,b")
 
@@ -58,12 +58,12 @@ def in_a_recipe(flag: Flag) -> Flag:
 FREE, PAPER, OURS = Flag(), "--method grasp --num-layers 1", "--ratio 0.1"
 ALL = {name: FREE for name in ("--json", "--quiet", "--debug", "--help")}
 LOADING = {"--device": Flag(("meta", "cdua", "cpu:x", "")), "--trust-remote-code": FREE}
-DTYPE = in_a_recipe(word())
-TEXT = {"--text-field": in_a_recipe(FREE)}
+DTYPE, TEXT = word(), {"--text-field": FREE}
 FLAGS: dict[str, dict[str, Flag]] = {
     "compress": {
-        **ALL, **LOADING, **TEXT, "model": in_a_recipe(FREE), "out": FREE, "--dtype": DTYPE,
-        "--config": FREE, "--dry-run": FREE, "--data": in_a_recipe(Flag(LISTS)),
+        **ALL, **LOADING, "model": in_a_recipe(FREE), "out": FREE, "--dtype": in_a_recipe(DTYPE),
+        "--text-field": in_a_recipe(FREE), "--config": FREE, "--dry-run": FREE,
+        "--data": in_a_recipe(Flag(LISTS)),
         "--seed": whole(0, recipe=True), "--num-samples": whole(1, recipe=True),
         "--seq-len": whole(2, recipe=True), "--method": word(recipe=True),
         "--ratio": number("1", recipe=True),
@@ -80,8 +80,8 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
     "inspect": {
         **ALL, **LOADING, **TEXT, "model": FREE, "--dtype": DTYPE, "--output": FREE,
-        "--data": in_a_recipe(Flag(LISTS)), "--seed": whole(0, recipe=True),
-        "--num-samples": whole(1), "--seq-len": whole(2), "--angular": FREE,
+        "--data": Flag(LISTS), "--seed": whole(0), "--num-samples": whole(1),
+        "--seq-len": whole(2), "--angular": FREE,
     },
     "recover": {
         **ALL, **TEXT, "--trust-remote-code": FREE, "--device": FREE, "checkpoint": FREE,
@@ -146,8 +146,9 @@ def parameters(verb: str) -> dict[str, click.Parameter]:
 
 @pytest.mark.parametrize("verb", list(cli.commands))
 def test_every_flag_is_declared_and_a_recipe_sets_those_that_say_so(verb):
+    """Only `grasp compress` reads recipes, by --config."""
     found = {
-        name: isinstance(one, (RecipeOption, RecipeArgument))
+        name: verb == "compress" and getattr(one, "recipe", False)
         for name, one in parameters(verb).items()
     }
     assert found == {name: flag.recipe for name, flag in FLAGS[verb].items()}
@@ -509,7 +510,7 @@ def test_fields_that_are_not_of_the_result_are_no_recipe_keys():
     written = {
         field.name
         for method in available().values()
-        for field in dataclasses.fields(method)
-        if not field.metadata["recipe"]
+        for field in declared(method).values()
+        if not field.recipe
     }
     assert written == {"scratch"}

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply
-from grasp.core.layers.modeling_grasp import Joint, LowRankLinear, fuse, side_by_side
+from grasp.core.edits import Factorize
+from grasp.core.layers.low_rank_grasp import Joint, LowRankLinear, fuse, side_by_side
 from grasp.core.linalg import pivoted
 
 SHARED = {
@@ -55,9 +55,9 @@ def low_rank(
             right = torch.randn(rank, n, generator=generator) * 0.3
             if as_pivoted:
                 head, rest, places = pivoted(left, right)
-                apply(decoder, Factorize(found.path, head.to(dtype), rest.to(dtype), places=places))
+                Factorize(found.path, head.to(dtype), rest.to(dtype), places=places).apply(decoder)
             else:
-                apply(decoder, Factorize(found.path, right.to(dtype), left.to(dtype)))
+                Factorize(found.path, right.to(dtype), left.to(dtype)).apply(decoder)
     fuse(decoder.model, together=False)  # edits group them
     return decoder
 

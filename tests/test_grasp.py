@@ -84,7 +84,7 @@ def test_iterative_differs_from_one_shot(calibration):
         assert [edit["path"].split(".")[2] for edit in result.manifest["edits"]] == ["3"] * 7 + [
             "2"
         ] * 7 + ["1"] * 7
-        kept.append([edit["kept"] for edit in result.manifest["edits"]])
+        kept.append([edit["note"]["kept"] for edit in result.manifest["edits"]])
     assert kept[0] != kept[1]
 
 
@@ -132,8 +132,8 @@ def test_threshold_keeps_the_smallest_set_that_holds_the_share(calibration):
     )
     assert result.manifest["edits"]
     for edit in result.manifest["edits"]:
-        scores = sorted(edit["scores"], reverse=True)
-        held = sum(edit["scores"][k] for k in edit["kept"])
+        scores = sorted(edit["note"]["scores"], reverse=True)
+        held = sum(edit["note"]["scores"][k] for k in edit["note"]["kept"])
         assert held >= 0.4999 * sum(scores)
         assert sum(scores[: edit["rank"] - 1]) < 0.5001 * sum(scores)
 
@@ -158,7 +158,7 @@ def test_the_random_control_is_seeded(calibration):
     def kept(seed):
         data = grasp.Calibration(calibration.ids, "random", seed)
         return [
-            edit["kept"]
+            edit["note"]["kept"]
             for edit in grasp.compress(
                 build("llama"), layers=(1,), score="random", data=data, method="grasp"
             ).manifest["edits"]
@@ -189,12 +189,11 @@ def test_every_score_compresses_to_the_same_size(score, calibration):
         data=calibration,
         method="grasp",
     )
-    assert {edit["score"] for edit in result.manifest["edits"]} == {score}
+    assert {edit["note"]["score"] for edit in result.manifest["edits"]} == {score}
     for edit in result.manifest["edits"]:
-        best = sorted(range(len(edit["scores"])), key=lambda k: -edit["scores"][k])[: edit["rank"]]
-        assert min(edit["scores"][k] for k in edit["kept"]) == pytest.approx(
-            min(edit["scores"][k] for k in best), rel=1e-4
-        )
+        scores, kept = edit["note"]["scores"], edit["note"]["kept"]
+        best = sorted(scores, reverse=True)[: edit["rank"]]
+        assert min(scores[k] for k in kept) == pytest.approx(min(best), rel=1e-4)
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(calibration):

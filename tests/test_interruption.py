@@ -18,6 +18,7 @@ from test_cli import SMALL, command
 from grasp import cli
 from grasp.core import children
 from grasp.core.children import LIFELINE, end_with_parent, run_child
+from grasp.core.edits import EditLog
 from grasp.core.partial import partials
 from grasp.core.results import Result
 from grasp.terminal.interruption import as_interrupts
@@ -284,7 +285,7 @@ def test_the_demo_says_what_is_finished(finished, tmp_path, monkeypatch):
         if len(made) > finished:
             send(signal.SIGTERM)()
         out.mkdir(parents=True)
-        return type("", (), {"manifest": {"edits": []}, "ratio": 0.1})
+        return type("", (), {"manifest": {}, "log": EditLog(), "ratio": 0.1})
 
     monkeypatch.setattr(pipeline, "compress", compress)
     done = command("demo", "-o", tmp_path / "shown")
@@ -408,7 +409,7 @@ def test_the_hidden_commands_end_with_their_parent(words, monkeypatch):
         raise Asked
 
     monkeypatch.setattr(cli, "end_with_parent", asked)
-    monkeypatch.setattr(cli, "_commands", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(cli, "_show", lambda _: pytest.fail("too late"))
     assert "unexpected Asked" in command(*words).err
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.serving.parts import Part, Stack, global_order, local_places, padded, spans
 

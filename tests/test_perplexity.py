@@ -12,13 +12,16 @@ from grasp.core.decoder import Decoder
 from grasp.core.records import Text
 from grasp.core.score import Score
 from grasp.data.blocks import blocks_of, cut, rolling
+from grasp.data.stream import Stream
 from grasp.errors import DataError, GraspError, NumericsError, RecipeError
 from grasp.evaluation import perplexity as measuring
 
 
-def perplexity(model: Decoder, tokens: torch.Tensor, *, name: str, **options) -> Score:
+def perplexity(
+    model: Decoder, tokens: torch.Tensor, *, name: str, bos: int | None = None, **options
+) -> Score:
     """Cut and measured, without a text to count words of."""
-    return measuring.perplexity(model, cut(tokens, name=name, **options))
+    return measuring.perplexity(model, cut(Stream(tokens, bos), name=name, **options))
 
 
 @pytest.fixture
@@ -335,3 +338,12 @@ def test_rolling_is_what_lm_eval_measures(length, model_directory, tokenizer, tm
     assert ours.protocol["bits_per_byte"] == pytest.approx(
         total / sum(map(len, documents)) / math.log(2), rel=1e-4
     )
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_text(decoder, tokenizer, tmp_path):
+    """As for --data."""
+    path = tmp_path / "this,that.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
+    model = Decoder(decoder("llama").model, tokenizer)
+    found = grasp.evaluate(model, ppl=str(path), seq_len=16, num_blocks=2)
+    assert {score.name for score in found.scores if score.unit == "perplexity"} == {str(path)}

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply
-from grasp.core.layers.modeling_grasp import GraspConfig, LowRankLinear
+from grasp.core.edits import Factorize
+from grasp.core.layers.low_rank_grasp import LowRankLinear
+from grasp.core.layers.modeling_grasp import GraspConfig
 from grasp.core.linalg import balanced, pivoted
 from grasp.errors import CheckpointError
 from grasp.stages.budget import pivoted_parameters
@@ -217,7 +218,7 @@ def test_an_edit_that_does_not_fit_is_refused():
         Factorize(path, head, rest),
     ):
         with pytest.raises(grasp.GraspError, match="do not fit"):
-            apply(Decoder(build("llama")), edit)
+            edit.apply(Decoder(build("llama")))
 
 
 # --- the checkpoint
@@ -318,9 +319,8 @@ def test_without_grasp(saved, tmp_path):
     assert done.stdout.splitlines().count(line) == 2, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("storage", "version"), [("pivoted", 2), ("pair", 1)])
-def test_the_format_is_the_lowest_that_fits(storage, version, calibration, tmp_path):
-    """So that an older grasp can still read plain pairs."""
+@pytest.mark.parametrize("storage", ["pivoted", "pair"])
+def test_the_config_says_how_each_matrix_is_stored(storage, calibration, tmp_path):
     grasp.compress(
         build("llama"),
         tmp_path,
@@ -330,8 +330,10 @@ def test_the_format_is_the_lowest_that_fits(storage, version, calibration, tmp_p
         data=calibration,
     )
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert written["version"] == version
-    assert set(written["pivoted"]) == (set(written["ranks"]) if storage == "pivoted" else set())
+    assert written["version"] == 4
+    assert {one.get("pivoted", False) for one in written["structure"].values()} == {
+        storage == "pivoted"
+    }
 
 
 def test_a_format_from_the_future_is_refused(saved, tmp_path):
@@ -339,16 +341,16 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["version"] = 4
+    config["quantization_config"]["version"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"grasp format 4.*reads up to 3.*pip install -U grasp-llm"
+        ValueError, match=r"grasp format 5.*reads up to 4.*pip install -U grasp-llm"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="grasp format 4"):
+    with pytest.raises(CheckpointError, match="grasp format 5"):
         grasp.load(tmp_path)
-    with pytest.raises(ValueError, match="reads up to 3"):
-        GraspConfig({}, version=4)
+    with pytest.raises(ValueError, match="reads up to 4"):
+        GraspConfig({}, version=5)
 
 
 def test_pivoted_and_plain_pairs_in_one_model(calibration, tmp_path):

@@ -9,10 +9,10 @@ from conftest import _GATED, _IDS, FAMILY_ROWS, MANIFEST, build
 from safetensors.torch import load_file, save_file
 
 import grasp
-from grasp.core import edits
 from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, apply
+from grasp.core.edits import Drop, droppable, ordinary
+from grasp.core.runner import Resident
 
 
 def model_of(config: str, **more: object):
@@ -30,7 +30,7 @@ def test_layers_built_from_their_index_are_not_dropped(tmp_path, calibration, mo
     """DiffLlama's lambda_init follows from the index, and no config says it: refused before the
     work; the last layer may go.
     """
-    monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_: pytest.fail("the work has begun"))
     for fields in ({"layers": (1,)}, {"layers": (0, 3)}, {"num_layers": 1}):
         with pytest.raises(
             grasp.GraspError, match=r"'diffllama' model cannot be dropped: .*lambda_init' is 0\."
@@ -58,7 +58,7 @@ def test_layers_built_from_their_index_are_not_dropped(tmp_path, calibration, mo
 def test_a_checkpoint_that_loads_as_another_model_is_not_written(
     tmp_path, calibration, monkeypatch, dtype
 ):
-    monkeypatch.setattr(edits, "check_droppable", lambda *_: None)
+    monkeypatch.setattr(droppable, "check_droppable", lambda *_: None)
     monkeypatch.setattr("grasp.methods.shortgpt.check_droppable", lambda *_: None)
     model = model_of("DiffLlamaConfig").to(dtype)
     with pytest.raises(
@@ -95,7 +95,7 @@ MORE = {
 def test_what_runs_along_the_layers_is_cut_with_them(name, layer, tmp_path):
     model = build(name) if name in FAMILY_ROWS else model_of(DROPPED[name], **MORE[name])
     decoder = Decoder(model)
-    apply(decoder, Drop(layer))
+    Drop(layer).apply(decoder)
     save(decoder, tmp_path / "out", MANIFEST, "")
     assert len(grasp.load(tmp_path / "out").model.get_submodule(decoder.family.layers)) == 3
 
@@ -155,7 +155,7 @@ def test_the_dense_export_is_proved(tmp_path, model_directory, calibration, monk
     assert grasp.export(place, tmp_path / "dense", format="dense").pairs > 0
 
     def wrong(decoder):
-        edits.multiply_out(decoder)
+        ordinary.multiply_out(decoder)
         decoder.stack[1].mlp.up_proj.weight *= 0.9
 
     monkeypatch.setattr(dense, "multiply_out", wrong)
@@ -221,7 +221,7 @@ def test_what_cannot_be_saved_is_said_before_the_work(
 
     model, mine = build("llama"), copy.deepcopy(tokenizer)
     spoilt(model, mine)
-    monkeypatch.setattr(Decoder, "sweep", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(grasp.GraspError, match=said) as error:
         grasp.compress(
             model, tmp_path / "out", tokenizer=mine, method="grasp", layers=(1,), data=calibration

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.rounding import rounded
 
@@ -177,7 +177,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
     assert close(logits(grasp.load(tmp_path / "out").model), after)
     manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
     assert (
-        manifest["format_version"] == 3
+        manifest["format_version"] == 4
         and manifest["edits"]
         and manifest["quantization"]["scheme"] == scheme
     )

@@ -8,6 +8,7 @@ from conftest import LAYERS
 
 import grasp
 from grasp.core.records import Redundancy
+from grasp.core.runner import Resident
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
 
@@ -39,7 +40,7 @@ def boundaries(model, ids, mask=None):
 
 def test_block_influence_equals_a_plain_loop(family, decoder, calibration):
     model = decoder(family)
-    found = block_influence(model.sweep(calibration, [Similarity()])).scores
+    found = block_influence(Resident(model, calibration).sweep([Similarity()])).scores
     cosines = torch.zeros(LAYERS, dtype=torch.float64)
     for ids in calibration.ids:
         states = boundaries(model, ids).double()
@@ -57,7 +58,7 @@ def test_the_last_layer_is_scored_before_the_final_norm(decoder, calibration):
     layer looks different.
     """
     model = decoder("llama")
-    found = block_influence(model.sweep(calibration, [Similarity()])).scores[LAYERS - 1]
+    found = block_influence(Resident(model, calibration).sweep([Similarity()])).scores[LAYERS - 1]
     with torch.no_grad():
         hidden = model.model(input_ids=calibration.ids, output_hidden_states=True).hidden_states
     after_norm = 1 - float(
@@ -73,8 +74,8 @@ def test_padding_does_not_count(family, decoder):
     padded = torch.cat([ids, torch.full((1, 4), 258)], dim=1)
     mask = torch.arange(16)[None] < 12
     collectors = lambda: [Similarity(), AngularDistance()]  # noqa: E731
-    whole = model.sweep(grasp.Calibration(ids, "x"), collectors())
-    masked = model.sweep(grasp.Calibration(padded, "x", mask=mask), collectors())
+    whole = Resident(model, grasp.Calibration(ids, "x")).sweep(collectors())
+    masked = Resident(model, grasp.Calibration(padded, "x", mask=mask)).sweep(collectors())
     for layer in range(LAYERS):
         assert float(masked["similarity"][layer]) == pytest.approx(
             float(whole["similarity"][layer]), abs=1e-6
@@ -97,7 +98,7 @@ def test_padding_does_not_count_in_the_loss(family, decoder):
 
 def test_angular_distance_equals_a_plain_loop(decoder, calibration):
     model = decoder("qwen3")
-    found = angular_distance(model.sweep(calibration, [AngularDistance()]))
+    found = angular_distance(Resident(model, calibration).sweep([AngularDistance()]))
     expected = torch.zeros(LAYERS + 1, LAYERS + 1, dtype=torch.float64)
     for ids in calibration.ids:
         last = boundaries(model, ids)[:, -1].double()
@@ -123,9 +124,9 @@ def test_statistics_add_up_over_blocks(decoder, calibration):
     split.
     """
     model = decoder("llama")
-    whole = model.sweep(calibration, [Similarity()])
+    whole = Resident(model, calibration).sweep([Similarity()])
     parts = [
-        model.sweep(grasp.Calibration(ids, "part"), [Similarity()])
+        Resident(model, grasp.Calibration(ids, "part")).sweep([Similarity()])
         for ids in (calibration.ids[:2], calibration.ids[2:])
     ]
     for layer in range(LAYERS):

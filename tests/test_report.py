@@ -540,8 +540,8 @@ def test_what_cannot_be_shown_is_one_line_with_the_path(tmp_path, name, content,
 def test_damage_inside_a_manifest_is_named(material, tmp_path):
     sound = json.loads((material / "made-b" / "grasp.json").read_text())
     for change in (
-        lambda m: m["edits"][0].update(kept=[10**6]),
-        lambda m: m["edits"][0].update(scores=[1.0]),
+        lambda m: m["edits"][0]["note"].update(kept=[10**6]),
+        lambda m: m["edits"][0]["note"].update(scores=[1.0]),
         lambda m: m["edits"][0].update(path="no_layer"),
         lambda m: m["parameters"].update(before=0),
         lambda m: m["redundancy"]["bi"].update({"0": math.nan}),

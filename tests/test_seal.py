@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import grasp
 from grasp import cli
 from grasp.core.seal import SEAL
+from grasp.terminal import ending
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def test_what_is_made_of_a_checkpoint_bears_its_own_seal(written, tmp_path):
 
 
 def test_a_warning_is_said_once_a_run(capsys):
-    handler = cli._ToStderr()
+    handler = ending._ToStderr()
     for message in ("one", "one", "two"):
         handler.handle(logging.LogRecord("grasp", logging.WARNING, "", 0, message, None, None))
     assert capsys.readouterr().err.split() == ["one", "two"]

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply
+from grasp.core.edits import Factorize
 from grasp.core.linalg import pivoted
 from grasp.core.models import embedded_model
 
@@ -49,32 +49,38 @@ WIDER = {
 }
 """vLLM's attention on CPU wants heads of 32 numbers or more."""
 METHODS = {"grasp": {"num_layers": 2, "retain_ratio": 0.5}, "grasp-fisher": {"ratio": 0.15}}
+BOTH = {
+    "grasp": {"layers": (1,), "retain_ratio": 0.5},
+    "grasp-fisher": {"layers": ("0", "2", "3"), "ratio": 0.1},
+}
+"""Pairs in one layer, pivoted pairs in the others."""
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tokenizer):
-    """Directories of compressed tiny models, `family-method`, and greedy tokens with their
-    log-probabilities by transformers.
+    """Compressed tiny models by family, and by method, when first asked for: (directory, greedy
+    tokens with their log-probabilities by transformers).
     """
     folder = tmp_path_factory.mktemp("tiny")
     blocks = grasp.Calibration(
         torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1)), "random"
     )
+    options = {"data": blocks, "tokenizer": tokenizer}
     found = {}
-    for name, row in FAMILY_ROWS.items():
-        arguments = {key: WIDER.get(key, value) for key, value in row.arguments.items()}
-        # vLLM has no sliding window in some layers only
-        arguments.update({"use_sliding_window": False} if name == "qwen2" else {})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(FAMILY_ROWS, name, replace(row, arguments=arguments))
-            models = {method: build(name) for method in METHODS}
-        for method, fields in METHODS.items():
-            out = folder / f"{name}-{method}"
-            grasp.compress(
-                models[method], out, method=method, data=blocks, tokenizer=tokenizer, **fields
-            )
-            found[out.name] = (out, greedy(grasp.load(out).model, PROMPTS, 12))
-    return found
+
+    def make(family, method="both"):
+        out = folder / f"{family}-{method}"
+        if out not in found:
+            model = build_wide(family)
+            if method == "both":
+                model = grasp.compress(model, method="grasp", **options, **BOTH["grasp"]).model
+                grasp.compress(model, out, method="grasp-fisher", **options, **BOTH["grasp-fisher"])
+            else:
+                grasp.compress(model, out, method=method, **options, **METHODS[method])
+            found[out] = (out, greedy(grasp.load(out).model, PROMPTS, 12))
+        return found[out]
+
+    return make
 
 
 @torch.no_grad()
@@ -129,12 +135,11 @@ def served(llm, prompts, steps):
     ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_family_gives_the_same_tokens(tiny, family, method):
+def test_every_family_gives_the_same_tokens(tiny, family):
     """Fused q/k/v and gate/up, biases, tied embeddings, Conv1D, matrices stored as one, pairs and
     pivoted pairs.
     """
-    path, expected = tiny[f"{family}-{method}"]
+    path, expected = tiny(family)
     with engine(path) as llm:
         for (tokens, logs), (ours, our_logs) in zip(
             expected, served(llm, PROMPTS, 12), strict=True
@@ -157,12 +162,11 @@ def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
         )
 
     for layer in (0, 2):
-        apply(decoder, Factorize(f"model.layers.{layer}.self_attn.q_proj", *pair(128, 24)))
-        apply(decoder, Factorize(f"model.layers.{layer}.mlp.gate_proj", *pair(192, 0)))
+        Factorize(f"model.layers.{layer}.self_attn.q_proj", *pair(128, 24)).apply(decoder)
+        Factorize(f"model.layers.{layer}.mlp.gate_proj", *pair(192, 0)).apply(decoder)
         weight_in, weight, places = pivoted(*reversed(pair(64, 20)))
-        apply(
-            decoder,
-            Factorize(f"model.layers.{layer}.self_attn.v_proj", weight_in, weight, places=places),
+        Factorize(f"model.layers.{layer}.self_attn.v_proj", weight_in, weight, places=places).apply(
+            decoder
         )
     decoder.model.save_pretrained(tmp_path / "mixed")
     tokenizer.save_pretrained(tmp_path / "mixed")
@@ -186,7 +190,7 @@ def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
 )
 def test_few_bits_are_served(tiny, tmp_path, made, bits):
     """A checkpoint of `grasp quantize`: dense matrices, pairs and pivoted pairs."""
-    grasp.quantize(tiny[made][0], tmp_path / "few", bits=bits)
+    grasp.quantize(tiny(*made.split("-", 1))[0], tmp_path / "few", bits=bits)
     expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
     with engine(tmp_path / "few") as llm:
         for (tokens, logs), (ours, our_logs) in zip(
@@ -197,7 +201,7 @@ def test_few_bits_are_served(tiny, tmp_path, made, bits):
 
 def test_compiled_as_vllm_does_by_default(tiny):
     """Without `--enforce-eager` vLLM compiles the model, our products included."""
-    path, expected = tiny["llama-grasp-fisher"]
+    path, expected = tiny("llama", "grasp-fisher")
     with engine(path, enforce_eager=False) as llm:
         for (tokens, logs), (ours, our_logs) in zip(
             expected, served(llm, PROMPTS, 12), strict=True
@@ -210,7 +214,7 @@ def test_sixteen_bits(tiny, method):
     """bfloat16, whose kernels on CPU take whole blocks only: close to transformers in the same
     dtype.
     """
-    path, _ = tiny[f"llama-{method}"]
+    path, _ = tiny("llama", method)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     with engine(path, dtype="bfloat16") as llm:
         for prompt, (ours, our_logs) in zip(PROMPTS, served(llm, PROMPTS, 6), strict=True):
@@ -228,7 +232,7 @@ def test_sixteen_bits(tiny, method):
 
 def test_two_devices_give_the_same_tokens(tiny, tmp_path):
     """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
-    path, expected = tiny["llama-grasp-fisher"]
+    path, expected = tiny("llama", "grasp-fisher")
     code = TWO.format(path=str(path), prompts=PROMPTS)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -264,7 +268,7 @@ def test_lm_eval_runs_on_vllm(tiny, tmp_path):
     """`lm_eval --model vllm` as a user calls it: log-likelihoods of the answers are those of the
     model.
     """
-    path, _ = tiny["llama-grasp-fisher"]
+    path, _ = tiny("llama", "grasp-fisher")
     rows = [
         {"question": f"{n} + {n} =", "choices": [str(2 * n), str(n), "no"], "answer": 0}
         for n in range(1, 5)
@@ -507,7 +511,7 @@ def checkpoint_bytes(folder: Path) -> int:
 @pytest.fixture
 def copy(tiny, tmp_path):
     """A copy of a tiny checkpoint, to be damaged."""
-    return Path(shutil.copytree(tiny["llama-grasp-fisher"][0], tmp_path / "copy"))
+    return Path(shutil.copytree(tiny("llama", "grasp-fisher")[0], tmp_path / "copy"))
 
 
 def rewrite(path, change):
@@ -532,8 +536,8 @@ def cut(path):
 
 
 def more_rank(config):
-    ranks = config["quantization_config"]["ranks"]
-    ranks[next(iter(ranks))] += 1
+    structure = config["quantization_config"]["structure"]
+    next(iter(structure.values()))["rank"] += 1
 
 
 def dense_again(path):
@@ -546,17 +550,14 @@ def dense_again(path):
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
-def build_wide():
-    row = FAMILY_ROWS["llama"]
+def build_wide(family="llama"):
+    row = FAMILY_ROWS[family]
+    arguments = {key: WIDER.get(key, value) for key, value in row.arguments.items()}
+    # vLLM has no sliding window in some layers only
+    arguments |= {"use_sliding_window": False} if family == "qwen2" else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            FAMILY_ROWS,
-            "llama",
-            replace(
-                row, arguments={key: WIDER.get(key, value) for key, value in row.arguments.items()}
-            ),
-        )
-        return build("llama")
+        patch.setitem(FAMILY_ROWS, family, replace(row, arguments=arguments))
+        return build(family)
 
 
 FAULTS = {
@@ -599,14 +600,14 @@ def test_faults_have_one_clear_line(fault, copy):
 def test_a_number_of_devices_that_does_not_divide(tiny):
     with (
         pytest.raises(Exception, match=r"(?i)divisible by tensor parallel size"),
-        engine(tiny["llama-grasp"][0], tensor_parallel_size=3),
+        engine(tiny("llama", "grasp")[0], tensor_parallel_size=3),
     ):
         pytest.fail("the engine started")
 
 
 def test_without_the_plug_in_the_error_names_the_package(tiny, tmp_path):
     """VLLM_PLUGINS="" is vLLM as it is where grasp-llm is not installed."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tiny["llama-grasp"][0])]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(tiny("llama", "grasp")[0])]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -18,8 +18,9 @@ from test_cli import SMALL, command
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, apply
+from grasp.core.edits import Factorize
 from grasp.core.layers.modeling_grasp import GraspConfig
+from grasp.core.runner import Resident
 from grasp.errors import CheckpointError, ModelError
 from grasp.serving.parts import Part
 
@@ -37,12 +38,9 @@ def factorised(name: str, path: Path, pivoted: bool = True) -> torch.nn.Module:
             else None
         )
         shape = (rows - 4 if places is not None else rows, 4)
-        apply(
-            model,
-            Factorize(
-                linear.path, torch.randn(4, columns) * 0.1, torch.randn(shape) * 0.1, places=places
-            ),
-        )
+        Factorize(
+            linear.path, torch.randn(4, columns) * 0.1, torch.randn(shape) * 0.1, places=places
+        ).apply(model)
     model.model.save_pretrained(path)
     return model.model
 
@@ -174,7 +172,7 @@ def test_weights_that_are_no_floats(name, kind, pair):
 
 
 RANK = {"model.layers.1.mlp.down_proj": 4, "model.layers.2.self_attn.q_proj": 4}
-TABLES = {
+OLD_TABLES = {
     "scheme 'int7'": {
         "quantization": {
             "scheme": "int7",
@@ -204,12 +202,53 @@ TABLES = {
     "model.embed_tokens": {"ranks": {**RANK, "model.embed_tokens": 4}},
     "format 3.5": {"version": 3.5},
 }
+"""What formats 1 to 3 said."""
+Q_PROJ = "model.layers.2.self_attn.q_proj"
+TABLES = {
+    "must give a record to each path": [1],
+    "its kind must be one of": {Q_PROJ: {"kind": "magic"}},
+    "is 'low-rank'; its kind": {Q_PROJ: "low-rank"},
+    "rank of 'model.layers.2.self_attn.q_proj' is -1": {Q_PROJ: {"kind": "low-rank", "rank": -1}},
+    "rank of 'model.layers.2.self_attn.q_proj' is True": {
+        Q_PROJ: {"kind": "low-rank", "rank": True}
+    },
+    "'pivoted' of": {Q_PROJ: {"kind": "low-rank", "rank": 3, "pivoted": 1}},
+    "only 32 outputs": {Q_PROJ: {"kind": "low-rank", "rank": 99, "pivoted": True}},
+    "scheme 'int7'": {Q_PROJ: {"kind": "quantized", "scheme": "int7", "group_size": 32}},
+    "group_size 0": {Q_PROJ: {"kind": "quantized", "scheme": "int4", "group_size": 0}},
+    "inside: rank": {
+        Q_PROJ: {
+            "kind": "quantized",
+            "scheme": "int8",
+            "group_size": 32,
+            "of": {"kind": "low-rank", "rank": -2},
+        }
+    },
+    "the rows of": {Q_PROJ: {"kind": "narrow", "rows": -1, "columns": 32}},
+    "only 32 x 32": {Q_PROJ: {"kind": "narrow", "rows": 64, "columns": 32}},
+    "'scattered' of": {Q_PROJ: {"kind": "narrow", "rows": 4, "columns": 32, "scattered": 3}},
+    "hidden size of 'model.layers.1'": {"model.layers.1": {"kind": "span", "hidden": 0}},
+    "names the layer 'model.layers.9'": {"model.layers.9": {"kind": "span", "hidden": 32}},
+    "names the layer 'model.layers.1.mlp'": {"model.layers.1.mlp": {"kind": "span", "hidden": 32}},
+    "LlamaForCausalLM lacks": {"model.layers.0.mlp": {"kind": "low-rank", "rank": 4}},
+    "model.embed_tokens": {"model.embed_tokens": {"kind": "low-rank", "rank": 4}},
+}
+"""What this format may say wrongly."""
+
+
+@pytest.mark.parametrize("said", OLD_TABLES)
+def test_an_older_table_that_makes_no_sense(said, pair):
+    older = {"quant_method": "grasp-llm", "version": 3, "ranks": RANK, "pivoted": [Q_PROJ]}
+    older |= OLD_TABLES[said]
+    change_config(pair, quantization_config=older)
+    refused(pair, said.replace(".", r"\."))
 
 
 @pytest.mark.parametrize("said", TABLES)
 def test_a_table_that_makes_no_sense(said, pair):
-    change_table(pair, **TABLES[said])
-    refused(pair, said.replace(".", r"\."))
+    change_table(pair, structure=TABLES[said])
+    words = said.removeprefix("inside: ").replace("[", r"\[")
+    refused(pair, words.replace(".", r"\."))
 
 
 @pytest.mark.parametrize("wrong", [{"scheme": "int7"}, {"group_size": -1}])
@@ -436,7 +475,7 @@ def test_a_class_that_adds_nothing_is_saved_as_its_base(method, local, tmp_path,
 
 
 def test_a_class_that_adds_something_is_refused_before_any_work(calibration, tmp_path, monkeypatch):
-    monkeypatch.setattr(Decoder, "sweep", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(Resident, "sweep", lambda *_, **__: pytest.fail("work was begun"))
     model = Changed(transformers.LlamaConfig(**_GATED, **_IDS))
     with pytest.raises(
         grasp.GraspError,

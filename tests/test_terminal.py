@@ -80,7 +80,7 @@ def test_an_error_ends_the_lines(said):
 def test_the_demo_speaks_before_it_loads_anything_heavy(said, monkeypatch, tmp_path):
     text = said(False)
     monkeypatch.setattr(
-        cli, "_commands", lambda: pytest.exit("loaded") if not text.getvalue() else 1 / 0
+        cli, "_show", lambda _: pytest.exit("loaded") if not text.getvalue() else 1 / 0
     )
     assert isinstance(
         CliRunner().invoke(cli.cli, ["demo", "-o", str(tmp_path / "out")]).exception,

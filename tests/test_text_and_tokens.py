@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 import grasp
 from grasp.cli import cli
-from grasp.core import tokens
 from grasp.core.bos import EVERY_BLOCK, block_bos
 from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.core.records import Text
+from grasp.data import tokens
 from grasp.data.blocks import blocks_of, rolling
 from grasp.data.calibration import calibrate
 from grasp.data.examples import read_examples
+from grasp.data.stream import stream_of
 from grasp.data.text import read_source, read_text
 from grasp.errors import DataError, GraspError
 from grasp.evaluation.generation import greedy
@@ -88,7 +89,7 @@ def test_a_tokenizer_that_puts_bos_does_not_make_a_need(decoder, tokenizer, text
     putting.add_bos_token = True
     model = Decoder(decoder("llama").model, putting)
     with open(text_file, encoding="utf-8") as stream:
-        ids = model.tokenize(stream.read())
+        ids = stream_of(model, stream.read()).ids
     assert model.block_bos is None and int(ids[0]) == BOS and not bool((ids[1:] == BOS).any())
 
 

@@ -1,14 +1,15 @@
-"""The command line: verbs and flags, no logic. Nothing heavy is imported until a command runs."""
+"""The command line: verbs and flags, no logic. Nothing heavy is imported until a command runs.
+
+Flags that are also keyword arguments and TOML keys are read off the records in `grasp.recipes`;
+here are the others. What a verb shows is in `grasp.terminal.shows`, under its name.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
-import signal
 import sys
-import traceback
-import typing
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,33 @@ import click
 
 from grasp import __version__
 from grasp.core.children import end_with_parent
-from grasp.errors import GraspError, Interrupted, in_words
-from grasp.terminal.flags import (
-    MethodCommand,
-    Place,
-    RecipeArgument,
-    RecipeCommand,
-    RecipeOption,
-    Words,
-    read_config,
-    shared,
+from grasp.recipes.calibration import CalibrationRecipe, InspectionRecipe
+from grasp.recipes.evaluation import EvaluationRecipe
+from grasp.recipes.method import MethodChoice
+from grasp.recipes.model import ModelSource
+from grasp.recipes.quantization import QuantizationRecipe
+from grasp.recipes.speed import SpeedRecipe
+from grasp.terminal.config import read_config
+from grasp.terminal.ending import run
+from grasp.terminal.flags import Flag, Grouped, Place, Words, argument, everywhere, flags, given
+from grasp.terminal.method_flags import TRAINING, MethodCommand, TrainingCommand
+
+OUTPUT = click.option(
+    "-o", "--output", type=Place(), help="Write the results to this .json file, for grasp report."
 )
-from grasp.terminal.interruption import as_interrupts
+DRY_RUN = "Print what would be done, its size, memory, time and expected perplexity; write nothing."
 
 
-def _commands() -> Any:
-    """What the verbs show; imported when one runs, since it brings torch."""
+def _show(verb: str) -> Any:
+    """What a verb shows: the function of its file; imported when it runs, since it brings torch."""
     from grasp.terminal.bars import waiting
 
     with waiting("loading PyTorch", quiet="--quiet" in sys.argv):
-        from grasp.terminal import commands
+        shown = importlib.import_module(f"grasp.terminal.shows.{verb}")
+        from grasp.terminal.quieting import only_our_own_words
 
-    commands.only_our_own_words()
-    return commands
+    only_our_own_words()
+    return shown.show
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -59,31 +64,11 @@ def cli() -> None:
 
 
 @cli.command(cls=MethodCommand, short_help="Compress MODEL and save it in OUT.")
-@click.argument("model", cls=RecipeArgument)
+@argument(ModelSource, "model")
 @click.argument("out", type=Place())
-@click.option(
-    "--method",
-    cls=RecipeOption,
-    default="grasp-fisher",
-    show_default=True,
-    help="Compression method (see `grasp methods`).",
-)
-@click.option(
-    "--num-samples",
-    cls=RecipeOption,
-    type=int,
-    default=64,
-    show_default=True,
-    help="Number of calibration blocks.",
-)
-@click.option(
-    "--seq-len",
-    cls=RecipeOption,
-    type=int,
-    default=512,
-    show_default=True,
-    help="Tokens in a block.",
-)
+@flags(MethodChoice)
+@flags(CalibrationRecipe)
+@flags(ModelSource)
 @click.option(
     "--config",
     type=Place(),
@@ -95,12 +80,8 @@ def cli() -> None:
         " win."
     ),
 )
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Print what would be done, its size, memory, time and expected perplexity; write nothing.",
-)
-@shared("data", "text_field", "seed", "device", "dtype", "trust")
+@click.option("--dry-run", is_flag=True, help=DRY_RUN)
+@everywhere
 def compress(
     model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
@@ -109,16 +90,13 @@ def compress(
     MODEL: hub id, directory, .gguf file, or smollm2 (embedded). Say how much with --ratio; --method
     grasp is the paper's method.
     """
-    commands = _commands()
-    given = {name: value for name, value in options.items() if value is not None}
-    if dry_run:
-        commands.dry_run(model, out, given, as_json, quiet)
-    else:
-        commands.compress(model, out, given, as_json, quiet)
+    _show("dry_run" if dry_run else "compress")(model, out, given(options), as_json, quiet)
 
 
-@cli.command(short_help="Show layer redundancy and singular spectra.")
-@click.argument("model")
+@cli.command(cls=Grouped, short_help="Show layer redundancy and singular spectra.")
+@argument(ModelSource, "model")
+@flags(InspectionRecipe)
+@flags(ModelSource)
 @click.option(
     "-o",
     "--output",
@@ -127,28 +105,23 @@ def compress(
     show_default=True,
     help="Picture to write.",
 )
-@click.option(
-    "--num-samples", type=int, default=32, show_default=True, help="Number of calibration blocks."
-)
-@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens in a block.")
-@click.option(
-    "--angular", is_flag=True, help="Angular distance at the last token instead of block influence."
-)
-@shared("data", "text_field", "seed", "device", "dtype", "trust")
+@everywhere
 def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Layer redundancy and singular spectra of MODEL, as a table and a picture. Nothing is
     changed.
     """
-    _commands().inspect(model, output, options, as_json, quiet)
+    _show("inspect")(model, output, given(options), as_json, quiet)
 
 
 @cli.command(
-    cls=RecipeCommand, short_help="Train a compressed checkpoint DIR briefly; save it in OUT."
+    cls=TrainingCommand, short_help="Train a compressed checkpoint DIR briefly; save it in OUT."
 )
 @click.argument("checkpoint", metavar="DIR", type=Place())
 @click.argument("out", type=Place())
 @click.option(
     "--data",
+    cls=Flag,
+    group=TRAINING,
     required=True,
     help=(
         "Training text: Alpaca columns or chat messages (.json, .jsonl), plain text, a named set"
@@ -157,6 +130,8 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
 )
 @click.option(
     "--preset",
+    cls=Flag,
+    group=TRAINING,
     help=(
         "paper (the default: the paper's hyperparameters) or quick (distillation in small steps);"
         " other flags change it."
@@ -178,10 +153,11 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
 @click.option(
     "--report-to",
     type=Words(str),
-    default="",
     help="Trackers of the Hugging Face trainer: tensorboard, wandb, ...",
 )
-@shared("text_field", "device", "trust")
+@flags(ModelSource, "device", "trust_remote_code")
+@flags(CalibrationRecipe, "text_field", group=TRAINING)
+@everywhere
 def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Train the compressed checkpoint DIR briefly on --data and save the result in OUT (GRASP* in
     the paper).
@@ -189,12 +165,10 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
     What is trained, towards what, and how long: the flags below. With several processes: torchrun
     --nproc-per-node N -m grasp recover ...
     """
-    commands = _commands()
-    given = {name: value for name, value in options.items() if value is not None}
-    commands.recover(checkpoint, out, given, as_json, quiet)
+    _show("recover")(checkpoint, out, given(options), as_json, quiet)
 
 
-@cli.command(short_help="Write checkpoint DIR in the format of another runtime.")
+@cli.command(cls=Grouped, short_help="Write checkpoint DIR in the format of another runtime.")
 @click.argument("checkpoint", metavar="DIR")
 @click.argument("out", type=Place())
 @click.option(
@@ -214,150 +188,78 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
     ),
 )
 @click.option("--weights", metavar="int8", help="openvino: store the matrices in 8 bits.")
-@shared("trust")
+@flags(ModelSource, "trust_remote_code")
+@everywhere
 def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write DIR, a checkpoint that grasp made or any other MODEL, to OUT in a format that loads
     without grasp.
 
     onnx and openvino keep the low-rank matrices low-rank.
     """
-    _commands().export(checkpoint, out, options, as_json)
+    _show("export")(checkpoint, out, given(options), as_json)
 
 
-@cli.command(short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
-@click.argument("model", metavar="DIR")
+@cli.command(cls=Grouped, short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
+@argument(ModelSource, "model")
 @click.argument("out", type=Place())
-@click.option(
-    "--bits",
-    type=int,
-    required=True,
-    help="8 or 4, for every linear of the decoder layers, dense or low-rank. 4: not pivoted pairs.",
-)
-@click.option(
-    "--scheme",
-    default="weight-only",
-    show_default=True,
-    help="weight-only, or dynamic: activations in 8 bits too (--bits 8).",
-)
-@click.option(
-    "--group-size",
-    type=int,
-    default=32,
-    show_default=True,
-    help="Numbers that share a scale (--bits 4): 32, 64, 128, 256.",
-)
-@shared("device", "dtype", "trust")
+@flags(QuantizationRecipe)
+@flags(ModelSource)
+@everywhere
 def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Round the weights of DIR, a compressed checkpoint or any other MODEL, to 8 or 4 bits
-    (torchao) and save the result in OUT.
+    """Round the weights of MODEL, a compressed checkpoint or any other, to 8 or 4 bits (torchao)
+    and save the result in OUT.
 
     Not rounded: embeddings, output layer, norms, biases. OUT loads like any other checkpoint.
     """
-    _commands().quantize(model, out, options, as_json, quiet)
+    _show("quantize")(model, out, given(options), as_json, quiet)
 
 
-@cli.command("eval", short_help="Measure perplexity, fidelity to the dense model, tasks and text.")
-@click.argument("model")
+@cli.command(
+    "eval",
+    cls=Grouped,
+    short_help="Measure perplexity, fidelity to the dense model, tasks and text.",
+)
+@argument(ModelSource, "model")
 @click.option(
     "--against",
+    cls=Flag,
+    group=EvaluationRecipe.title,
     metavar="DENSE",
     help="The dense model: measured too, with KL divergence, top-1 agreement and shares of it.",
 )
-@click.option(
-    "--ppl",
-    metavar="DATA,...",
-    help=(
-        "Texts, separated by commas: named sets (their test split), files, or NAME=PATH for a local"
-        " copy of a named set. Default, alone: pydoc."
-    ),
-)
-@click.option(
-    "--tasks",
-    metavar="TASK,...",
-    help="Tasks that lm-eval knows, or commonsense (the paper's seven).",
-)
-@click.option(
-    "--task-data", type=Place(), help="Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz]."
-)
-@click.option("--limit", type=int, help="Only the first so many examples of a task.")
-@click.option(
-    "--num-fewshot", type=int, help="Examples shown before each question; default: the task's own."
-)
-@click.option(
-    "--batch-size", type=int, default=8, show_default=True, help="Requests of tasks run at once."
-)
-@click.option(
-    "--generate",
-    is_flag=True,
-    help="Greedy continuations of fixed prompts, with how much they repeat themselves.",
-)
-@click.option(
-    "--new-tokens", type=int, default=64, show_default=True, help="Tokens of each continuation."
-)
-@click.option(
-    "--seq-len", type=int, help="Tokens in a block; default: 2048, or the longest the model reads."
-)
-@click.option("--stride", type=int, help="Step between blocks; default: --seq-len, no overlap.")
-@click.option("--num-blocks", type=int, help="Only the first so many blocks; default: all.")
-@click.option(
-    "--rolling",
-    is_flag=True,
-    help="Every token of every document counts, as in lm-eval's wikitext.",
-)
-@click.option(
-    "-o", "--output", type=Place(), help="Write the results to this .json file, for grasp report."
-)
-@shared("text_field", "device", "dtype", "trust")
+@flags(EvaluationRecipe)
+@flags(ModelSource)
+@OUTPUT
+@everywhere
 def evaluate(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL: perplexity with the protocol that makes the number, tasks through lm-eval,
     greedy text; with --against DENSE, all of it beside the dense model.
     """
-    commands = _commands()
-    given = {name: value for name, value in options.items() if value is not None}
-    commands.evaluate(model, output, given, as_json, quiet)
+    _show("evaluate")(model, output, given(options), as_json, quiet)
 
 
-@cli.command(short_help="Measure speed and memory, beside the dense model.")
-@click.argument("model")
+@cli.command(cls=Grouped, short_help="Measure speed and memory, beside the dense model.")
+@argument(ModelSource, "model")
 @click.option(
     "--against",
+    cls=Flag,
+    group=SpeedRecipe.title,
     metavar="DENSE",
     help="Another model, usually the dense one: measured in turn with MODEL, round by round.",
 )
-@click.option(
-    "--batch-sizes",
-    type=Words(int),
-    default="1",
-    show_default=True,
-    help="Sequences at once, e.g. 1,4,16.",
-)
-@click.option(
-    "--prompt-len", type=int, default=512, show_default=True, help="Tokens of the prompt."
-)
-@click.option(
-    "--new-tokens", type=int, default=128, show_default=True, help="Tokens decoded after it."
-)
-@click.option(
-    "--rounds",
-    type=int,
-    default=5,
-    show_default=True,
-    help="Measured rounds, after one of warm-up.",
-)
-@click.option("--compile", is_flag=True, help="Measure the models under torch.compile.")
-@click.option(
-    "-o", "--output", type=Place(), help="Write the results to this .json file, for grasp report."
-)
-@shared("device", "dtype", "trust")
+@flags(SpeedRecipe)
+@flags(ModelSource)
+@OUTPUT
+@everywhere
 def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Prefill and decode speed, latencies, memory and the share of the machine's memory bandwidth
     that decoding reaches. With --against both models take turns, so that what else the machine does
     hits both alike.
     """
-    _commands().bench(model, output, options, as_json, quiet)
+    _show("bench")(model, output, given(options), as_json, quiet)
 
 
-@cli.command(short_help="Compare methods as an EXPERIMENT.toml says.")
+@cli.command(cls=Grouped, short_help="Compare methods as an EXPERIMENT.toml says.")
 @click.argument("experiment", type=Place())
 @click.option(
     "-o",
@@ -367,7 +269,8 @@ def bench(model: str, output: Path | None, as_json: bool, quiet: bool, **options
 )
 @click.option("--dry-run", is_flag=True, help="List the cells, and which of them are finished.")
 @click.option("--cell", hidden=True)
-@shared("device", "trust")
+@flags(ModelSource, "device", "trust_remote_code")
+@everywhere
 def compare(
     experiment: Path,
     output: Path | None,
@@ -382,7 +285,7 @@ def compare(
     """
     if cell is not None:
         end_with_parent()
-    _commands().compare(experiment, output, dry_run, cell, options, as_json, quiet)
+    _show("compare")(experiment, output, dry_run, cell, given(options), as_json, quiet)
 
 
 @cli.command(short_help="Make one HTML page of results and checkpoints.")
@@ -395,7 +298,7 @@ def compare(
     show_default=True,
     help="Page to write.",
 )
-@shared()
+@everywhere
 def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) -> None:
     """One HTML page that opens offline: tables, plots, text side by side. PATH: a checkpoint, a
     results file, or a folder of them.
@@ -407,7 +310,7 @@ def report(paths: tuple[Path, ...], output: Path, as_json: bool, quiet: bool) ->
 
 @cli.command(short_help="Say whether checkpoint DIR is what grasp wrote.")
 @click.argument("checkpoint", metavar="DIR", type=Place())
-@shared()
+@everywhere
 def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """Compare every file of DIR, weights too, with what grasp wrote. Exit status 0: nothing
     differs; 1: files changed, are gone or were added, each named; 2: DIR is not a checkpoint that
@@ -429,7 +332,7 @@ def verify(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     help="Directory for the results.",
 )
 @click.option("--measure", type=Place(), hidden=True)
-@shared()
+@everywhere
 def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None:
     """Compress SmolLM2-135M-Instruct by the paper's method, save, reload in a new process, and
     measure it beside the dense model and the model with the same layers removed.
@@ -443,109 +346,32 @@ def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None
         check_destination(output, 2_000_000_000)
     if measure is None and not quiet:
         say("SmolLM2-135M-Instruct, compressed three ways, saved, loaded again and measured")
-    _commands()
-    from grasp.verbs import demo as script
-
-    if measure is not None:
-        script.measure(measure, quiet)
-    else:
-        script.run(output, as_json, quiet)
+    _show("demo")(output, measure, as_json, quiet)
 
 
 @cli.command("methods", short_help="List the compression methods.")
-@shared()
+@everywhere
 def list_methods(as_json: bool, quiet: bool) -> None:
     """The compression methods, their papers and flags."""
-    _commands().methods(as_json)
+    _show("methods")(as_json)
 
 
 @cli.command("families", short_help="List the supported architectures.")
-@shared()
+@everywhere
 def list_families(as_json: bool, quiet: bool) -> None:
     """The architectures in the table, and where each keeps its matrices. Others work by inspection
     where they can.
     """
-    _commands().families(as_json)
+    _show("families")(as_json)
 
 
 @cli.command("data", short_help="List the named texts and file types.")
-@shared()
+@everywhere
 def list_data(as_json: bool, quiet: bool) -> None:
     """What --data and --ppl take."""
-    _commands().data(as_json)
-
-
-class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to `sys.stderr` as it is now: progress bars replace it while they are drawn, so that
-    lines appear above them. A warning is said once, however often a run reads the same model.
-    """
-
-    stream = property(lambda _: sys.stderr, lambda _, __: None)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if record.levelno != logging.WARNING or message not in self.said:
-            super().emit(record)
-        self.said.add(message)
+    _show("data")(as_json)
 
 
 def main() -> None:
-    """Entry point: runs a command; what a user can get wrong ends in one line and status 2,
-    `--debug` shows the traceback.
-    """
-    debug = "--debug" in sys.argv
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(levelname)s: %(message)s",
-        handlers=[_ToStderr()],
-        force=True,
-    )
-    with as_interrupts() as received:
-        _run(debug, received)
-
-
-def _run(debug: bool, received: list[int]) -> None:
-    try:
-        cli.main(standalone_mode=False)
-    except GraspError as error:
-        _fail(str(error), 2, debug)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort) as stop:
-        cause = stop.__cause__ if isinstance(stop, click.Abort) else stop
-        if isinstance(cause, EOFError):  # click takes it for an interrupt
-            _unexpected(cause, debug)
-        how = f"ended by {signal.Signals(received[0]).name}" if received else "interrupted"
-        left = cause if isinstance(cause, Interrupted) else "nothing was left behind"
-        _fail(f"{how}; {left}", 128 + (received[0] if received else signal.SIGINT), debug)
-    except BrokenPipeError:
-        sys.exit(1)
-    except BaseException as error:  # a panic of a library in Rust is no Exception
-        if isinstance(error, (SystemExit, GeneratorExit)):
-            raise
-        if received:  # a terminal that is closed cannot be written to
-            sys.exit(128 + received[0])
-        _unexpected(error, debug)
-
-
-def _unexpected(error: BaseException, debug: bool) -> typing.NoReturn:
-    """A defect of ours, or something no one has met yet."""
-    said, status = in_words(error)
-    _fail(f"{said}{' (--debug shows where)' if status == 1 else ''}", status, debug)
-
-
-def _fail(message: str, status: int, debug: bool) -> typing.NoReturn:
-    if debug:
-        traceback.print_exc()
-    with suppress(OSError):  # a closed terminal
-        click.echo(f"grasp: error: {message}", err=True)
-    sys.exit(status)
+    """Entry point."""
+    run(cli)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
-from grasp.core.layer import is_low_rank
-from grasp.core.sweep import Progress
+from grasp.core.edits import EditLog
+from grasp.core.layer import matrix_in
+from grasp.core.progress import Progress
 from grasp.data.rows import Collate, Rows, read_by_model
 from grasp.errors import NumericsError
 
@@ -46,22 +47,16 @@ class Pair:
     dense: Tensor
 
 
-def pairs_of(decoder: Decoder, teacher: Decoder, origin: Sequence[int]) -> list[Pair]:
-    """Every pair, in order of use. `origin[i]`: the teacher's layer that layer i was."""
-    found = []
+def pairs_of(decoder: Decoder, teacher: Decoder, log: EditLog) -> list[Pair]:
+    """Every pair, in order of use. `log`: the edits that made the decoder of the teacher."""
+    found, origin, ranks = [], log.left, log.ranks()
     for index, layer in enumerate(decoder.stack):
         dense = teacher.layer(origin[index]).linears
-        modules = dict(layer.named_modules())
         for _, name in decoder.family.matrices:
-            if is_low_rank(modules[name]) and modules[name].weight.numel():
-                found.append(
-                    Pair(
-                        f"{decoder.family.layers}.{index}.{name}",
-                        index,
-                        modules[name],
-                        dense[name].weight,
-                    )
-                )
+            path = f"{decoder.family.layers}.{index}.{name}"
+            module: Any = matrix_in(layer, name)
+            if ranks.get(path) and module.weight.numel():
+                found.append(Pair(path, index, module, dense[name].weight))
     return found
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,8 +19,9 @@ from grasp.core.fields import (
     Share,
     check,
     check_fields,
+    declared,
     flag,
-    hints,
+    named,
 )
 from grasp.errors import RecipeError, did_you_mean
 
@@ -166,18 +166,16 @@ class Recipe:
         defaults.
         """
         words = []
-        for one in dataclasses.fields(self):
+        for one in declared(type(self)).values():
             value = getattr(self, one.name)
             if value != one.default and value is not None:
-                words += [_named(one.name)] if value is True else [_named(one.name), str(value)]
+                words += [one.flag] if value is True else [one.flag, str(value)]
         return words
 
     def to_json(self) -> dict[str, Any]:
         """The fields that decide the result."""
         values = {
-            one.name: getattr(self, one.name)
-            for one in dataclasses.fields(self)
-            if one.metadata["recipe"]
+            one.name: getattr(self, one.name) for one in declared(type(self)).values() if one.recipe
         }
         return {**values, "start": self.begins}
 
@@ -207,16 +205,11 @@ def make_recipe(preset: str | None, fields: dict[str, Any]) -> Recipe:
             f"--preset {preset}: unknown; allowed:"
             f" {', '.join(PRESETS)}{did_you_mean(preset, PRESETS)}"
         )
-    known = [one.name for one in dataclasses.fields(Recipe)]
+    known = declared(Recipe)
     for name in fields:
         if name not in known:
             raise RecipeError(
-                f"{_named(name)}: grasp recover has no such field{did_you_mean(name, known)}"
+                f"{named(name)}: grasp recover has no such field{did_you_mean(name, known)}"
             )
-    kinds = hints(Recipe)
-    given = {name: check(name, value, kinds[name]) for name, value in fields.items()}
+    given = {name: check(name, value, known[name].kind) for name, value in fields.items()}
     return Recipe(**{**PRESETS[preset or "paper"], **given})
-
-
-def _named(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from grasp.compensation.hooks import Outputs
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress
 from grasp.core.provenance import describe_model
-from grasp.core.sweep import Progress
 from grasp.core.writing import whole
 from grasp.data.rows import IGNORED, Collate, Rows, read_by_model
 from grasp.errors import NumericsError, RecipeError

@@ -1,8 +1,8 @@
 """Which parameters are trained, and how they come back into a checkpoint.
 
-    factors   the two factors of every low-rank pair
-    layers    every parameter of the layers that hold a pair; of a model with layers removed and no
-              pair, of all that are left
+    factors   what edits put there: the two factors of every low-rank pair
+    layers    every parameter of the layers that an edit touched; of a model with layers removed
+              and nothing else, of all that are left
     lora      a peft adapter on every dense matrix of the decoder layers; pairs, which are thin
               already, are trained as they are, so that everything merges exactly and no rank
               changes. With `keep_adapter` pairs get an adapter too, and nothing is merged
@@ -22,74 +22,59 @@ from torch import Tensor, nn
 
 from grasp.compensation.recipe import Recipe
 from grasp.core.decoder import Decoder
-from grasp.core.layer import is_low_rank
-from grasp.core.layers.modeling_grasp import fuse
+from grasp.core.edits import EditLog
+from grasp.core.layers.low_rank_grasp import fuse
 from grasp.errors import NumericsError, RecipeError
 
 
-def choose(decoder: Decoder, recipe: Recipe, dropped: int) -> nn.Module:
+def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     """Mark what is trained (`requires_grad`) and return the model to train: the same one, or peft's
     wrapper around it.
 
-    `dropped`: how many layers were removed when it was made.
+    `log`: the edits that made it.
     """
     model = decoder.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    check_trainable(decoder, recipe, dropped)
-    pairs = _pairs(decoder)
+    check_trainable(decoder, recipe, log)
     # each factor gets memory of its own below; products are shared only where no gradient is
     fuse(model, together=False)
-    trained = wrap(decoder, recipe) if recipe.train == "lora" else model
+    trained = wrap(decoder, recipe, log) if recipe.train == "lora" else model
     if recipe.train == "layers":
-        holders = [
-            layer.module
-            for layer in decoder.layers()
-            if any(is_low_rank(m) for m in layer.module.modules())
-        ]
-        for module in holders or [layer.module for layer in decoder.layers()]:
-            module.requires_grad_(True)
+        for place in log.places or range(len(decoder.stack)):
+            decoder.stack[place].requires_grad_(True)
     elif not recipe.keep_adapter:
-        for pair in pairs:
-            pair.weight.requires_grad_(True)
-            pair.weight_in.requires_grad_(True)
+        for path in log.trainable():
+            model.get_parameter(path).requires_grad_(True)
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.detach().float().clone()
     return trained
 
 
-def _pairs(decoder: Decoder) -> list[Any]:
-    return [
-        module
-        for module in decoder.model.modules()
-        if is_low_rank(module) and module.weight_in.numel()
-    ]
-
-
-def check_trainable(decoder: Decoder, recipe: Recipe, dropped: int) -> None:
+def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
-    if _pairs(decoder):
-        if recipe.train == "lora" and not _targets(decoder, recipe):
+    if log.trainable():
+        if recipe.train == "lora" and not _targets(decoder, recipe, log):
             raise RecipeError(
                 f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so"
                 " none is left to put an adapter on; use --train factors, which trains them, or"
                 " --keep-adapter"
             )
         return
-    if not dropped:
+    if not log.layers:
         raise RecipeError(
             f"DIR {decoder.source}: has neither low-rank matrices nor removed layers, so there is"
             " nothing to recover; give a compressed checkpoint"
         )
     if recipe.train == "factors":
         raise RecipeError(
-            f"--train factors: {decoder.source} has layers removed and no low-rank matrix; use"
-            " --train lora, or layers for all that are left"
+            f"--train factors: {decoder.source} has no low-rank matrix; use --train lora, or layers"
+            " for those that were changed, or all that are left where layers were removed"
         )
 
 
-def settled(decoder: Decoder, recipe: Recipe) -> Recipe:
+def settled(decoder: Decoder, recipe: Recipe, log: EditLog) -> Recipe:
     """The recipe with a learning rate, where it leaves that to the model.
 
     smollm2, `distill`: factors of 9 layers (3 % of all numbers) learn well at 1e-3, factors of
@@ -100,17 +85,17 @@ def settled(decoder: Decoder, recipe: Recipe) -> Recipe:
     trained = (
         decoder.num_parameters()
         if recipe.train == "layers"
-        else sum(p.weight.numel() + p.weight_in.numel() for p in _pairs(decoder))
+        else sum(decoder.model.get_parameter(path).numel() for path in log.trainable())
     )
     few = recipe.train == "lora" or trained < decoder.num_parameters() / 10
     return replace(recipe, learning_rate=1e-3 if few else 1e-4)
 
 
-def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
+def wrap(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     """`decoder.model` with fresh LoRA adapters."""
     from peft import LoraConfig, get_peft_model
 
-    targets = _targets(decoder, recipe)
+    targets = _targets(decoder, recipe, log)
     transposed = bool(targets) and not isinstance(
         decoder.model.get_submodule(targets[0]), nn.Linear
     )
@@ -129,20 +114,22 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     return wrapped
 
 
-def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
+def _targets(decoder: Decoder, recipe: Recipe, log: EditLog) -> list[str]:
     """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept
-    the pairs too.
+    those that edits put there too.
     """
     names = {name for _, name in decoder.family.matrices}
-    return [
+    paths = (
         f"{decoder.family.layers}.{index}.{name}"
         for index, layer in enumerate(decoder.stack)
-        for name, module in layer.named_modules()
-        if name in names and (recipe.keep_adapter or not is_low_rank(module))
-    ]
+        for name, _ in layer.named_modules()
+        if name in names
+    )
+    trained = {path.rpartition(".")[0] for path in log.trainable()} | log.ranks().keys()
+    return [path for path in paths if recipe.keep_adapter or path not in trained]
 
 
-def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
+def bring_back(decoder: Decoder, recipe: Recipe, log: EditLog, state: Mapping[str, Tensor]) -> None:
     """Put the trained `state` into the checkpoint it was trained from, as that was stored; adapters
     are merged.
 
@@ -150,7 +137,7 @@ def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) ->
     """
     fuse(decoder.model, together=False)
     if recipe.train == "lora":
-        wrapped: Any = wrap(decoder, recipe)
+        wrapped: Any = wrap(decoder, recipe, log)
         _fill(wrapped, state)
         decoder.model = wrapped.merge_and_unload(safe_merge=True)
     else:
@@ -161,12 +148,17 @@ def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) ->
 
 
 def write_adapter(
-    decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor], folder: Path, base: str
+    decoder: Decoder,
+    recipe: Recipe,
+    log: EditLog,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    base: str,
 ) -> None:
     """The trained `state` as a peft adapter for the checkpoint `base`. The decoder is wrapped in it
     afterwards.
     """
-    wrapped: Any = wrap(decoder, recipe)
+    wrapped: Any = wrap(decoder, recipe, log)
     _fill(wrapped, state)
     wrapped.peft_config["default"].base_model_name_or_path = base
     wrapped.save_pretrained(folder, save_embedding_layers=False)

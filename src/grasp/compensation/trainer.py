@@ -33,7 +33,7 @@ from grasp.compensation.state import (
     save_random,
     trained_state,
 )
-from grasp.core.sweep import Progress
+from grasp.core.progress import Progress
 from grasp.data.rows import IGNORED, Collate, TrainingData, read_by_model
 from grasp.errors import CheckpointError, NumericsError, RecipeError
 

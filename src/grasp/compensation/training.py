@@ -25,7 +25,7 @@ from grasp.compensation.state import TRAINED, last_state
 from grasp.compensation.trainer import BEST, Compensation
 from grasp.core.destination import name_of, real
 from grasp.core.partial import hold
-from grasp.core.sweep import Progress
+from grasp.core.progress import Progress
 from grasp.data.rows import Collate, TrainingData
 from grasp.errors import CheckpointError, Interrupted, NumericsError, RecipeError
 

@@ -15,12 +15,14 @@ stream at most. So the token is put in by need, not by what the tokenizer does:
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from grasp.core.documents import MANIFEST, read_json
 from grasp.core.linalg import wide
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,16 @@ def block_bos(model: Any, tokenizer: Any, config: Any, told: str | None = None) 
     if any(word in config.model_type for word in TRAINED_WITH) or told == EVERY_BLOCK:
         return bos
     return None if told == AS_TOKENISED or not _tried(model, tokenizer, config, bos) else bos
+
+
+def told_in(source: str) -> str | None:
+    """What the manifest of the checkpoint at `source` says; None where there is none."""
+    path = Path(source) / MANIFEST
+    if not source or not path.is_file():
+        return None
+    found = read_json(path, hint="the checkpoint is damaged")
+    told = found.get("calibration") if isinstance(found, dict) else None
+    return told.get("bos") if isinstance(told, dict) else None
 
 
 def num_rows(model: Any) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from grasp.core.layers.reading_grasp import record_of
+
 INDEX = ("layer_idx", "layer_id", "layer_number", "layer_num")
 """Attributes that hold the layer's own index."""
 IDLE = ("training", "gradient_checkpointing", "p")
@@ -33,6 +35,8 @@ def layers_differ(
             if path not in now:
                 yield f"there is no '{place}'"
                 continue
+            if record_of(module) is not None:
+                continue  # one of ours: config.json has a record of it
             found = settings(now[path])
             for name, value in settings(module).items():
                 if name in found and name not in but and found[name] != value:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination
 from grasp.core.fields import PathLike, checked
-from grasp.core.manifest import MANIFEST, read_manifest
+from grasp.core.manifest import FORMAT_VERSION, MANIFEST, read_manifest
 from grasp.core.models import load_model
 from grasp.core.proof import answer, prove
 from grasp.core.seal import sealed
@@ -61,12 +61,11 @@ def save(
             decoder.tokenizer.save_pretrained(scratch)
         for file in decoder.beside:
             shutil.copyfile(file, scratch / file.name)
-        version = getattr(getattr(decoder.model.config, "quantization_config", None), "version", 1)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         prove(decoder, said, scratch, out)
         if beside is not None:
             beside(scratch)
-        manifest = sealed(scratch, {"format_version": version, **manifest})
+        manifest = sealed(scratch, {"format_version": FORMAT_VERSION, **manifest})
         (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,4 @@
-"""`Decoder`: a typed view of a Hugging Face causal language model, and the sweep that shows it a
-calibration set.
+"""`Decoder`: a typed view of a Hugging Face causal language model.
 
 Paths and layer indices are always those of the model as it was loaded: dropping layer 3 does not
 rename layer 4.
@@ -10,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grasp.core.bos import block_bos, num_rows
-from grasp.core.families import Family, find_family, select
-from grasp.core.layer import Layer, Linear, is_low_rank, is_quantized
+from grasp.core.bos import block_bos, told_in
+from grasp.core.families import Family, select
+from grasp.core.inspecting import find_family
+from grasp.core.layer import Layer, Linear, is_dense, is_low_rank, is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import auto_classes
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import wide
-from grasp.core.manifest import MANIFEST, read_manifest
-from grasp.core.records import Calibration, Statistics
-from grasp.core.sweep import Collector, Progress, silent
-from grasp.core.tokens import check_ids, tokenise
-from grasp.errors import DataError, ModelError, NumericsError, RecipeError
+from grasp.core.progress import Progress, silent
+from grasp.errors import ModelError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -88,85 +84,22 @@ class Decoder:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, as the model tells it."""
+        return self.model.dtype
+
     @cached_property
     def block_bos(self) -> int | None:
         """The token every block of text must begin with, for models that need one; else None. Found
         out once, before any edit.
         """
-        manifest = (
-            read_manifest(Path(self.source))
-            if self.source and (Path(self.source) / MANIFEST).is_file()
-            else {}
-        )
-        return block_bos(
-            self.model, self.tokenizer, self.config, manifest.get("calibration", {}).get("bos")
-        )
-
-    def tokenize(self, text: str, most: int | None = None) -> Tensor:
-        """The whole text as one stream of ids (num_tokens,), special tokens only where the
-        tokenizer itself puts them. `most`: so many tokens are enough. Raises `DataError` for ids
-        that the model does not have.
-        """
-        if self.tokenizer is None:
-            place = (
-                f"{self.source} has no tokenizer files" if self.source else "this model has none"
-            )
-            raise DataError(
-                f"text needs a tokenizer, and {place}; copy tokenizer.json and those beside it"
-                " there (in Python: tokenizer=...)"
-            )
-        return tokenise(
-            self.tokenizer,
-            text,
-            special=self.block_bos is None,
-            rows=num_rows(self.model),
-            most=most,
-            progress=self.progress,
-        )
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a short text by itself; with `special` as the tokenizer begins and ends texts,
-        and as the model needs them to begin.
-        """
-        if self.tokenizer is None:
-            raise DataError("text needs a tokenizer, and this model has none")
-        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-        return self.begun(ids) if special else self.known(ids)
-
-    def begun(self, ids: list[int]) -> list[int]:
-        """Ids of a whole text, with the token in front that the model needs there, where it is
-        missing.
-        """
-        bos = self.block_bos
-        return self.known(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
-
-    def check_vocabulary(self) -> None:
-        """Raise `DataError` where the tokenizer's own vocabulary is larger than the model's, as
-        that of another model may be. Tokens that were added to it count only where a text holds
-        them: some models' tokenizers name more of those than the model has.
-        """
-        if self.tokenizer is not None:
-            added = set(self.tokenizer.get_added_vocab().values())
-            self.known(
-                [
-                    max(
-                        (
-                            token
-                            for token in self.tokenizer.get_vocab().values()
-                            if token not in added
-                        ),
-                        default=0,
-                    )
-                ]
-            )
-
-    def known(self, ids: list[int]) -> list[int]:
-        """The ids. Raises `DataError` for one that the model does not have."""
-        check_ids(self.tokenizer, ids, num_rows(self.model))
-        return ids
+        return block_bos(self.model, self.tokenizer, self.config, told_in(self.source))
 
     def layer(self, index: int) -> Layer:
-        """Layer `index` of the model as loaded. Raises `RecipeError` where there is none (left)."""
+        """Layer `index` of the model as loaded, with the matrices it has. Raises `RecipeError`
+        where there is none (left).
+        """
         if index not in self.kept:
             raise RecipeError(
                 f"layer {index} is not in the model; it has layers 0 to {self.num_layers - 1}"
@@ -174,8 +107,8 @@ class Decoder:
         module = self.stack[self.kept.index(index)]
         linears = {}
         for _, name in self.family.matrices:
-            child = module.get_submodule(name)
-            if not is_low_rank(child) and not is_quantized(child):
+            child = matrix_in(module, name)
+            if child is not None and is_dense(child):
                 linears[name] = Linear(f"{self.family.layers}.{index}.{name}", index, name, child)
         return Layer(index, module, linears)
 
@@ -187,6 +120,18 @@ class Decoder:
         """The dense matrices of one layer that `projections` selects, in their order of use."""
         wanted = select(self.family, tuple(projections))
         return [linear for name, linear in self.layer(index).linears.items() if name in wanted]
+
+    def replaced(self, index: int, projections: Sequence[str] = ("all",)) -> list[str]:
+        """Names of those it selects that are low-rank pairs or quantized already."""
+        module = self.layer(index).module
+        found = [
+            (name, matrix_in(module, name)) for name in select(self.family, tuple(projections))
+        ]
+        return [
+            name
+            for name, child in found
+            if child is not None and (is_low_rank(child) or is_quantized(child))
+        ]
 
     def locate(self, path: str) -> tuple[int, str]:
         """(layer index, path inside the layer) of a matrix path. Raises `RecipeError` where it
@@ -224,43 +169,6 @@ class Decoder:
                     " compressed as it is"
                 )
 
-    def sweep(
-        self, data: Calibration, collectors: Sequence[Collector], task: str = "sweep"
-    ) -> Statistics:
-        """Show the model every block once, with a backward pass if a collector asks for gradients,
-        and return what was collected.
-
-        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
-        taken one block at a time, so memory does not grow with the number of blocks. The model
-        comes back unchanged.
-        """
-        backward = any(collector.backward for collector in collectors)
-        total_loss, tokens = 0.0, 0
-        with self._prepared(collectors), torch.set_grad_enabled(backward):
-            self.progress(task, 0, data.num_blocks)
-            for block in range(data.num_blocks):
-                ids = data.ids[block : block + 1].to(self.device)
-                mask = None if data.mask is None else data.mask[block : block + 1].to(self.device)
-                for collector in collectors:
-                    collector.begin_block(mask)
-                if backward:
-                    loss, count = self.loss(ids, mask)
-                    if not bool(torch.isfinite(loss)):
-                        raise NumericsError(
-                            f"calibration block {block}: the loss is {float(loss.detach())};"
-                            f" {self.first_non_finite(ids, mask)}"
-                        )
-                    loss.backward()
-                    total_loss, tokens = total_loss + float(loss.detach()), tokens + count
-                else:
-                    self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                    tokens += ids.numel() if mask is None else int(mask.sum())
-                for collector in collectors:
-                    collector.end_block()
-                self.progress(task, block + 1, data.num_blocks)
-            tables = {collector.name: collector.result() for collector in collectors}
-        return Statistics(tables, tokens, total_loss / tokens if backward else None)
-
     def loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their
         number.
@@ -274,31 +182,6 @@ class Decoder:
             wide(logits.flatten(0, 1)), labels.flatten(), reduction="sum", ignore_index=-100
         )
         return loss, int((labels != -100).sum())
-
-    @contextmanager
-    def _prepared(self, collectors: Sequence[Collector]) -> Iterator[None]:
-        """Gradients off except where a collector turns them on, hooks attached; all of it undone at
-        the end.
-        """
-        before = [
-            (parameter, parameter.requires_grad, parameter.grad)
-            for parameter in self.model.parameters()
-        ]
-        handles = []
-        try:
-            for parameter, _, _ in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for layer in self.layers():
-                for collector in collectors:
-                    handles += collector.attach(layer)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, requires_grad, grad in before:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
 
     @torch.no_grad()
     def first_non_finite(self, ids: Tensor, mask: Tensor | None) -> str:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import dequantize, strip_quantization_marks
+from grasp.core.edits.ordinary import dequantize, strip_quantization_marks
+from grasp.core.layer import is_quantized
 from grasp.core.layers.modeling_grasp import NAMES
 from grasp.errors import ModelError
 
@@ -60,14 +61,10 @@ def ordinary(decoder: Decoder, written: Any, dtype: torch.dtype | None) -> None:
     """
     model, method = decoder.model, method_of(written)
     if method in NAMES:
-        quantized = (
-            written.get("quantization")
-            if isinstance(written, dict)
-            else getattr(written, "quantization", None)
-        )
-        if not quantized:
+        scheme = next((m.scheme for m in model.modules() if is_quantized(m)), None)
+        if scheme is None:
             return
-        method = f"grasp quantize ({quantized['scheme']})"
+        method = f"grasp quantize ({scheme})"
         dequantize(decoder)
     else:
         _undo(decoder, method)

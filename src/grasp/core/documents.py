@@ -16,6 +16,9 @@ import msgspec
 
 from grasp.errors import CheckpointError, GraspError, RecipeError
 
+MANIFEST = "grasp.json"
+"""What grasp says of a checkpoint, beside the weights; its contents: `grasp.core.manifest`."""
+
 T = TypeVar("T")
 
 
@@ -49,15 +52,17 @@ def check(
     kind: type[T],
     hint: str = "",
     error: type[GraspError] = CheckpointError,
+    at: str = "",
 ) -> T:
     """`values` as `kind`. Raises `error`: the file, the place in it, what is there and what should
-    be.
+    be. `at`: where the values are in the file.
     """
     try:
         return msgspec.convert(values, kind)
     except (msgspec.ValidationError, RecursionError) as failure:
         what, _, place = str(failure).rpartition(" - at `")
-        place = place.rstrip("`").removeprefix("$").removeprefix(".") if what else ""
+        place = place.rstrip("`").removeprefix("$") if what else ""
+        place = f"{at}{place}".removeprefix(".")
         raise error(
             _line(path, "", f"{place}: {what or failure}" if place else str(failure), hint)
         ) from failure

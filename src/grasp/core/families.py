@@ -1,23 +1,21 @@
-"""Where each architecture keeps its decoder layers and their linears: one row a family. A new
-family is a new row.
+"""Where each architecture keeps its decoder layers, their linears and norms, and its embeddings and
+head: one row a family. A new family is a new row.
 
 A row names matrices by role. The roles of a gated Llama-like layer are q, k, v, o, gate, up, down;
-a matrix that holds several roles stacked (Phi-3's `qkv_proj`) is one matrix here, named by all its
-roles, and is decomposed as a whole.
+a matrix that holds several roles (Phi-3's `qkv_proj`) is one matrix here, named by all its roles,
+and is decomposed as a whole. What the rows and columns of each role count is in
+`grasp.core.axes`; `Family.rows` and `Family.columns` say which of a matrix they are.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor
 
-from grasp.core.layers.reading_grasp import text_decoder
+from grasp.core.axes import AXES, INTERLEAVED, STACKED, Sizes, fused_places
 from grasp.errors import ModelError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 Matrices = tuple[tuple[str, str], ...]
 """((roles, path inside the layer), ...): `roles` is one role, or several joined by "+" for a fused
@@ -26,9 +24,48 @@ matrix.
 
 
 @dataclass(frozen=True)
+class Norms:
+    """The norms of a layer, by path inside it. Empty where there is none.
+
+    `attention` and `mlp` stand before these, and what the matrices read has their scale; `after`
+    stand behind them, before the residual sum; `heads` are those of queries and keys.
+    """
+
+    attention: str = ""
+    mlp: str = ""
+    after: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every norm of a layer."""
+        return (*filter(None, (self.attention, self.mlp)), *self.after, *self.heads)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What stands before and behind the layers, by path in the model. Empty where there is none.
+
+    `head` is the embedding's own matrix where the configuration's `tie_word_embeddings` says so.
+    `positions`: learnt embeddings of positions; `between`: matrices that stand between embedding or
+    head and layers where those are of another width.
+    """
+
+    embedding: str
+    norm: str
+    head: str
+    positions: str = ""
+    between: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
-    """One row: the module path of the list of decoder layers, and the linears of a layer in their
-    order of use.
+    """One row: the module path of the list of decoder layers, the linears of a layer in their order
+    of use, its norms, and the model's ends. A layer may lack some of them.
+
+    `fused`: how a matrix of several roles shares its rows. `heads_by_width`: whether the attention
+    code takes the number of heads from the width of the projections, so that a KV group is taken
+    out with plain smaller matrices (MLP channels are, in every family).
     """
 
     name: str
@@ -37,27 +74,86 @@ class Family:
     attention: Matrices
     mlp: Matrices
     notes: str = ""
+    norms: Norms = Norms()
+    ends: Ends | None = None
+    fused: str = STACKED
+    heads_by_width: bool = False
 
     @property
     def matrices(self) -> Matrices:
         return self.attention + self.mlp
 
+    def path(self, role: str) -> str:
+        """The matrix that holds a role, as a path inside the layer. Raises `ModelError` where none
+        does, as of a family read off a model.
+        """
+        for roles, path in self.matrices:
+            if role in roles.split("+"):
+                return path
+        raise ModelError(
+            f"{self.name} has no matrix of the role '{role}'; it has"
+            f" {', '.join(roles for roles, _ in self.matrices)}"
+        )
+
+    def rows(self, role: str, sizes: Sizes, units: Sequence[int] | None = None) -> Tensor:
+        """Which rows (out) of the matrix at `path(role)` are the role's: int64, in the order of the
+        role's own axis. `units`: of these heads or channels only.
+        """
+        own = sizes.places(AXES[role][0], units)
+        path = self.path(role)
+        roles = next(roles for roles, place in self.matrices if place == path).split("+")
+        return own if len(roles) == 1 else fused_places(roles, role, self.fused, sizes)[own]
+
+    def columns(self, role: str, sizes: Sizes, units: Sequence[int] | None = None) -> Tensor:
+        """Which columns (in) of that matrix the role reads by: int64. A fused matrix's roles all
+        read the same.
+        """
+        return sizes.places(AXES[role][1], units)
+
 
 _QKVO: Matrices = tuple((r, f"self_attn.{r}_proj") for r in "qkvo")
 _GATED: Matrices = tuple((r, f"mlp.{r}_proj") for r in ("gate", "up", "down"))
+_BEFORE = Norms("input_layernorm", "post_attention_layernorm")
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+_BOTH = Norms("input_layernorm", "pre_feedforward_layernorm", _AFTER)
+_QK = ("self_attn.q_norm", "self_attn.k_norm")
+_ENDS = Ends("model.embed_tokens", "model.norm", "lm_head")
 
 
-def _llama_like(name: str, *model_types: str, notes: str = "") -> Family:
-    return Family(name, model_types, "model.layers", _QKVO, _GATED, notes)
+def _llama_like(
+    name: str,
+    *model_types: str,
+    notes: str = "",
+    norms: Norms = _BEFORE,
+    heads_by_width: bool = True,
+) -> Family:
+    return Family(
+        name,
+        model_types,
+        "model.layers",
+        _QKVO,
+        _GATED,
+        notes,
+        norms,
+        _ENDS,
+        heads_by_width=heads_by_width,
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
     _llama_like("Llama", "llama"),
     _llama_like("Mistral", "mistral", notes="sliding window"),
     _llama_like("Qwen2", "qwen2", notes="q/k/v biases, max_window_layers"),
-    _llama_like("Qwen3", "qwen3", notes="q/k norms"),
-    _llama_like("Gemma 2", "gemma2", notes="post-norms, alternating window, soft-capped logits"),
-    _llama_like("Gemma 3", "gemma3_text", notes="post-norms, q/k norms, alternating window"),
+    _llama_like("Qwen3", "qwen3", notes="q/k norms", norms=replace(_BEFORE, heads=_QK)),
+    _llama_like(
+        "Gemma 2", "gemma2", notes="post-norms, alternating window, soft-capped logits", norms=_BOTH
+    ),
+    _llama_like(
+        "Gemma 3",
+        "gemma3_text",
+        notes="post-norms, q/k norms, alternating window",
+        norms=replace(_BOTH, heads=_QK),
+    ),
     Family(
         "Phi-3",
         ("phi3",),
@@ -65,8 +161,17 @@ FAMILIES: tuple[Family, ...] = (
         (("q+k+v", "self_attn.qkv_proj"), ("o", "self_attn.o_proj")),
         (("gate+up", "mlp.gate_up_proj"), ("down", "mlp.down_proj")),
         "fused qkv and gate_up",
+        _BEFORE,
+        _ENDS,
     ),
-    _llama_like("OLMo2", "olmo2", notes="post-norms, q/k norms"),
+    # its q/k norms are taken over all heads at once: with fewer heads the others' scale changes
+    _llama_like(
+        "OLMo2",
+        "olmo2",
+        notes="post-norms, q/k norms",
+        norms=Norms(after=_AFTER, heads=_QK),
+        heads_by_width=False,
+    ),
     _llama_like("Granite", "granite", notes="residual, attention and logit multipliers"),
     Family(
         "GPT-NeoX",
@@ -75,6 +180,10 @@ FAMILIES: tuple[Family, ...] = (
         (("q+k+v", "attention.query_key_value"), ("o", "attention.dense")),
         (("up", "mlp.dense_h_to_4h"), ("down", "mlp.dense_4h_to_h")),
         "fused qkv, biases, parallel residual",
+        _BEFORE,
+        Ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
+        fused=INTERLEAVED,
+        heads_by_width=True,
     ),
     Family(
         "GPT-2",
@@ -83,7 +192,11 @@ FAMILIES: tuple[Family, ...] = (
         (("q+k+v", "attn.c_attn"), ("o", "attn.c_proj")),
         (("up", "mlp.c_fc"), ("down", "mlp.c_proj")),
         "Conv1D (weights stored in x out), biases",
+        Norms("ln_1", "ln_2"),
+        Ends("transformer.wte", "transformer.ln_f", "lm_head", "transformer.wpe"),
     ),
+    # counts heads by the config, and mixes tokens without an error where the width is another;
+    # where do_layer_norm_before is false (350m), the norms stand behind the residual sums
     Family(
         "OPT",
         ("opt",),
@@ -94,40 +207,19 @@ FAMILIES: tuple[Family, ...] = (
         ),
         (("up", "fc1"), ("down", "fc2")),
         "LayerNorm, biases",
+        Norms("self_attn_layer_norm", "final_layer_norm"),
+        Ends(
+            "model.decoder.embed_tokens",
+            "model.decoder.final_layer_norm",
+            "lm_head",
+            "model.decoder.embed_positions",
+            ("model.decoder.project_in", "model.decoder.project_out"),
+        ),
     ),
 )
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+ROLES = tuple(AXES)
 GROUPS = {"all": ROLES, "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
-
-_ADD_A_ROW = "to support it, add a row to src/grasp/core/families.py (see CONTRIBUTING.md)"
-_MOSTLY = 0.9
-"""Share of a layer's parameters that plain linears must hold for a layer to be understood by
-inspection.
-"""
-
-
-def find_family(model: nn.Module, model_type: str) -> Family:
-    """The row for `model_type`; failing that, a row read off the model itself, with a notice.
-    Raises `ModelError`.
-
-    Its `layers` is the path in this model: a multimodal one has its text decoder further in.
-    """
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            here = replace(family, layers=_layers_path(model, family))
-            _check(model, here)
-            return here
-    family = _inspect(model, model_type)
-    logger.warning(
-        "no family row for model type '%s': found %d layers at '%s' with the linears %s by"
-        " inspection",
-        model_type,
-        len(model.get_submodule(family.layers)),  # type: ignore[arg-type]
-        family.layers,
-        ", ".join(path for _, path in family.matrices),
-    )
-    return family
 
 
 def select(
@@ -167,96 +259,3 @@ def select(
             f" {', '.join(names)}"
         )
     return tuple(chosen)
-
-
-def _layers_path(model: nn.Module, family: Family) -> str:
-    """Where this model keeps the layers of a family: the end of the row's path, below the text
-    decoder.
-    """
-    parts, begin = family.layers.split("."), text_decoder(model)[0]
-    for start in range(len(parts)):
-        path = ".".join(([begin] if begin else []) + parts[start:])
-        try:
-            if isinstance(model.get_submodule(path), nn.ModuleList):
-                return path
-        except AttributeError:
-            continue
-    return family.layers
-
-
-def _check(model: nn.Module, family: Family) -> None:
-    try:
-        for layer in model.get_submodule(family.layers):  # type: ignore[attr-defined]
-            for _, path in family.matrices:
-                layer.get_submodule(path)
-    except AttributeError as missing:
-        raise ModelError(
-            f"the model is not laid out as {family.name}: {missing}; {_ADD_A_ROW}"
-        ) from None
-
-
-def _inspect(model: nn.Module, model_type: str) -> Family:
-    """Read a row off the model: the largest list of modules in its text decoder, and the plain
-    linears all of them share.
-    """
-    begin, decoder = text_decoder(model)
-    lists = [
-        (name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    if not lists:
-        raise ModelError(f"model type '{model_type}' has no list of decoder layers; {_ADD_A_ROW}")
-    name, layers = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    linears = [
-        {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        for layer in layers
-    ]
-    counts = Counter(path for found in linears for path in found)
-    shared = [
-        path
-        for path, module in layers[0].named_modules()
-        if counts[path] == len(layers) and isinstance(module, nn.Linear)
-    ]
-    for layer in layers:
-        size = sum(p.numel() for p in layer.parameters())
-        held = sum(p.numel() for path in shared for p in layer.get_submodule(path).parameters())
-        if not shared or held < _MOSTLY * size:
-            raise ModelError(
-                f"model type '{model_type}' is unknown, and"
-                f" {_what_is_odd(layers, linears, held / max(size, 1))}; {_ADD_A_ROW}"
-            )
-    attention = tuple((path, path) for path in shared if "attn" in path or "attention" in path)
-    mlp = tuple((path, path) for path in shared if (path, path) not in attention)
-    return Family(
-        f"{model_type} (by inspection)",
-        (model_type,),
-        ".".join(filter(None, (begin, name))),
-        attention,
-        mlp,
-    )
-
-
-def _what_is_odd(layers: nn.ModuleList, linears: list[set[str]], share: float) -> str:
-    """Why a layer cannot be understood by inspection: it differs from the first in kind, or holds
-    its numbers in something else.
-    """
-    for index, found in enumerate(linears):
-        only, lacks = sorted(found - linears[0]), sorted(linears[0] - found)
-        if only or lacks:
-            one, other = type(layers[0]).__name__, type(layers[index]).__name__
-            kinds = f" ({one} and {other})" if one != other else ""
-            has = [
-                f"layer {place} has '{paths[0]}'"
-                for place, paths in ((0, lacks), (index, only))
-                if paths
-            ]
-            return f"its layers differ in kind{kinds}: only {' and only '.join(has)}"
-    sizes = Counter[str]()
-    for module in layers[0].modules():
-        if not isinstance(module, nn.Linear):
-            sizes[type(module).__name__] += sum(p.numel() for p in module.parameters(recurse=False))
-    return (
-        f"plain linears hold only {share:.0%} of a layer: {sizes.most_common(1)[0][0]} holds most"
-        " of the rest"
-    )

@@ -4,6 +4,10 @@ and checked in one place.
     num_samples: NumSamples = 64            an argument of a function that is `@checked`
     ratio: Share | None = flag(None, "...") a field of a dataclass whose `__post_init__` calls
         `check_fields`
+    strength: float = 0.5                   the same without a text or a range
+    kind: Literal["a", "b"] = "a"           the same with the words it may be
+
+`declared` reads all of it back, for whoever makes flags, keyword arguments, keys of TOML or docs.
 
 The command line, keyword arguments, recipes and experiments all come through here, so none of them
 lets in what the others refuse. NaN and infinities lie in no range. Paths are text in which `~` is
@@ -18,7 +22,7 @@ import inspect
 import numbers
 import os
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -53,15 +57,78 @@ Place = Annotated[str, IS_PATH]
 PathLike = Annotated[str | Path, IS_PATH]
 """A file or folder; in an argument of a function."""
 
+IS_NAME = "name"
+Name = Annotated[Any, IS_NAME]
+"""Text that names a thing (a text, a method); Python may give the thing itself, which is checked
+where it is used.
+"""
+NamedPath = Annotated[Any, IS_NAME, IS_PATH]
+"""The same, and the text may be a path."""
+REQUIRED: Any = dataclasses.MISSING
+"""The default of a field that has none."""
 
-def flag(default: Any, help: str, recipe: bool = True, words: tuple[str, ...] = ()) -> Any:
+
+def flag(
+    default: Any,
+    help: str,
+    recipe: bool = True,
+    words: tuple[Any, ...] = (),
+    metavar: str = "",
+    python: bool = False,
+) -> Any:
     """A field with the text that `--help` and the docs show for it.
 
-    `recipe` False: about this machine, not about the result; no recipe may set it. `words`: the
-    values it may take, where they are few.
+    `recipe` False: about this machine or about trust, not about the result; no recipe may set it.
+    `words`: the values it may take, where they are few. `metavar`: what `--help` writes for the
+    value. `python`: a keyword argument only, nothing that a command line or a file could say.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "recipe": recipe, "words": words}
+    told = {"help": help, "recipe": recipe and not python, "words": words, "metavar": metavar}
+    return dataclasses.field(default=default, metadata={**told, "python": python})
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """All that the declaration of one field says. `default`: `REQUIRED` where there is none; the
+    rest as for `flag`.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    recipe: bool
+    words: tuple[Any, ...]
+    metavar: str
+    python: bool
+
+    @property
+    def flag(self) -> str:
+        """`num_samples` as the command line writes it."""
+        return named(self.name)
+
+
+def declared(of: Any) -> dict[str, Declared]:
+    """The fields of a dataclass by name, in order; one that is declared without `flag` has no help
+    text, and a recipe may set it.
+    """
+    kinds: dict[str, Any] = hints(of)
+    return {one.name: _declared(one, kinds[one.name]) for one in dataclasses.fields(of)}
+
+
+def _declared(one: dataclasses.Field[Any], kind: Any) -> Declared:
+    factory = one.default_factory
+    default = one.default if factory is dataclasses.MISSING else factory()
+    plain, told = _parts(kind)[0], one.metadata
+    listed = typing.get_args(plain) if typing.get_origin(plain) is typing.Literal else ()
+    return Declared(
+        one.name,
+        kind,
+        default,
+        told.get("help", ""),
+        told.get("recipe", True),
+        told.get("words", ()) or listed,
+        told.get("metavar", ""),
+        told.get("python", False),
     )
 
 
@@ -72,16 +139,19 @@ def check_fields(record: Any) -> None:
     Raises `RecipeError`: the flag, the value, what is allowed.
     """
     kind: Any = type(record)
-    kinds = hints(kind)
-    for one in dataclasses.fields(record):
-        value = check(one.name, getattr(record, one.name), kinds[one.name])
-        words = one.metadata["words"]
-        if words and value is not None and value not in words:
-            raise RecipeError(
-                f"{named(one.name)} {value}: unknown; allowed:"
-                f" {', '.join(words)}{did_you_mean(value, words)}"
-            )
-        object.__setattr__(record, one.name, value)
+    for one in declared(kind).values():
+        value = getattr(record, one.name)
+        if one.words and value is not None and value not in one.words:
+            raise RecipeError(f"{one.flag} {shortened(value)}: {_of(one.words, value)}")
+        object.__setattr__(record, one.name, check(one.name, value, one.kind))
+
+
+def _of(words: tuple[Any, ...], value: Any) -> str:
+    """What is allowed where the choice is of a few words or numbers."""
+    known = [str(word) for word in words]
+    if isinstance(words[0], str):
+        return f"unknown; allowed: {', '.join(known)}{did_you_mean(str(value), known)}"
+    return f"must be {' or '.join(known) if len(known) == 2 else 'one of ' + ', '.join(known)}"
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -106,9 +176,15 @@ def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
     front.
     """
     shown = shown or named(name)
-    plain, is_path = _parts(kind)
-    if is_path:
+    plain, marks = _parts(kind)
+    if IS_NAME in marks and isinstance(value, PLAIN):
+        value = check(name, value, str, shown)
+    if IS_PATH in marks:
         return expanded(shown, value)
+    if IS_NAME in marks:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if typing.get_origin(plain) in LISTS:
+        value = _listed(shown, value, plain_type(typing.get_args(plain)[0]))
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # numpy's
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, (list, tuple)) and typing.get_origin(plain) in LISTS:
@@ -121,6 +197,8 @@ def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
 
 
 LISTS = (tuple, list, Sequence)
+PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
+"""What a file or a command line can say."""
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -131,11 +209,42 @@ WORDS = {
 }
 
 
+def _listed(shown: str, value: Any, kind: type) -> Any:
+    """A list of texts for "a,b", ["a", "b"] or [1, 2], of whole numbers where `kind` is int; all
+    else as it is.
+    """
+    if isinstance(value, str):
+        value = value.split(",") if value.strip() else []
+    taken: Any = str if kind is int else (str, int)
+    if not isinstance(value, (list, tuple)) or kind not in (int, str):
+        return value
+    if not all(isinstance(one, taken) and not isinstance(one, bool) for one in value):
+        return value
+    words = [str(word).strip() for word in value]
+    said = shortened(",".join(words))
+    if "" in words:
+        raise RecipeError(
+            f"{shown} {said}: an empty place in the list; write it like a,b, or leave the flag out"
+        )
+    if kind is not int:
+        return words
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise RecipeError(
+            f"{shown} {said}: not a list of whole numbers; write it like 21,22,25"
+        ) from None
+
+
 def allowed(kind: Any) -> str:
     """What a type takes, in words: "a whole number from 1 to 64", "a number at least 0 and below
     1".
     """
-    plain, _ = _parts(kind)
+    plain, marks = _parts(kind)
+    if IS_NAME in marks:
+        return "text"
+    if typing.get_origin(plain) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(plain)))}"
     if typing.get_origin(plain) in LISTS:
         return f"a list, each of it {allowed(typing.get_args(plain)[0])}"
     said = WORDS.get(plain, getattr(plain, "__name__", str(plain)))
@@ -200,17 +309,24 @@ def _only(kind: Any) -> Any:
     )
 
 
-def _parts(kind: Any) -> tuple[Any, bool]:
-    """(the plain type, whether it is a path)."""
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """(the plain type, what its annotation adds: ranges, `IS_PATH`, `IS_NAME`)."""
     inner = _only(kind)
-    marks: Iterable[Any] = getattr(inner, "__metadata__", ())
-    return (typing.get_args(inner)[0] if marks else inner), IS_PATH in marks
+    marks: tuple[Any, ...] = getattr(inner, "__metadata__", ())
+    return (typing.get_args(inner)[0] if marks else inner), marks
+
+
+def plain_type(kind: Any) -> Any:
+    """The type itself, without "or None" and without ranges."""
+    found, marks = _parts(kind)
+    if typing.get_origin(found) is typing.Literal:
+        return type(typing.get_args(found)[0])
+    return str if IS_NAME in marks else found
 
 
 def _declares(kind: Any) -> bool:
     """Whether a type says more than Python's own."""
-    plain, is_path = _parts(kind)
-    inner = typing.get_args(plain)[0] if typing.get_origin(plain) in LISTS else kind
-    return is_path or any(
-        isinstance(one, Meta) for one in getattr(_only(inner), "__metadata__", ())
-    )
+    inner, marks = _parts(kind)
+    if typing.get_origin(inner) in LISTS:
+        marks = _parts(typing.get_args(inner)[0])[1]
+    return IS_PATH in marks or any(isinstance(one, Meta) for one in marks)

@@ -38,6 +38,11 @@ class Linear:
         rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
+    @property
+    def is_tall(self) -> bool:
+        """Whether there are at least as many outputs as inputs."""
+        return self.shape[0] >= self.shape[1]
+
     def oriented(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like the parameter (its gradient, say) turned to (out, in)."""
         return tensor.T if self.transposed else tensor
@@ -45,13 +50,25 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its index in the model as loaded, its module, and its dense matrices by
-    path inside the layer.
+    """One decoder layer: its index in the model as loaded, its module, and by path inside the layer
+    those of its family's matrices that it has, as far as they are dense.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, Linear]
+
+
+def matrix_in(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module that keeps a matrix of a layer, dense or not; None where the layer lacks it."""
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:
+        return None
+    if is_low_rank(module) or is_quantized(module):
+        return module
+    weight = getattr(module, "weight", None)
+    return module if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def is_low_rank(module: nn.Module) -> bool:
@@ -64,3 +81,8 @@ def is_quantized(module: nn.Module) -> bool:
     carries.
     """
     return type(module).__name__ == "QuantizedLinear"
+
+
+def is_dense(module: nn.Module) -> bool:
+    """True for an ordinary linear, also one that only became smaller (`NarrowLinear`)."""
+    return not hasattr(module, "record") or bool(getattr(module, "is_plain", False))

@@ -13,10 +13,13 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from grasp.core import documents
+from grasp.core.documents import MANIFEST
+from grasp.core.edits.log import checked_entries
 from grasp.errors import CheckpointError
 
-MANIFEST = "grasp.json"
-FORMAT_VERSION = 3
+__all__ = ["FORMAT_VERSION", "MANIFEST", "read_manifest"]
+
+FORMAT_VERSION = 4
 """As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no
 torch.
 """
@@ -64,21 +67,6 @@ class _Prediction(Struct):
 
 class _Recipe(Struct):
     model: str
-
-
-class _Factorize(Struct, tag_field="edit", tag="factorize"):
-    path: str
-    rank: Number
-    kept: list[Number] | None = None
-    score: str = ""
-    scores: list[float] | None = None
-    singular_values: list[float] | None = None
-    predicted_loss: float | None = None
-    pivoted: bool = False
-
-
-class _Drop(Struct, tag_field="edit", tag="drop"):
-    layer: Index
 
 
 class _Text(Struct):
@@ -130,7 +118,7 @@ class _Manifest(_Head):
     model: _Model
     method: _Method
     parameters: _Parameters
-    edits: list[_Factorize | _Drop]
+    edits: list[dict[str, Any]]
     versions: dict[str, str]
     recipe: _Recipe | UnsetType = UNSET
     calibration: _Calibration | UnsetType = UNSET
@@ -155,4 +143,5 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f" {FORMAT_VERSION}; run `pip install -U grasp-llm`"
         )
     documents.check(path, manifest, _Manifest, hint)
+    manifest["edits"] = checked_entries(path, manifest["edits"], hint)
     return manifest

@@ -35,10 +35,11 @@ from grasp.core.directory import (
     is_adapter,
     only_pickles,
 )
-from grasp.core.edits import strip_quantization_marks
+from grasp.core.edits.ordinary import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.hub import reachable
-from grasp.core.layers.modeling_grasp import AUTO_CLASSES, NAMES, place_low_rank
+from grasp.core.layers.modeling_grasp import AUTO_CLASSES, NAMES, GraspConfig
+from grasp.core.layers.structure_grasp import place, without_bits
 from grasp.core.opening import opening
 from grasp.core.seal import warn_of_changes
 from grasp.core.writing import whole
@@ -127,7 +128,10 @@ def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> PreTrai
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     written = getattr(config, "quantization_config", None) or {}
     if written.get("quant_method") in NAMES:
-        place_low_rank(model, written.get("ranks", {}), written.get("pivoted", []))
+        said = GraspConfig(
+            **{key: value for key, value in written.items() if key != "quant_method"}
+        )
+        place(model, without_bits(said.structure))
     return model
 
 

@@ -106,8 +106,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one sweep over a calibration set measured: one table per collector, as sums turned into
-    means.
+    """What one sweep over a calibration set measured: one table per collector, made of its sums.
 
     `tables[name]` maps a layer index or a matrix path to a tensor or a record. `loss` is the mean
     cross-entropy in nats a token, None after a sweep without a loss.
@@ -126,7 +125,7 @@ class Statistics:
             ) from None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Curvature:
     """How a matrix W (out, in) may change before the loss rises: sums over tokens, kept on the
     shorter side of W.
@@ -134,20 +133,15 @@ class Curvature:
     With x the input and d the gradient of the summed loss at the output: tall (in <= out) `near` =
     sum xx', `far` = W' (sum dd') W, both (in, in); wide `near` = sum dd', `far` = W (sum xx') W',
     both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2. X is summed over
-    `input_tokens`, D over `gradient_tokens`. `weight` is W itself.
+    `input_tokens`, D over `gradient_tokens`. Matrices that read the same input share one tensor.
     """
 
-    weight: Tensor
-    near: Tensor | None = None
-    far: Tensor | None = None
-    input_square: float = 0.0
-    gradient_square: float = 0.0
-    input_tokens: int = 0
-    gradient_tokens: int = 0
-
-    @property
-    def is_tall(self) -> bool:
-        return self.weight.shape[0] >= self.weight.shape[1]
+    near: Tensor
+    far: Tensor
+    input_square: float
+    gradient_square: float
+    input_tokens: int
+    gradient_tokens: int
 
 
 @dataclass(frozen=True)

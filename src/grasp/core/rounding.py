@@ -17,9 +17,6 @@ from torch import Tensor
 
 from grasp.core.extras import need
 
-GROUP_SIZES = (32, 64, 128, 256)
-"""What the 4-bit kernels of torch take."""
-
 
 def torchao() -> ModuleType:
     """torchao's primitives. Raises `RecipeError` where it is not installed."""

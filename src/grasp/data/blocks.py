@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp.core.bos import AS_TOKENISED, EVERY_BLOCK
 from grasp.core.decoder import Decoder
 from grasp.core.records import Text
-from grasp.core.tokens import LONG
+from grasp.data.stream import Stream, check_count, stream_of, tokenizer_of
+from grasp.data.tokens import LONG
 from grasp.errors import DataError, RecipeError
 
 
@@ -75,21 +77,13 @@ def blocks_of(
         words = sum(len(row.split()) for row in rows)
         count = sum(len(document) for document in documents)
     else:
-        tokens = decoder.tokenize(
-            text.whole, None if num_blocks is None else max(num_blocks, 0) * seq_len
+        stream = stream_of(
+            decoder, text.whole, None if num_blocks is None else max(num_blocks, 0) * seq_len
         )
-        found = cut(
-            tokens,
-            name=text.name,
-            seq_len=seq_len,
-            stride=stride,
-            num_blocks=num_blocks,
-            bos=decoder.block_bos,
-        )
-        body = len(found.ids[0]) - (decoder.block_bos is not None)
+        found = cut(stream, name=text.name, seq_len=seq_len, stride=stride, num_blocks=num_blocks)
         # tokens from the first to the last that is covered
-        count = (len(found.ids) - 1) * found.protocol["stride"] + body
-        covered = _decoded(decoder, tokens[:count])
+        count = (len(found.ids) - 1) * found.protocol["stride"] + stream.body(seq_len)
+        covered = _decoded(decoder, stream.ids[:count])
         words = len(covered.split())
     return Blocks(
         found.name,
@@ -109,7 +103,7 @@ def _documents(decoder: Decoder, text: Text, most: int | None) -> tuple[list[str
     for row in text.rows:
         if not row.strip():
             continue
-        ids = decoder.tokenize(row, most)
+        ids = stream_of(decoder, row, most).ids
         cut_short = most is not None and len(row) > LONG
         rows.append(_decoded(decoder, ids) if cut_short else row)
         documents.append(ids)
@@ -121,40 +115,32 @@ def _documents(decoder: Decoder, text: Text, most: int | None) -> tuple[list[str
 
 def _decoded(decoder: Decoder, ids: Tensor) -> str:
     """The text that tokens stand for."""
-    assert decoder.tokenizer is not None
     return str(
-        decoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer_of(decoder).decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     )
 
 
 def cut(
-    tokens: Tensor,
+    stream: Stream,
     *,
     name: str,
     seq_len: int,
     stride: int | None = None,
     num_blocks: int | None = None,
-    bos: int | None = None,
 ) -> Blocks:
-    """Blocks of `tokens` (num_tokens,). `bos`: a token to put in front of every block;
-    `num_blocks`: only the first so many.
-    """
-    body = seq_len - (bos is not None)
+    """Blocks of a stream. `num_blocks`: only the first so many."""
+    body = stream.body(seq_len)
     step = body if stride is None else stride
     if not 1 <= step <= body:
         raise RecipeError(f"--stride {stride}: must be from 1 to --seq-len ({body})")
-    _check_count(num_blocks)
-    available = (len(tokens) - body) // step + 1 if len(tokens) >= body else 0
-    if available < 1:
-        raise DataError(
-            f"{name}: {len(tokens):,} tokens are too few for one block of --seq-len {seq_len}; give"
-            " more text or a smaller --seq-len"
-        )
+    check_count("--num-blocks", num_blocks)
+    stream.check_length(name, seq_len)
+    available = (len(stream) - body) // step + 1
     count = min(available, num_blocks or available)
     starts = range(0, count * step, step)
-    ids = [tokens[start : start + body] for start in starts]
-    if bos is not None:
-        ids = [torch.cat([torch.tensor([bos]), block]) for block in ids]
+    ids = [stream.block(start, seq_len) for start in starts]
     fresh = [
         len(block) - 1 if start == 0 else min(step, len(block) - 1)
         for start, block in zip(starts, ids, strict=True)
@@ -162,7 +148,7 @@ def cut(
     protocol = {
         "seq_len": seq_len,
         "stride": step,
-        "bos": "every block" if bos is not None else "as tokenised",
+        "bos": AS_TOKENISED if stream.bos is None else EVERY_BLOCK,
     }
     return Blocks(name, tuple(ids), tuple(fresh), protocol)
 
@@ -180,7 +166,7 @@ def rolling(
     `prefix` comes before the first, and `bos`, where a model needs it, before every later window in
     place of a token.
     """
-    _check_count(num_blocks)
+    check_count("--num-blocks", num_blocks)
     ids, fresh = [], []
     for document in documents:
         stream = torch.cat([torch.tensor([prefix]), document])
@@ -205,11 +191,6 @@ def rolling(
         "bos": f"token {prefix} before every {place}",
     }
     return Blocks(name, tuple(ids[:num_blocks]), tuple(fresh[:num_blocks]), protocol)
-
-
-def _check_count(num_blocks: int | None) -> None:
-    if num_blocks is not None and num_blocks < 1:
-        raise RecipeError(f"--num-blocks {num_blocks}: must be 1 or more")
 
 
 def _prefix(decoder: Decoder) -> int:

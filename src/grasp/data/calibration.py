@@ -1,23 +1,23 @@
 """Text in, `Calibration` out: N whole blocks of token ids, drawn at seeded random places.
 
-DATA is a text (`grasp.stages.text`) or `self` (sampled from the model). All text of a source is
-joined and tokenised once; a sample is a block of `seq_len` tokens that starts anywhere in it, never
-a line.
+DATA is a text (`grasp.data.text`) or `self` (sampled from the model). All text of a source is
+joined and tokenised once (`grasp.data.stream`); a sample is a block of `seq_len` tokens that starts
+anywhere in it, never a line.
 """
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from grasp.core.bos import num_rows
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.records import Calibration
-from grasp.core.sweep import Progress, silent
-from grasp.data.text import fields_of, read_text
+from grasp.data.stream import check_lengths, shares, stream_of
+from grasp.data.text import fields_of, read_text, sources
 from grasp.errors import DataError, NumericsError
 
 
@@ -43,14 +43,10 @@ def calibrate(
             f"--num-samples {num_samples}: too few for {len(names)} texts; give at least one block"
             " a text"
         )
-    shares = [
-        num_samples // len(names) + (place < num_samples % len(names))
-        for place in range(len(names))
-    ]
     fields = fields_of(names, text_field)
     parts = [
         _draw(decoder, *one, seq_len, seed, progress)
-        for one in zip(names, shares, fields, strict=True)
+        for one in zip(names, shares(num_samples, names), fields, strict=True)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -74,45 +70,13 @@ def _draw(
             _sample_from(decoder, num_samples, seq_len, seed, progress), "self", seed
         )
     text = read_text(data, split="train", text_field=text_field, tokenizer=decoder.tokenizer)
-    stream = decoder.tokenize(text.whole)
-    bos = decoder.block_bos
-    body = seq_len - (bos is not None)
-    if len(stream) < body:
-        raise DataError(
-            f"--data {data}: {len(stream):,} tokens are too few for one block of --seq-len"
-            f" {seq_len}; give more text or a smaller --seq-len"
-        )
-    starts = torch.randint(0, len(stream) - body + 1, (num_samples,), generator=generator)
-    # num_samples, body
-    ids = torch.stack([stream[start : start + body] for start in starts.tolist()])
-    if bos is not None:
-        ids = torch.cat([torch.full((num_samples, 1), bos), ids], dim=1)
+    stream = stream_of(decoder, text.whole)
+    stream.check_length(f"--data {data}", seq_len)
+    last = len(stream) - stream.body(seq_len)
+    starts = torch.randint(0, last + 1, (num_samples,), generator=generator)
+    # num_samples, seq_len
+    ids = torch.stack([stream.block(start, seq_len) for start in starts.tolist()])
     return Calibration(ids, data, seed, text_hash=text.sha256)
-
-
-def sources(data: str) -> list[str]:
-    """The texts that DATA names: several are separated by commas, unless there is a file of that
-    very name.
-    """
-    return (
-        [data] if Path(data).expanduser().is_file() else [name.strip() for name in data.split(",")]
-    )
-
-
-def check_lengths(
-    decoder: Decoder, num_samples: int, seq_len: int, flag: str = "--seq-len"
-) -> None:
-    """Raise `DataError` for block counts and lengths that cannot be; `flag` is what gave the
-    length.
-    """
-    if num_samples < 1:
-        raise DataError(f"--num-samples {num_samples}: must be 1 or more")
-    limit = getattr(decoder.config, "max_position_embeddings", None)
-    if seq_len < 2 or (limit is not None and seq_len > limit):
-        raise DataError(
-            f"{flag} {seq_len}: must be from 2 to {limit or 'the length'}, the longest the model"
-            " reads"
-        )
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ plain text every token counts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grasp.core.decoder import Decoder
+from grasp.data.stream import begun, encode, stream_of, tokenizer_of
 from grasp.data.text import Source, cell_text, is_missing, row_texts, through_template
 from grasp.errors import DataError
 
@@ -57,14 +58,13 @@ def read_examples(
     """Every row of `source` as at most `max_length` tokens. Raises `DataError` where nothing is
     left to learn from.
     """
-    if decoder.tokenizer is None:
-        raise DataError(f"{source.where}: text needs a tokenizer, and this checkpoint has none")
+    tokenizer = tokenizer_of(decoder)
     turns = [
         _turns(row, number, source.where) if text_field is None else None
         for number, row in enumerate(source.rows, start=1)
     ]
     if not any(turn is not None for turn in turns):
-        text = source.join.join(row_texts(source, text_field, decoder.tokenizer))
+        text = source.join.join(row_texts(source, text_field, tokenizer))
         found = Examples(source.name, _blocks(decoder, text, max_length))
     else:
         found = _answers(decoder, source, turns, max_length)
@@ -159,10 +159,9 @@ def _alpaca(decoder: Decoder, row: Mapping[str, Any]) -> Example:
     prompt = (PROMPT_WITH_INPUT if row["input"] else PROMPT).format(
         instruction=row["instruction"], input=row["input"]
     )
-    tokenizer = decoder.tokenizer
-    assert tokenizer is not None
-    asked_for, given = decoder.encode(prompt), decoder.encode(answer, special=False)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    asked_for, given = encode(decoder, prompt), encode(decoder, answer, special=False)
+    ending = tokenizer_of(decoder).eos_token_id
+    end = [] if ending is None else [ending]
     if asked_for[-1:] == end:  # some tokenizers end every text by themselves
         asked_for = asked_for[:-1]
     return Example(asked_for + given + end, [False] * len(asked_for) + [True] * len(given + end))
@@ -181,7 +180,7 @@ def _chat(
         found = through_template(
             decoder.tokenizer, some, number, where, tokenize=True, return_dict=True, **options
         )["input_ids"]
-        return decoder.begun(list(found))
+        return begun(decoder, list(found))
 
     ids = template(messages)
     asked = [False] * len(ids)
@@ -202,10 +201,7 @@ def _blocks(decoder: Decoder, text: str, max_length: int) -> list[Example]:
     """Plain text in blocks of `max_length` tokens, the last one shorter."""
     if not text.strip():
         return []
-    stream, bos = decoder.tokenize(text).tolist(), decoder.block_bos
-    body = max_length - (bos is not None)
-    begin = [] if bos is None else [bos]
-    blocks: Iterable[list[int]] = (
-        begin + stream[first : first + body] for first in range(0, len(stream), body)
-    )
+    stream = stream_of(decoder, text)
+    starts = range(0, len(stream), stream.body(max_length))
+    blocks = (stream.block(start, max_length).tolist() for start in starts)
     return [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in blocks if len(ids) > 1]

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from grasp.core.decoder import Decoder
 from grasp.data.examples import Example, Examples
+from grasp.data.stream import shares
 from grasp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,7 @@ def prepare(
     """
     random_order = random.Random(seed)
     train, kept_out = [], []
-    shares = [
-        held_out // len(sources) + (place < held_out % len(sources))
-        for place in range(len(sources))
-    ]
-    for source, share in zip(sources, shares, strict=True):
+    for source, share in zip(sources, shares(held_out, sources), strict=True):
         if len(source.examples) < share + 1:
             raise DataError(
                 f"--held-out {held_out}: {source.name} has {len(source.examples):,} examples, and"
@@ -173,7 +170,7 @@ def prepare(
             f"--batch-size {batch}: the text gives {available} rows of at most {max_length} tokens;"
             " give more text or a smaller batch"
         )
-    counts = _shares(
+    counts = _row_counts(
         [len(rows) for rows in train], min(needed or available, available) // batch * batch
     )
     chosen = [row for rows, count in zip(train, counts, strict=True) for row in rows[:count]]
@@ -181,7 +178,7 @@ def prepare(
     return TrainingData(Rows(chosen, every), Rows(kept_out, every, len(chosen)), packed, names)
 
 
-def _shares(available: Sequence[int], needed: int) -> list[int]:
+def _row_counts(available: Sequence[int], needed: int) -> list[int]:
     """How many rows of each source: equal parts of `needed`, where a short source leaves its rest
     to the others.
     """

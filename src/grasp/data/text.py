@@ -159,6 +159,15 @@ def read_source(data: str, *, split: str, text_field: str | None = None) -> Sour
     return Source(data, where, (whole,), "")
 
 
+def sources(data: str) -> list[str]:
+    """The texts that DATA names: several are separated by commas, unless there is a file of that
+    very name.
+    """
+    return (
+        [data] if Path(data).expanduser().is_file() else [name.strip() for name in data.split(",")]
+    )
+
+
 def has_columns(data: str) -> bool:
     """Whether DATA is made of rows with columns, one of which --text-field can name."""
     known = NAMED.get(data)

@@ -31,8 +31,8 @@ from typing import Any
 
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
 from grasp.evaluation.hardware import kernels, low_rank_products, read_bandwidth, step_bytes
 from grasp.evaluation.peak import peak_memory

@@ -23,8 +23,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from grasp.core.decoder import Decoder
 from grasp.core.linalg import wide
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.data.blocks import Blocks
 from grasp.errors import NumericsError, RecipeError
 from grasp.evaluation.perplexity import block_logits, block_loss, score_of

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.results import Generation
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
+from grasp.data.stream import encode
 from grasp.errors import RecipeError
 
 PROMPTS = (
@@ -36,7 +37,7 @@ def greedy(decoder: Decoder, prompt: str, new_tokens: int) -> Generation:
     """
     if decoder.tokenizer is None:
         raise RecipeError("--generate: needs the model's tokenizer")
-    ids = torch.tensor([decoder.encode(prompt)], device=decoder.device)
+    ids = torch.tensor([encode(decoder, prompt)], device=decoder.device)
     ends = decoder.tokenizer.eos_token_id
     output = decoder.model.generate(
         input_ids=ids,

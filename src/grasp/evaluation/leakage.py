@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.records import Text
-from grasp.data.calibration import sources
+from grasp.data.text import sources
 
 
 def trained_on(manifest: Mapping[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from grasp.core.decoder import Decoder
 from grasp.core.linalg import wide
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.data.blocks import Blocks
 from grasp.errors import NumericsError
 

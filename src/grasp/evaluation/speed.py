@@ -20,8 +20,8 @@ from torch import Tensor
 
 from grasp.core.cache import cache_bytes, new_cache
 from grasp.core.decoder import Decoder
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 
 TURN = 8
 """Decode steps of one model before it is the next one's turn: neighbours in time meet the same

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grasp.core.sweep import Progress
+from grasp.core.progress import Progress
 from grasp.errors import DataError, NumericsError, RecipeError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.metadata
-import itertools
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +35,11 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from grasp.core.decoder import Decoder
 from grasp.core.extras import need
 from grasp.core.hub import reachable
+from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
-from grasp.errors import DataError, GraspError, RecipeError, did_you_mean
+from grasp.errors import DataError, GraspError, RecipeError
 from grasp.evaluation.task_files import no_bars, with_local_data
+from grasp.evaluation.task_names import BUNDLES, VERSION, leaves, names_of, refuse
 from grasp.evaluation.task_questions import (
     Answers,
     bootstrap_error,
@@ -55,18 +55,6 @@ __all__ = ["BUNDLES", "check_tasks", "run_tasks", "summarize"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "0.4.13"
-BUNDLES = {
-    "commonsense": (
-        "openbookqa",
-        "arc_easy",
-        "winogrande",
-        "hellaswag",
-        "arc_challenge",
-        "piqa",
-        "mathqa",
-    )
-}
 BOOTSTRAP = 1000
 """Resamples for a metric whose standard error has no formula (F1, Matthews correlation, ...);
 lm-eval takes 100,000, on all cores.
@@ -188,7 +176,7 @@ def _prepare(
         raise RecipeError(f"--limit {limit}: must be 1 or more")
     if num_fewshot is not None and num_fewshot < 0:
         raise RecipeError(f"--num-fewshot {num_fewshot}: must be 0 or more")
-    names = _names(tasks)
+    names = names_of(tasks, _index())
     if folder is None and not reachable() and not HF_HUB_OFFLINE:
         raise DataError(
             f"--tasks {names[0]}: the Hugging Face hub cannot be reached; give the data as"
@@ -198,56 +186,15 @@ def _prepare(
     jobs = []
     for name in names:
         _seed(seed)
-        _refuse(name, _index()[name].cfg or {})
+        refuse(name, _index()[name].cfg or {})
         job = _load(name, folder, num_fewshot)
         for part, task in job.loaded["tasks"].items():
-            _refuse(part, vars(task.config))
+            refuse(part, vars(task.config))
             _set_fewshot(task, part, num_fewshot, seed)
             if job.files:
                 try_out(task, part, limit, job.files[part])
         jobs.append(job)
     return jobs
-
-
-def _refuse(name: str, config: Mapping[str, Any]) -> None:
-    """Raise `RecipeError` for tasks that lm-eval itself runs on request only, or not with a
-    language model.
-    """
-    for key, what in (
-        ("unsafe_code", "runs programs that the model writes"),
-        ("doc_to_image", "shows pictures"),
-        ("doc_to_audio", "plays sound"),
-    ):
-        if config.get(key):
-            raise RecipeError(
-                f"--tasks {name}: {what}, which grasp does not do; choose another task"
-            )
-
-
-def _names(tasks: Sequence[str]) -> list[str]:
-    """Names of tasks and groups, each once; bundles and lm-eval's tags are taken apart. Raises
-    `RecipeError`.
-    """
-    asked = [
-        name.strip()
-        for name in (tasks.split(",") if isinstance(tasks, str) else tasks)
-        if name.strip()
-    ]
-    if not asked:
-        raise RecipeError(
-            "--tasks: names no task; for example --tasks arc_easy,piqa or --tasks commonsense"
-        )
-    index = _index()
-    names: list[str] = []
-    for name in asked:
-        if name not in index and name not in BUNDLES:
-            raise RecipeError(
-                f"--tasks {name}: unknown to lm-eval {VERSION}; allowed: its tasks,"
-                f" {', '.join(BUNDLES)}{did_you_mean(name, [*BUNDLES, *index])}"
-            )
-        is_tag = name in index and index[name].kind.name == "TAG"
-        names += BUNDLES.get(name) or (sorted(index[name].tags) if is_tag else [name])
-    return list(dict.fromkeys(names))
 
 
 @cache
@@ -277,7 +224,7 @@ def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
     files: dict[str, list[Path]] = {}
     try:
         if folder is not None:
-            for part in _leaves(name, manager.task_index):
+            for part in leaves(name, manager.task_index):
                 files[part] = _read_locally(manager.task_index, part, folder, num_fewshot)
         loaded = manager.load([name])
     except GraspError:
@@ -300,27 +247,6 @@ def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
             f" with FOLDER/{name}/<split>.jsonl"
         ) from failure
     return _Job(name, loaded, files)
-
-
-def _leaves(name: str, index: Mapping[str, Any]) -> list[str]:
-    """The tasks in a group, or the task itself."""
-    entry = index.get(name)
-    if entry is None:
-        raise RecipeError(
-            f"--tasks {name}: defined inside a group of lm-eval, which --task-data cannot reach;"
-            " name tasks one by one"
-        )
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    if entry.kind.name != "GROUP":
-        return [name]
-    parts = [
-        part if isinstance(part, str) else part.get("group") or part["task"]
-        for part in entry.cfg["task"]
-    ]
-    return list(
-        dict.fromkeys(itertools.chain.from_iterable(_leaves(part, index) for part in parts))
-    )
 
 
 def _read_locally(

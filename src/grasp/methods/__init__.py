@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from typing import Any
 
-from grasp.core.fields import check, hints, shortened
+from grasp.core.fields import check, declared, named, shortened
 from grasp.errors import RecipeError, did_you_mean
 from grasp.methods.base import Method
 
@@ -30,9 +30,22 @@ def available() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def make(method: str | Method, fields: dict[str, Any]) -> Method:
-    """A method by name with its fields, or the method given. Raises `RecipeError` for an unknown
-    name or field.
+def class_of(name: str) -> type[Method]:
+    """The method's class. Raises `RecipeError` for a name that there is not."""
+    methods = available()
+    if name not in methods:
+        raise RecipeError(
+            f"--method {shortened(name)}: unknown; allowed:"
+            f" {', '.join(methods)}{did_you_mean(str(name), methods)}"
+        )
+    return methods[name]
+
+
+def make(method: str | Method, fields: dict[str, Any], beside: Iterable[str] = ()) -> Method:
+    """A method by name with its fields, or the method given. `beside`: what else the caller takes,
+    one of which a wrong name may have meant.
+
+    Raises `RecipeError` for an unknown name, field or value.
     """
     if isinstance(method, Method):
         if fields:
@@ -40,46 +53,14 @@ def make(method: str | Method, fields: dict[str, Any]) -> Method:
                 f"fields {', '.join(fields)} go into {type(method).__name__}(...), not beside it"
             )
         return method
-    methods = available()
-    if method not in methods:
-        raise RecipeError(
-            f"--method {method}: unknown; allowed:"
-            f" {', '.join(methods)}{did_you_mean(method, methods)}"
-        )
-    known = {field.name: field for field in dataclasses.fields(methods[method])}
+    known = declared(class_of(method))
     for name in fields:
         if name not in known:
-            owners = [
-                other
-                for other, cls in methods.items()
-                if name in {field.name for field in dataclasses.fields(cls)}
-            ]
+            owners = [other for other, cls in available().items() if name in declared(cls)]
             belongs = f"it belongs to {', '.join(owners)}" if owners else "no method has it"
             raise RecipeError(
-                f"--{name.replace('_', '-')}: not a flag of --method {method};"
-                f" {belongs}{did_you_mean(name, known)}"
+                f"{named(name)}: not a flag of --method {method};"
+                f" {belongs}{did_you_mean(name, [*known, *beside])}"
             )
-    kinds = hints(methods[method])
-    return methods[method](
-        **{
-            name: check(name, _fitting(name, str(kinds[name]), value), kinds[name])
-            for name, value in fields.items()
-        }
-    )
-
-
-def _fitting(name: str, kind: str, value: Any) -> Any:
-    """`value` as the field has it: lists, and "a,b" for several words, become tuples."""
-    if "tuple" not in kind or not isinstance(value, (str, list, tuple)):
-        return value
-    words = [str(word).strip() for word in (value.split(",") if isinstance(value, str) else value)]
-    if "tuple[int" not in kind:
-        return tuple(words)
-    try:
-        return tuple(int(word) for word in words)
-    except ValueError:
-        given = shortened(",".join(words))
-        raise RecipeError(
-            f"--{name.replace('_', '-')} {given}: not a list of whole numbers; write it like"
-            " 21,22,25"
-        ) from None
+    given = {name: check(name, value, known[name].kind) for name, value in fields.items()}
+    return class_of(method)(**given)

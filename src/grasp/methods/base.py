@@ -4,18 +4,18 @@ the docs; it yields edits.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit
-from grasp.core.fields import NumLayers, Share, check_fields, flag
+from grasp.core.edits import Step
+from grasp.core.fields import NumLayers, Share, check_fields, declared, flag
 from grasp.core.layer import Linear
-from grasp.core.records import Calibration, Redundancy, Statistics
-from grasp.core.sweep import Collector
+from grasp.core.records import Redundancy, Statistics
+from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
@@ -39,9 +39,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Base of all methods. The driver (`grasp.pipeline`) collects what the method `needs` in one
-    sweep, then applies each edit before it asks for the next, so a one-shot and a sequential method
-    are one thing: the latter calls `model.sweep` between edits.
+    """Base of all methods. The driver (`grasp.verbs.compress`) collects what the method `needs` in
+    one sweep, then applies each edit before it asks for the next, so a one-shot and a sequential
+    method are one thing: the latter calls `runner.sweep` between edits.
     """
 
     name: ClassVar[str]
@@ -69,7 +69,7 @@ class Method(ABC):
         """The statistics of the dense model that the method starts from."""
 
     @abstractmethod
-    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+    def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
         """The edits, in order; each is applied before the next is asked for."""
 
     @property
@@ -78,7 +78,7 @@ class Method(ABC):
         return False
 
     def predict(
-        self, decoder: Decoder, data: Calibration, stats: Statistics, ratios: Sequence[float]
+        self, runner: Runner, stats: Statistics, ratios: Sequence[float]
     ) -> dict[float, float]:
         """Ratio -> expected rise of the loss in nats a token, for the ratios that can be reached.
         Changes nothing.
@@ -87,9 +87,10 @@ class Method(ABC):
 
     def recipe(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values."""
-        fields = [f for f in dataclasses.fields(self) if f.metadata["recipe"]]
         given = {
-            f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default
+            one.name: getattr(self, one.name)
+            for one in declared(type(self)).values()
+            if one.recipe and getattr(self, one.name) != one.default
         }
         return {
             name: list(value) if isinstance(value, tuple) else value

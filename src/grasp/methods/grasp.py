@@ -26,15 +26,16 @@ from typing import Annotated, ClassVar, get_args
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
+from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit, Factorize
-from grasp.core.families import select
+from grasp.core.edits import Factorize, Step, noted
 from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import SigmaSplit, break_even_rank, factors, svd
-from grasp.core.records import Allocation, Calibration, Redundancy, Statistics
-from grasp.core.sweep import Collector
+from grasp.core.records import Allocation, Redundancy, Statistics
+from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.methods.base import LayerMethod, Plan, check_rank_multiple, ratio_unreachable
 from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
@@ -140,14 +141,12 @@ class Grasp(LayerMethod):
             collectors += [WeightGrad(linear.path for linear in linears)] if linears else []
         return collectors
 
-    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+    def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
+        decoder = runner.decoder
         layers, allocation = self._choose(decoder, stats)
         order = sorted(layers, reverse=True)
         for index in order:
-            low_rank = len(select(decoder.family, self.projections)) - len(
-                decoder.linears(index, self.projections)
-            )
-            if low_rank:
+            if low_rank := len(decoder.replaced(index, self.projections)):
                 logger.warning(
                     "layer %d: %d of its matrices are low-rank pairs already and stay as they are",
                     index,
@@ -157,7 +156,7 @@ class Grasp(LayerMethod):
             linears = [
                 linear for index in order for linear in self._processing_order(decoder, index)
             ]
-            yield from self._replace(decoder, linears, allocation, data, stats)
+            yield from self._replace(runner, linears, allocation, stats)
             return
         for index in order:
             for part in ("mlp", "attention"):
@@ -168,7 +167,7 @@ class Grasp(LayerMethod):
                     if linear.name in names
                 ]
                 yield from self._replace(
-                    decoder, linears, allocation, data, task=f"attribution, layer {index} {part}"
+                    runner, linears, allocation, task=f"attribution, layer {index} {part}"
                 )
 
     def _processing_order(self, decoder: Decoder, index: int) -> list[Linear]:
@@ -229,13 +228,12 @@ class Grasp(LayerMethod):
 
     def _replace(
         self,
-        decoder: Decoder,
+        runner: Runner,
         linears: Sequence[Linear],
         allocation: Allocation | None,
-        data: Calibration,
         stats: Statistics | None = None,
         task: str = "attribution",
-    ) -> Iterator[Edit]:
+    ) -> Iterator[Step]:
         """Score the groups of `linears` on the model as it is now, and yield their replacements one
         by one.
         """
@@ -249,23 +247,23 @@ class Grasp(LayerMethod):
         if not linears:
             return
         groups = {}
-        grads: dict[str, torch.Tensor] = {}
-        moments: dict[str, torch.Tensor] = {}
+        grads: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
         if self.score in NEEDS_WEIGHT_GRAD:
             ready = stats is not None and WeightGrad.name in stats.tables
             found = (
                 stats
                 if stats is not None and ready
-                else decoder.sweep(data, [WeightGrad(linear.path for linear in linears)], task)
+                else runner.sweep([WeightGrad(linear.path for linear in linears)], task)
             )
             grads = dict(found[WeightGrad.name])
         elif self.score in NEEDS_GROUP_GRAD:
-            groups = {linear.path: svd(linear.weight) for linear in linears}
-            moments = dict(decoder.sweep(data, [GroupGrad(groups)], task)[GroupGrad.name])
+            groups = {linear.path: _decompose(runner, linear) for linear in linears}
+            moments = dict(runner.sweep([GroupGrad(groups)], task)[GroupGrad.name])
         for linear in linears:
-            u, s, vh = groups.pop(linear.path) if groups else svd(linear.weight)
+            u, s, vh = groups.pop(linear.path) if groups else _decompose(runner, linear)
             generator = torch.Generator().manual_seed(
-                data.seed * 1_000_003 + zlib.crc32(linear.path.encode())
+                runner.data.seed * 1_000_003 + zlib.crc32(linear.path.encode())
             )
             scored = attribute(
                 linear.path,
@@ -288,7 +286,12 @@ class Grasp(LayerMethod):
             else:
                 kept = keep(scored, rank)
                 a, b = factors(u, s, vh, kept.to(u.device), self.sigma_split)  # type: ignore[arg-type]
-                yield Factorize(linear.path, a, b, kept, scored)
+                yield Step(Factorize(linear.path, a, b), noted(scored, kept))
+
+
+def _decompose(runner: Runner, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+    with runner.holding(linear.layer):
+        return svd(linear.weight)
 
 
 def _stays_dense(linear: Linear) -> None:

@@ -31,15 +31,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit, Factorize
+from grasp.core.edits import Factorize, Step, noted
 from grasp.core.families import select
 from grasp.core.fields import NumLayers, Place, RankMultiple, Share, flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
-from grasp.core.records import Allocation, Attribution, Calibration, Curvature, Statistics
+from grasp.core.records import Allocation, Attribution, Curvature, Statistics
+from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
-from grasp.core.sweep import Collector
 from grasp.errors import RecipeError
 from grasp.methods.base import Method, Plan, check_rank_multiple, ratio_unreachable
 from grasp.stages import budget as budgets
@@ -222,12 +223,12 @@ class GraspFisher(Method):
             collectors.append(WeightGrad(paths))
         return collectors
 
-    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
-        yield from self.replacements(decoder, self.pose(decoder, data, stats))
+    def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
+        yield from self.replacements(runner, self.pose(runner, stats))
 
-    def replacements(self, decoder: Decoder, problem: Problem) -> Iterator[Edit]:
+    def replacements(self, runner: Runner, problem: Problem) -> Iterator[Step]:
         """The edits that meet the budget. A problem posed once serves any number of budgets."""
-        spend, least = self._spend(decoder, problem), budgets.cheapest(problem.offers)
+        spend, least = self._spend(runner.decoder, problem), budgets.cheapest(problem.offers)
         if spend < least * (1 - 1e-9) and self.ratio is not None:
             dense = sum(offer.dense for offer in problem.offers.values())
             raise ratio_unreachable(
@@ -239,35 +240,35 @@ class GraspFisher(Method):
         for linear in problem.linears:
             rank = allocation.ranks[linear.path]
             if rank is not None:
-                yield self.replacement(linear, problem, rank)
+                with runner.holding(linear.layer):
+                    made = self.replacement(linear, problem, rank)
+                yield made
 
     @property
     def predicts(self) -> bool:
         return (self.basis, self.score) == ("fisher", "magnitude")
 
     def predict(
-        self, decoder: Decoder, data: Calibration, stats: Statistics, ratios: Sequence[float]
+        self, runner: Runner, stats: Statistics, ratios: Sequence[float]
     ) -> dict[float, float]:
-        problem, found = self.pose(decoder, data, stats), {}
+        problem, found = self.pose(runner, stats), {}
         for ratio in ratios:
-            spend = dataclasses.replace(self, ratio=ratio, retain_ratio=None)._spend(
-                decoder, problem
-            )
+            at = dataclasses.replace(self, ratio=ratio, retain_ratio=None)
+            spend = at._spend(runner.decoder, problem)
             if spend >= budgets.cheapest(problem.offers):
                 found[ratio] = budgets.total_loss(
                     problem.offers, problem.solve(self.allocation, spend)
                 )
         return found
 
-    def pose(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Problem:
+    def pose(self, runner: Runner, stats: Statistics) -> Problem:
         """Decompose every matrix that may be edited, and say what each of its ranks costs and
         loses.
         """
+        decoder = runner.decoder
         layers = self._choose(decoder, stats)
         for index in layers:
-            if low_rank := len(select(decoder.family, self.projections)) - len(
-                decoder.linears(index, self.projections)
-            ):
+            if low_rank := len(decoder.replaced(index, self.projections)):
                 logger.warning(
                     "layer %d: %d of its matrices are low-rank pairs already and stay as they are",
                     index,
@@ -283,8 +284,10 @@ class GraspFisher(Method):
             cost(shape, None)  # a measured cost is measured now, while nothing else runs
 
         def decompose(linear: Linear) -> tuple[Groups, Tensor]:
-            found = groups(table.get(linear.path) or Curvature(linear.weight), self.basis, scratch)
-            return found, self._losses(linear.path, found, grads.get(linear.path), data.seed)
+            with runner.holding(linear.layer):
+                found = groups(linear.weight, table.get(linear.path), self.basis, scratch)
+                lost = self._losses(linear, found, grads.get(linear.path), runner.data.seed)
+            return found, lost
 
         found, losses, offers = {}, {}, {}
         decoder.progress("decomposing", 0, len(linears))
@@ -297,31 +300,32 @@ class GraspFisher(Method):
             decoder.progress("decomposing", len(found), len(linears))
         return Problem(linears, found, losses, offers)
 
-    def _losses(self, path: str, found: Groups, grad: Tensor | None, seed: int) -> Tensor:
+    def _losses(self, linear: Linear, found: Groups, grad: Tensor | None, seed: int) -> Tensor:
         """What dropping each group (k,) costs by the chosen score; in the Fisher basis by
         magnitude: nats a token.
         """
         if self.score == "magnitude":
             return found.squares / 2
         if self.score == "taylor":
-            left, right = found.pair(torch.arange(len(found.squares)))
+            left, right = found.pair(linear.weight, torch.arange(len(found.squares)))
             return ((left.mT @ grad.to(left)) * right).sum(1).abs().cpu()  # type: ignore[union-attr]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(path.encode()))
+        number = seed * 1_000_003 + zlib.crc32(linear.path.encode())
+        generator = torch.Generator().manual_seed(number)
         return torch.rand(found.squares.shape, generator=generator)
 
-    def replacement(self, linear: Linear, problem: Problem, rank: int) -> Factorize:
+    def replacement(self, linear: Linear, problem: Problem, rank: int) -> Step:
         """The pair that holds the best `rank` groups of a matrix."""
         found, losses = problem.groups[linear.path], problem.losses[linear.path]
         kept = losses.argsort(descending=True, stable=True)[:rank].sort().values
-        left, right = found.pair(kept)
+        left, right = found.pair(linear.weight, kept)
         dropped = torch.ones(len(losses), dtype=torch.bool).index_fill(0, kept, False)
         loss = float(losses[dropped].double().sum()) if self.predicts else None
         scored = Attribution(linear.path, self.score, losses, found.squares.sqrt())
         if self.storage == "pair":
             weight_in, weight = balanced(left, right)
-            return Factorize(linear.path, weight_in, weight, kept, scored, predicted_loss=loss)
+            return Step(Factorize(linear.path, weight_in, weight), noted(scored, kept, loss))
         weight_in, weight, places = pivoted(left, right)
-        return Factorize(linear.path, weight_in, weight, kept, scored, places, loss)
+        return Step(Factorize(linear.path, weight_in, weight, places), noted(scored, kept, loss))
 
     def _choose(self, decoder: Decoder, stats: Statistics) -> list[int]:
         if self.num_layers is not None:
@@ -370,11 +374,11 @@ class GraspFisher(Method):
 
     def _cost(self, decoder: Decoder) -> budgets.Cost:
         if self.budget == "latency":
-            return Latency(decoder.device, decoder.model.dtype, self.storage == "pivoted")
+            return Latency(decoder.device, decoder.dtype, self.storage == "pivoted")
         size = budgets.pivoted_parameters if self.storage == "pivoted" else budgets.parameters
         if self.budget == "params":
             return size
-        width = decoder.model.dtype.itemsize
+        width = decoder.dtype.itemsize
         places = 4 if self.storage == "pivoted" else 0
         return lambda shape, rank: (
             width * size(shape, rank) + (0 if rank is None else places * shape[0])

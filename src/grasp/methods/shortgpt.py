@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, Edit, check_droppable
-from grasp.core.records import Calibration, Statistics
+from grasp.core.edits import Drop, Step
+from grasp.core.edits.droppable import check_droppable
+from grasp.core.records import Statistics
+from grasp.core.runner import Runner
 from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
 
 
@@ -41,14 +43,14 @@ class ShortGPT(LayerMethod):
             count, count, decoder.num_parameters() - sum(sizes[index] for index in layers), 1, 0
         )
 
-    def edits(self, decoder: Decoder, data: Calibration, stats: Statistics) -> Iterator[Edit]:
+    def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
         layers = (
             self.layers
             if self.layers is not None
-            else self.redundancy(stats).lowest(self._count(decoder))
+            else self.redundancy(stats).lowest(self._count(runner.decoder))
         )
         for index in sorted(layers, reverse=True):
-            yield Drop(index)
+            yield Step(Drop(index))
 
     def _count(self, decoder: Decoder) -> int:
         """How many layers go; for a ratio, the fewest that reach it. Raises `RecipeError` where

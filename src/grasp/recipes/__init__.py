@@ -1,1 +1,1 @@
-"""What a run is asked to do, as records: flags, keywords and TOML keys are read off them."""
+"""What a run is asked to do, as records whose fields are flags, keyword arguments and TOML keys."""

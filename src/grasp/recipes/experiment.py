@@ -46,56 +46,23 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.documents import read_toml
-from grasp.core.fields import (
-    BatchSize,
-    Count,
-    NumFewshot,
-    NumSamples,
-    NumTokens,
-    Rounds,
-    Seed,
-    SeqLen,
-    check,
-)
+from grasp.core.fields import check, declared
 from grasp.errors import GraspError, RecipeError, did_you_mean
 from grasp.methods import available, make
+from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.evaluation import EvaluationRecipe
+from grasp.recipes.model import ModelSource
+from grasp.recipes.part import defaults, keys, only_command_line
+from grasp.recipes.speed import SpeedRecipe
 
-TOP: dict[str, Any] = {"title": str, "model": str, "dtype": str, "dense": bool}
+TOP: dict[str, Any] = {"title": str, **keys(ModelSource), "dense": bool}
 TABLES: dict[str, dict[str, Any]] = {
-    "calibration": {
-        "data": str,
-        "num_samples": NumSamples,
-        "seq_len": SeqLen,
-        "seed": Seed,
-        "text_field": str,
-    },
-    "evaluation": {
-        "against": bool,
-        "ppl": list[str],
-        "tasks": list[str],
-        "task_data": str,
-        "limit": Count,
-        "num_fewshot": NumFewshot,
-        "batch_size": BatchSize,
-        "generate": bool,
-        "new_tokens": NumTokens,
-        "seq_len": SeqLen,
-        "stride": NumTokens,
-        "num_blocks": Count,
-        "rolling": bool,
-        "text_field": str,
-    },
-    "speed": {
-        "batch_sizes": list[BatchSize],
-        "prompt_len": NumTokens,
-        "new_tokens": NumTokens,
-        "rounds": Rounds,
-        "compile": bool,
-    },
+    "calibration": keys(CalibrationRecipe),
+    "evaluation": {"against": bool, **keys(EvaluationRecipe)},
+    "speed": keys(SpeedRecipe),
 }
-COMMAND_LINE = {"device": "--device", "trust_remote_code": "--trust-remote-code"}
+COMMAND_LINE = only_command_line(ModelSource)
 MOST_CELLS = 1_000
-DEFAULTS = {"data": "pydoc", "num_samples": 64, "seq_len": 512, "seed": 0}
 VERSION = 1
 """Counts up where the meaning of a cell changes, so that old rows are not taken for new ones."""
 
@@ -129,7 +96,7 @@ class Cell:
         values["loading"].pop("trust_remote_code", None)  # what may be run, not what is computed
         if self.method:  # what is left to its default and what names it are the same
             values["fields"] = make(self.method, dict(self.fields)).recipe()
-            values["calibration"] = {**DEFAULTS, **self.calibration}
+            values["calibration"] = {**defaults(CalibrationRecipe), **self.calibration}
         else:
             values["calibration"] = {}
         texts = [*str(self.calibration.get("data", "")).split(","), *self.evaluation.get("ppl", ())]
@@ -177,8 +144,9 @@ def read_experiment(
             " experiment; take the line out"
         )
     _check(path, "", values, {**TOP, **dict.fromkeys(TABLES, dict), "methods": list})
-    for name, known in TABLES.items():
-        _check(path, name, values.get(name, {}), known)
+    tables = {
+        name: _check(path, name, values[name], TABLES[name]) for name in TABLES & values.keys()
+    }
     if not values.get("model"):
         raise RecipeError(
             f'{path}: names no model; write model = "smollm2", a hub id or a directory'
@@ -188,8 +156,8 @@ def read_experiment(
         raise RecipeError(f"{path}: names no method; write one [[methods]] table for each")
     shared: dict[str, Any] = {
         "model": values["model"],
-        "evaluation": values.get("evaluation", {}),
-        "speed": values.get("speed"),
+        "evaluation": tables.get("evaluation", {}),
+        "speed": tables.get("speed"),
         "loading": {
             **({"dtype": values["dtype"]} if "dtype" in values else {}),
             **({"device": device} if device is not None else {}),
@@ -199,7 +167,7 @@ def read_experiment(
     _check_count(path, methods)
     cells = [Cell("dense", **shared)] if values.get("dense", True) else []
     for number, entry in enumerate(methods, start=1):
-        cells += _cells(path, number, dict(entry), values.get("calibration", {}), shared)
+        cells += _cells(path, number, dict(entry), tables.get("calibration", {}), shared)
     first: dict[str, Cell] = {}
     for cell in cells:
         same = first.setdefault(cell.key, cell)
@@ -208,7 +176,7 @@ def read_experiment(
                 f"{path}: '{same.label}' and '{cell.label}' are the same cell; take one out"
             )
     about = {
-        "calibration": values.get("calibration", {}),
+        "calibration": tables.get("calibration", {}),
         "evaluation": shared["evaluation"],
         "speed": shared["speed"] or {},
     }
@@ -261,27 +229,23 @@ def _cells(
         )
     if label is not None and not isinstance(label, str):
         raise RecipeError(f"{where}: label = {label!r}: must be text")
-    written = {
-        f.name for f in dataclasses.fields(available()[name]) if not f.metadata["recipe"]
-    } & {*entry, *sweep}
-    for key in written:
-        raise RecipeError(
-            f"{where}: '{key}': only the command line may say --{key.replace('_', '-')}, not an"
-            " experiment; take the line out"
-        )
+    for one in declared(available()[name]).values():
+        if not one.recipe and one.name in {*entry, *sweep}:
+            raise RecipeError(
+                f"{where}: '{one.name}': only the command line may say {one.flag}, not an"
+                " experiment; take the line out"
+            )
     for combination in itertools.product(*sweep.values()):
         varied = dict(zip(sweep, combination, strict=True))
         asked = {**entry, **varied}
-        drawn = {
-            **calibration,
-            **{key: value for key, value in asked.items() if key in TABLES["calibration"]},
-        }
+        own = {key: value for key, value in asked.items() if key in TABLES["calibration"]}
+        own = _check(path, f"methods table {number}", own, TABLES["calibration"])
+        drawn = {**calibration, **own}
         fields = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in asked.items()
             if key not in drawn
         }
-        _check(path, f"methods table {number}", drawn, TABLES["calibration"])
         for text in str(drawn.get("data", "")).split(","):
             _file(text)
         try:
@@ -326,12 +290,17 @@ def _digest(path: Path, _mtime: int, _size: int) -> str:
     return digest.hexdigest()
 
 
-def _check(path: Path, table: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    where = f"{path}: [{table}]" if table else str(path)
+def _check(
+    path: Path, table: str, values: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values as their declarations have them, lists as JSON has them. Raises `RecipeError`."""
+    where, found = f"{path}: [{table}]" if table else str(path), {}
     for key, value in values.items():
         if key not in known:
             raise RecipeError(
                 f"{where}: '{key}' is unknown; allowed:"
                 f" {', '.join(known)}{did_you_mean(key, known)}"
             )
-        check(key, value, known[key], f"{where}: {key} =")
+        one = check(key, value, known[key], f"{where}: {key} =")
+        found[key] = list(one) if isinstance(one, tuple) else one
+    return found

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from grasp.core.edits import read_log
+
 
 def command_line(recipe: dict[str, Any], out: str) -> str:
     """The `grasp compress` command that repeats a recipe."""
@@ -79,12 +81,20 @@ def _listed(numbers: list[int]) -> str:
 
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
-    model = manifest["model"]
-    sizes = manifest["parameters"]
-    method = manifest["method"]
-    data = manifest.get("calibration")
-    low_rank = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
-    dropped = [edit["layer"] for edit in manifest["edits"] if edit["edit"] == "drop"]
+    body = [*_head(manifest, out), *_facts(manifest), *_use(manifest, out)]
+    body += ["## Repeat", "", "```", *repeat(manifest, out), "```", ""]
+    body += [
+        "Every edit, score and hash is in `grasp.json`. Versions: "
+        + json.dumps(manifest["versions"])[1:-1].replace('"', "")
+        + ".",
+        "",
+    ]
+    return "\n".join(body)
+
+
+def _head(manifest: dict[str, Any], out: str) -> list[str]:
+    """What it is, for the hub and in a sentence."""
+    model, method = manifest["model"], manifest["method"]
     head = [
         "---",
         "library_name: transformers",
@@ -93,8 +103,12 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
     ]
     if "/" in model["source"] and not model["source"].startswith((".", "/", "~")):
         head.append(f"base_model: {model['source']}")
-    made = f"compressed by `{method['name']}` ({method['paper']})" if data else "quantized"
-    body = [
+    made = (
+        f"compressed by `{method['name']}` ({method['paper']})"
+        if manifest.get("calibration")
+        else "quantized"
+    )
+    return [
         *head,
         "---",
         "",
@@ -102,79 +116,91 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         "",
         f"{model['source']} ({model['family']}, {model['num_layers']} layers), {made} with grasp.",
         "",
+    ]
+
+
+def _facts(manifest: dict[str, Any]) -> list[str]:
+    """The table of sizes, calibration, edits and what followed."""
+    sizes = manifest["parameters"]
+    rows = [
         "| | |",
         "|---|---|",
         (
             f"| parameters | {sizes['before']:,} → {sizes['after']:,} ({100 * sizes['ratio']:.2f} %"
             " removed) |"
         ),
-        f"| dtype | {model['dtype']} |",
+        f"| dtype | {manifest['model']['dtype']} |",
     ]
+    data = manifest.get("calibration")
     if data:
-        body += [
+        rows += [
             (
                 f"| calibration | {data['source']}, {data['num_samples']} blocks ×"
                 f" {data['seq_len']} tokens, seed {data['seed']} |"
             ),
             f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
         ]
+    rows += _edited(manifest)
+    if "recovery" in manifest:
+        rows += _recovered(manifest["recovery"])
+    if "quantization" in manifest:
+        rows += _quantized(manifest["quantization"])
+    return rows
+
+
+def _edited(manifest: dict[str, Any]) -> list[str]:
+    """Table rows about the edits, what they were thought to cost, and what is to be minded."""
+    log, rows = read_log(manifest), list[str]()
+    low_rank = [one for one in log.summaries() if one.rank is not None]
     if low_rank:
         layers = sorted(
-            {int(part) for edit in low_rank for part in edit["path"].split(".") if part.isdigit()}
+            {int(part) for edit in low_rank for part in edit.path.split(".") if part.isdigit()}
         )
-        ranks = sorted({edit["rank"] for edit in low_rank})
-        body.append(
+        ranks = sorted({edit.rank or 0 for edit in low_rank})
+        rows.append(
             f"| low-rank matrices | {len(low_rank)} in layers {_listed(layers)}; ranks"
             f" {_listed(ranks)} |"
         )
-    if any(edit.get("pivoted") for edit in low_rank):
-        body.append(
+    if any(edit.pivoted for edit in low_rank):
+        rows.append(
             "| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |"
         )
     if "prediction" in manifest:
         rise = manifest["prediction"]["loss_rise"]
         factor = manifest["prediction"]["perplexity_ratio"]
-        body.append(
+        rows.append(
             f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token,"
             f" perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
         )
-    body += [f"| note | {note} |" for note in manifest.get("notes", ())]
-    if dropped:
-        body.append(f"| removed layers | {', '.join(map(str, sorted(dropped)))} |")
-    if "recovery" in manifest:
-        body += _recovered(manifest["recovery"])
-    if "quantization" in manifest:
-        body += _quantized(manifest["quantization"])
-    body += ["", "## Load", "", "```python"]
-    needs_grasp = bool(low_rank) or "quantization" in manifest
+    rows += [f"| note | {note} |" for note in manifest.get("notes", ())]
+    if log.gone:
+        rows.append(f"| removed layers | {', '.join(map(str, log.gone))} |")
+    others = {one.what for one in log.summaries() if one.rank is None and not one.gone}
+    return rows + [f"| {what} | {log.counts()[what]} |" for what in sorted(others)]
+
+
+def _use(manifest: dict[str, Any], out: str) -> list[str]:
+    """How to load and serve it."""
+    log = read_log(manifest)
+    needs_grasp = log.carried or "quantization" in manifest
+    lines = ["", "## Load", "", "```python"]
     if needs_grasp:
-        body.append(
+        lines.append(
             "import grasp  # pip install grasp-llm; or leave this out and pass"
             " trust_remote_code=True below"
         )
-    body += [
+    beside = ", with `pip install grasp-llm` beside vLLM" if needs_grasp else ""
+    served = f"`vllm serve {out}`{beside}"
+    if not log.served:
+        served = "with transformers; vLLM does not know what stands in the place of its layers"
+    return [
+        *lines,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{out}")',
-    ]
-    served = f"`vllm serve {out}`" + (
-        ", with `pip install grasp-llm` beside vLLM" if needs_grasp else ""
-    )
-    body += [
         f'tokenizer = AutoTokenizer.from_pretrained("{out}")',
         "```",
         "",
         f"Serve it: {served}.",
         "",
-        "## Repeat",
-        "",
-        "```",
     ]
-    body += [*repeat(manifest, out), "```", ""]
-    body += [
-        "Every edit, score and hash is in `grasp.json`. Versions: "
-        + json.dumps(manifest["versions"])[1:-1].replace('"', "")
-        + ".",
-        "",
-    ]
-    return "\n".join(body)

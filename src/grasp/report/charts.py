@@ -1,4 +1,4 @@
-"""Records -> Altair charts: what is drawn, with which marks. The one door to Altair.
+"""Records -> Altair charts: what is drawn, with which marks.
 
 A chart is written for a column some 340 pixels wide and in light colours; the page stretches and
 recolours it. Charts over all layers are `WIDE`. Sentences about how to read a chart are the page's,
@@ -7,7 +7,6 @@ not the chart's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import altair as alt
 from altair.utils.schemapi import debug_mode
 
+from grasp.report.axes import axis_of, number_format, scale_of, ticks
 from grasp.report.look import light
 
 NARROW, WIDE, HEIGHT = 340, 900, 210
@@ -82,49 +82,6 @@ def _by_method(
     )
 
 
-def is_wide_spread(values: Sequence[float | int]) -> bool:
-    """Whether values need a logarithmic axis: all above 0, and the largest more than ten times the
-    smallest.
-    """
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
-
-
-def _scale(values: Sequence[float | int], zero_based: bool = False) -> alt.Scale:
-    """Logarithmic for a wide spread; `zero_based`: from 0, where the values come near it."""
-    if is_wide_spread(values):
-        return alt.Scale(type="log", nice=False, padding=10)
-    near = zero_based and min(values, default=1) < 0.3 * max(values, default=1)
-    return alt.Scale(zero=near, nice=True) if near else alt.Scale(zero=False, nice=True, padding=8)
-
-
-def ticks(values: Sequence[float | int], most: int = 7) -> list[float]:
-    """Round places on a logarithmic axis: powers of ten, with twice and five times them where these
-    are few.
-    """
-    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-    for steps in ((1, 2, 5), (1,)):
-        found = [step * 10.0**power for power in powers for step in steps]
-        inside = [place for place in found if min(values) <= place <= max(values) * 1.001]
-        if 2 <= len(inside) <= most:
-            return inside
-    return [10.0**power for power in powers][:: max(1, len(powers) // 4)]
-
-
-def _axis(values: Sequence[float | int], share: bool) -> alt.Axis:
-    """The axis of a measure, with marks that suit `_scale`."""
-    if share:
-        return alt.Axis(format=".0%", tickCount=5)
-    return (
-        alt.Axis(format=",.6~g", values=ticks(values))
-        if is_wide_spread(values)
-        else alt.Axis(format=",.6~g", tickCount=5)
-    )
-
-
-def _number_format(share: bool) -> str:
-    return ".1%" if share else ",.4~g"
-
-
 def against_size(
     records: Sequence[Record],
     colours: Mapping[str, str],
@@ -148,7 +105,7 @@ def against_size(
         scale=alt.Scale(zero=False, padding=14),
         axis=alt.Axis(tickCount=5, format=",.6~g"),
     )
-    y = alt.Y("value:Q", title=unit, scale=_scale(values, not share), axis=_axis(values, share))
+    y = alt.Y("value:Q", title=unit, scale=scale_of(values, not share), axis=axis_of(values, share))
     lines = (
         _data(front)
         .mark_line(strokeWidth=2, opacity=0.75, aria=False)
@@ -158,7 +115,7 @@ def against_size(
         ("model", ""),
         ("about", ""),
         ("parameters", ",.1f"),
-        ("value", _number_format(share)),
+        ("value", number_format(share)),
         value=unit,
         about="fields",
         parameters="million parameters",
@@ -225,7 +182,7 @@ def bars(
         axis=alt.Axis(labelLimit=names, minExtent=names, labelPadding=6, labelColor=light("ink")),
     )
     base = _data(records)
-    tips = _tips(("model", ""), ("value", _number_format(share)), value=unit)
+    tips = _tips(("model", ""), ("value", number_format(share)), value=unit)
     bar = base.mark_bar(height=15, cornerRadiusEnd=2).encode(x, y, colour, tooltip=tips)
     text = base.mark_text(align="left", dx=5, fontSize=11, color=light("ink"), aria=False).encode(
         alt.X("end:Q"), y, text="told:N"
@@ -270,13 +227,13 @@ def over_field(
         scale=alt.Scale(zero=False, nice=False, padding=14),
         axis=marks,
     )
-    y = alt.Y("value:Q", title=unit, scale=_scale(values, not share), axis=_axis(values, share))
+    y = alt.Y("value:Q", title=unit, scale=scale_of(values, not share), axis=axis_of(values, share))
     mean = base.mark_line(strokeWidth=2, aria=False).encode(x, alt.Y("mean:Q", title=unit), colour)
     tips = _tips(
         ("model", ""),
         ("line", ""),
         ("x", ",.4~g"),
-        ("value", _number_format(share)),
+        ("value", number_format(share)),
         value=unit,
         x=field.replace("_", " "),
     )

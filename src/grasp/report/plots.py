@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from grasp.core.destination import check_file
+from grasp.core.edits import Entry, layer_of, read_log
 from grasp.core.writing import whole_file
 from grasp.errors import RecipeError
 
@@ -41,14 +42,8 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
     every matrix kept.
     """
     by_budget = "prediction" in manifest
-    edits = (
-        []
-        if by_budget
-        else [
-            edit for edit in manifest["edits"] if edit["edit"] == "factorize" and "scores" in edit
-        ]
-    )
-    shown = _spread(edits, matrices)
+    scored = [entry for entry in read_log(manifest) if entry.note.scores]
+    shown = [] if by_budget else _spread(scored, matrices)
     below = ["ranks"] if by_budget else [f"m{i}" for i in range(len(shown))]
     figure, rows = pyplot.subplot_mosaic(
         [["bi"] * len(below), below] if below else [["bi"]],
@@ -58,10 +53,10 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
     if by_budget:
         rank_map(rows["ranks"], manifest)
     block_influence(rows["bi"], manifest)
-    for number, edit in enumerate(shown):
-        kept_groups(rows[f"m{number}"], edit)
+    for number, entry in enumerate(shown):
+        kept_groups(rows[f"m{number}"], entry)
         if number == 0:
-            rows["m0"].set_ylabel(f"{edit['score']} score (higher = keep)")
+            rows["m0"].set_ylabel(f"{entry.note.score} score (higher = keep)")
     sizes = manifest["parameters"]
     figure.suptitle(
         f"{manifest['model']['source']}  ·  {manifest['method']['name']}  · "
@@ -74,10 +69,7 @@ def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
 def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
     """One bar a layer; low bars are redundant layers, edited ones are filled."""
     kind, scores = next(iter(manifest["redundancy"].items()))
-    edited = {
-        edit["layer"] if edit["edit"] == "drop" else _layer_of(edit["path"])
-        for edit in manifest["edits"]
-    }
+    edited = read_log(manifest).layers
     layers = [int(layer) for layer in scores]
     axes.bar(
         layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers]
@@ -101,29 +93,33 @@ def rank_map(axes: Axes, manifest: dict[str, Any]) -> None:
     """The share of its groups that every matrix kept, layer by layer; 1 stands for a matrix that
     stays dense.
     """
-    edits = [edit for edit in manifest["edits"] if edit["edit"] == "factorize"]
-    names = list(dict.fromkeys(edit["path"].rsplit(".", 1)[-1] for edit in edits))
+    shares = {
+        told.path: (told.rank or 0) / len(entry.note.singular_values or [1])
+        for entry in read_log(manifest)
+        if (told := entry.edit.summary()).rank is not None
+    }
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in shares))
     grid = [[1.0] * manifest["model"]["num_layers"] for _ in names]
-    for edit in edits:
-        grid[names.index(edit["path"].rsplit(".", 1)[-1])][_layer_of(edit["path"])] = edit[
-            "rank"
-        ] / len(edit["singular_values"])
+    for path, share in shares.items():
+        grid[names.index(path.rsplit(".", 1)[-1])][layer_of(path)] = share
     image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="cividis")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("decoder layer")
     axes.figure.colorbar(image, ax=axes, label="share of groups kept (1 = dense)")
 
 
-def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:
+def kept_groups(axes: Axes, entry: Entry) -> None:
     """Score against singular value of every group of one matrix."""
-    kept = set(edit["kept"])
+    note, path = entry.note, entry.edit.summary().path
+    scores, sigmas = note.scores or [], note.singular_values or []
+    kept = set(note.kept or ())
     for color, chosen in (
-        (LEFT, [k for k in range(len(edit["scores"])) if k not in kept]),
+        (LEFT, [k for k in range(len(scores)) if k not in kept]),
         (KEPT, sorted(kept)),
     ):
         axes.scatter(
-            [edit["singular_values"][k] for k in chosen],
-            [max(edit["scores"][k], 1e-12) for k in chosen],
+            [sigmas[k] for k in chosen],
+            [max(scores[k], 1e-12) for k in chosen],
             s=9,
             color=color,
             alpha=0.85,
@@ -133,7 +129,7 @@ def kept_groups(axes: Axes, edit: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("singular value σ")
     axes.set_title(
-        f"{edit['path'].removeprefix('model.')}: kept {len(kept)} of {len(edit['scores'])} groups",
+        f"{path.removeprefix('model.')}: kept {len(kept)} of {len(scores)} groups",
         fontsize=9,
     )
 
@@ -181,10 +177,6 @@ def _energy(values: list[float]) -> list[float]:
         running += value * value
         shares.append(running / total)
     return shares
-
-
-def _layer_of(path: str) -> int:
-    return next(int(part) for part in path.split(".") if part.isdigit())
 
 
 def _spread(items: list[Any], count: int) -> list[Any]:

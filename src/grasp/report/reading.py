@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grasp.core.edits import Entry, read_log
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.results import KIND, Results
 from grasp.errors import CheckpointError
@@ -106,7 +107,7 @@ class Checkpoint:
         model = found["model"]
         sizes = found["parameters"]
         method = dict(found["method"])
-        edits = found["edits"]
+        log = read_log(found)
         kind, redundancy = next(iter((found.get("redundancy") or {}).items()), ("", {}))
         prediction = {
             str(key): float(value) for key, value in (found.get("prediction") or {}).items()
@@ -124,8 +125,8 @@ class Checkpoint:
             int(sizes["after"]),
             kind,
             {int(layer): float(score) for layer, score in redundancy.items()},
-            tuple(_matrix(edit) for edit in edits if edit["edit"] == "factorize"),
-            tuple(sorted(int(edit["layer"]) for edit in edits if edit["edit"] == "drop")),
+            tuple(_matrix(entry) for entry in log if entry.edit.summary().rank is not None),
+            tuple(log.gone),
             prediction,
             tuple(
                 {
@@ -146,17 +147,14 @@ class Checkpoint:
         return checkpoint
 
 
-def _matrix(edit: dict[str, Any]) -> Matrix:
-    parts = str(edit["path"]).split(".")
+def _matrix(entry: Entry) -> Matrix:
+    told, note = entry.edit.summary(), entry.note
+    parts = told.path.split(".")
     place = next((number for number, part in enumerate(parts) if part.isdigit()), -1)
     if place < 0:
-        raise ValueError(f"{edit['path']}: names no layer")
-    scores, values = (
-        tuple(float(value) for value in edit.get(key) or ())
-        for key in ("scores", "singular_values")
-    )
-    kept = tuple(int(group) for group in edit.get("kept") or ())
-    loss = None if edit.get("predicted_loss") is None else float(edit["predicted_loss"])
+        raise ValueError(f"{told.path}: names no layer")
+    scores, values = tuple(note.scores or ()), tuple(note.singular_values or ())
+    kept, loss = tuple(note.kept or ()), note.predicted_loss
     numbers = (*scores, *values, *([] if loss is None else [loss]))
     if (
         len(scores) != len(values)
@@ -164,16 +162,16 @@ def _matrix(edit: dict[str, Any]) -> Matrix:
         or any(not 0 <= group < len(scores) for group in kept if scores)
     ):
         raise ValueError(
-            f"{edit['path']}: scores, singular values and kept groups do not belong together"
+            f"{told.path}: scores, singular values and kept groups do not belong together"
         )
     return Matrix(
-        ".".join(parts),
+        told.path,
         int(parts[place]),
         ".".join(parts[place + 1 :]),
-        int(edit["rank"]),
+        told.rank or 0,
         len(values),
         kept,
-        str(edit.get("score", "")),
+        note.score,
         scores,
         values,
         loss,

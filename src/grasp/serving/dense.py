@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grasp.core.checkpoint import MAX_SHARD_SIZE
 from grasp.core.decoder import Decoder
-from grasp.core.edits import multiply_out
+from grasp.core.edits.ordinary import multiply_out
 from grasp.core.layer import is_low_rank
 
 NO_SMALLER = (

@@ -8,7 +8,6 @@ linear with nothing of ours is left to vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +27,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from grasp.core.layers.modeling_grasp import NAMES, GraspConfig
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
 
+SERVED = ("low-rank", "quantized")
+"""Kinds of modules that vLLM runs by way of this file."""
 TENSORS = (
     "weight",
     "weight_in",
@@ -40,24 +41,37 @@ TENSORS = (
 
 
 class LowRankConfig(QuantizationConfig):
-    """The `quantization_config` of a grasp checkpoint. Raises `ValueError` for a newer format."""
+    """The `quantization_config` of a grasp checkpoint. Raises `ValueError` for a newer format, and
+    for a structure that vLLM cannot run.
+    """
 
-    def __init__(
-        self,
-        ranks: dict[str, int],
-        pivoted: Sequence[str],
-        quantization: dict[str, Any] | None = None,
-    ):
+    def __init__(self, structure: dict[str, Any]):
         super().__init__()
-        self.ranks, self.pivoted, self.transposed = dict(ranks), set(pivoted), False
-        self.quantized = set((quantization or {}).get("modules", ()))
-        self.group_size = (quantization or {}).get("group_size")
+        self.transposed = False
+        for path, record in structure.items():
+            if record["kind"] not in SERVED or (record.get("of") or record)["kind"] not in SERVED:
+                raise ValueError(
+                    f"config.json: '{path}' is of the kind '{record['kind']}', which the plug-in"
+                    f" for vLLM does not know; it serves {', '.join(SERVED)}; use transformers"
+                )
+        self.structure = dict(structure)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
         # checks all of it
         said = GraspConfig(**{key: value for key, value in config.items() if key != "quant_method"})
-        return cls(said.ranks, said.pivoted, said.quantization)
+        return cls(said.structure)
+
+    def pair(self, path: str) -> dict[str, Any]:
+        """The record of the low-rank pair at `path`, in whatever bits; {} where it is dense."""
+        record = self.structure.get(path, {})
+        pair = record.get("of") or {} if record.get("kind") == "quantized" else record
+        return dict(pair)
+
+    def bits(self, path: str) -> dict[str, Any]:
+        """The record of how `path` is quantized; {} where it is not."""
+        record = self.structure.get(path, {})
+        return dict(record) if record.get("kind") == "quantized" else {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -82,19 +96,16 @@ class LowRankConfig(QuantizationConfig):
         self.transposed = getattr(hf_config, "model_type", "") == "gpt2"
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.ranks = hf_to_vllm_mapper.apply_dict(self.ranks)
-        self.pivoted = set(hf_to_vllm_mapper.apply_list(list(self.pivoted)))
-        self.quantized = set(hf_to_vllm_mapper.apply_list(list(self.quantized)))
+        self.structure = hf_to_vllm_mapper.apply_dict(self.structure)
 
     def get_quant_method(self, layer: Any, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
         parent, _, leaf = prefix.rpartition(".")
         paths = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
-        ours = self.ranks.keys() | self.quantized
-        if prefix in ours:
+        if prefix in self.structure:
             paths = [prefix]
-        if ours.isdisjoint(paths):
+        if self.structure.keys().isdisjoint(paths):
             return UnquantizedLinearMethod()
         return LowRankMethod(paths, self)
 
@@ -143,17 +154,16 @@ class LowRankMethod(LinearMethodBase):
     def _part(
         self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range
     ) -> Part:
-        config = self.config
-        groups = config.group_size if path in config.quantized else None
+        pair, bits = self.config.pair(path), self.config.bits(path)
         return Part(
             path,
             out_features,
             in_features,
             outputs,
             inputs,
-            config.ranks.get(path),
-            path in config.pivoted,
-            groups,
+            pair.get("rank"),
+            pair.get("pivoted", False),
+            bits.get("group_size"),
         )
 
     def _load(

@@ -40,59 +40,56 @@ class Groups:
     right_k'.
 
     `squares` (k): the squared singular values; `expand` (short, k) and `contract` (k, short) as in
-    `grasp.core.linalg.metric_groups`.
+    `grasp.core.linalg.metric_groups`. W itself is not kept.
     """
 
-    weight: Tensor
     squares: Float[Tensor, "k"]
     expand: Float[Tensor, "short k"]
     contract: Float[Tensor, "k short"]
 
     def pair(
-        self, kept: Int[Tensor, "rank"]
+        self, weight: Float[Tensor, "out in"], kept: Int[Tensor, "rank"]
     ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(left, right) of the groups `kept`: their product is what remains of W."""
-        weight = self.weight.float()
+        """(left, right) of the groups `kept` of W: their product is what remains of it."""
+        weight = weight.float()
         expand, contract = self.expand[:, kept].to(weight), self.contract[kept].to(weight)
         if weight.shape[0] >= weight.shape[1]:
             return weight @ expand, contract
         return contract.mT, expand.mT @ weight
 
 
-def groups(curvature: Curvature, basis: str, scratch: Scratch) -> Groups:
-    """The singular groups of a matrix in `basis`, their vectors kept in `scratch`."""
-    weight = curvature.weight
+def groups(
+    weight: Float[Tensor, "out in"], curvature: Curvature | None, basis: str, scratch: Scratch
+) -> Groups:
+    """The singular groups of a matrix in `basis`, their vectors kept in `scratch`. The plain one
+    needs no curvature.
+    """
     # that device has no float64
     weight = (weight.cpu() if weight.device.type == "mps" else weight).double()
-    if not curvature.is_tall:
+    is_tall = weight.shape[0] >= weight.shape[1]
+    if not is_tall:
         weight = weight.mT
     tall, short = weight.shape
     gram = weight.mT @ weight
     near = torch.eye(short, dtype=torch.float64, device=weight.device)
     far = gram
-    inputs, gradients = max(curvature.input_tokens, 1), max(curvature.gradient_tokens, 1)
-    if curvature.is_tall and basis != "plain":
-        near = _damped(curvature.near, inputs, INPUT_DAMPING, near)
-    if curvature.is_tall and basis == "fisher":
-        far = (
-            curvature.far.to(weight) / gradients  # type: ignore[union-attr]
-            + GRADIENT_DAMPING * curvature.gradient_square / gradients / tall * gram
-        )
-    if not curvature.is_tall and basis == "fisher":
-        near = _damped(curvature.near, gradients, GRADIENT_DAMPING, near)
-    if not curvature.is_tall and basis != "plain":
-        far = (
-            curvature.far.to(weight) / inputs  # type: ignore[union-attr]
-            + INPUT_DAMPING * curvature.input_square / inputs / tall * gram
-        )
+    if basis != "plain":
+        assert curvature is not None
+        inputs = (max(curvature.input_tokens, 1), INPUT_DAMPING, curvature.input_square)
+        gradients = (max(curvature.gradient_tokens, 1), GRADIENT_DAMPING, curvature.gradient_square)
+        of_near, of_far = (inputs, gradients) if is_tall else (gradients, inputs)
+        if basis == "fisher" or of_near is inputs:
+            tokens, damping, _ = of_near
+            near = _damped(curvature.near, tokens, damping, near)
+        if basis == "fisher" or of_far is inputs:
+            tokens, damping, square = of_far
+            far = curvature.far.to(weight) / tokens + damping * square / tokens / tall * gram
     expand, squares, contract = metric_groups(weight, near, far)
-    return Groups(
-        curvature.weight, squares.float().cpu(), scratch.hold(expand), scratch.hold(contract)
-    )
+    return Groups(squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
 
 
-def _damped(total: Tensor | None, tokens: int, damping: float, identity: Tensor) -> Tensor:
-    gram = total.to(identity) / tokens  # type: ignore[union-attr]
+def _damped(total: Tensor, tokens: int, damping: float, identity: Tensor) -> Tensor:
+    gram = total.to(identity) / tokens
     return gram + damping * gram.diagonal().mean() * identity
 
 

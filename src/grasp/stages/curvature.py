@@ -12,104 +12,141 @@ memory and disk of X and D themselves for a Llama-like layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from grasp.core.collector import Collector
 from grasp.core.layer import Layer, Linear
 from grasp.core.linalg import wide
 from grasp.core.records import Curvature
 from grasp.core.scratch import Scratch
-from grasp.core.sweep import Collector
 from grasp.errors import NumericsError
 
 
 class Curvatures(Collector):
     """Sums of the outer products of inputs and of output gradients. Table: matrix path ->
     `Curvature`.
+
+    Sums: the fields of `Curvature`, as "near.PATH" and so on. Tall matrices that read one tensor
+    (q, k and v; gate and up) have the same X, which is kept once, under the first of them; for
+    another, "shared.PATH=FIRST" counts the tokens that it read there.
     """
 
     name: ClassVar[str] = "curvature"
     backward: ClassVar[bool] = True
 
     def __init__(self, paths: Iterable[str], scratch: Scratch | None = None):
-        self.paths = frozenset(paths)
+        super().__init__()
+        self.paths = tuple(paths)
         self.scratch = scratch or Scratch()
-        self.table: dict[str, Curvature] = {}
         self.last_input: tuple[Tensor | None, str] = (None, "")
 
-    def attach(self, layer: Layer) -> list[RemovableHandle]:
-        linears = [linear for linear in layer.linears.values() if linear.path in self.paths]
-        for linear in linears:
-            self.table[linear.path] = Curvature(linear.weight)
-        handles = [linear.module.register_forward_hook(self._hook(linear)) for linear in linears]
-        return (
-            [layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True), *handles]
-            if linears
-            else []
-        )
-
-    def begin_block(self, mask: Tensor | None) -> None:
-        super().begin_block(mask)
+    def begin(self, block: int, mask: Tensor | None) -> None:
+        super().begin(block, mask)
         self.last_input = (None, "")
 
-    def _hook(self, linear: Linear) -> Any:
-        found = self.table[linear.path]
+    def detach(self, layer: Layer) -> None:
+        super().detach(layer)
+        self.last_input = (None, "")
 
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        linears = [linear for linear in layer.linears.values() if linear.path in self.paths]
+        if linears:
+            handle = layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
+            undo.callback(handle.remove)
+        for linear in linears:
+            undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
+
+    def _forward(self, linear: Linear) -> Callable[..., None]:
         def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = self._tokens(inputs[0])
-            found.input_tokens += x.shape[0]
-            found.input_square += float(wide(x).square().sum())
-            if not found.is_tall:
-                found.far = self._add(found.far, _through(x, found.weight.mT))
-            elif self.last_input[0] is inputs[0]:
-                # q, k and v read the same input, and so do gate and up
-                found.near = self.table[self.last_input[1]].near
+            self._count("input", linear.path, x)
+            if linear.is_tall:
+                self._see_input(linear.path, inputs[0], x)
             else:
-                found.near = self._add(found.near, x)
-                self.last_input = (inputs[0], linear.path)
+                self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
             if output.requires_grad:
                 output.register_hook(backward)
 
         def backward(grad: Tensor) -> None:
             d = self._tokens(grad)
-            found.gradient_tokens += d.shape[0]
-            found.gradient_square += float(wide(d).square().sum())
-            if found.is_tall:
-                found.far = self._add(found.far, _through(d, found.weight))
+            self._count("gradient", linear.path, d)
+            if linear.is_tall:
+                self._add_gram(f"far.{linear.path}", _through(d, linear.weight))
             else:
-                found.near = self._add(found.near, d)
+                self._add_gram(f"near.{linear.path}", d)
 
         return forward
+
+    def _see_input(self, path: str, given: Tensor, x: Tensor) -> None:
+        """Add the tokens x (tokens, in) of the input `given` to X, unless the matrix before has
+        done so.
+        """
+        before, first = self.last_input
+        if before is given and f"near.{path}" not in self.sums:
+            self._add(f"shared.{path}={first}", torch.tensor(len(x)))
+            return
+        self._add_gram(f"near.{path}", x)
+        self.last_input = (given, path)
 
     def _tokens(self, values: Tensor) -> Tensor:
         """(batch, seq, width), or (batch * seq, width) as in OPT's MLP -> (real tokens, width)."""
         values = values.detach().flatten(0, -2)
         return values if self.mask is None else values[self.mask.bool().flatten()]
 
-    def _add(self, total: Tensor | None, rows: Tensor) -> Tensor:
-        """`total` + rows' rows, summed in float32."""
+    def _count(self, side: str, path: str, rows: Tensor) -> None:
+        """Of rows (tokens, width) of inputs or gradients: how many, and their squares."""
+        self._add(f"{side}_tokens.{path}", torch.tensor(len(rows)))
+        self._add(f"{side}_square.{path}", wide(rows).square().sum().double())
+
+    def _add_gram(self, key: str, rows: Tensor) -> None:
+        """Add rows' rows to the sum `key`, in float32."""
+        total = self.sums.get(key)
         if total is None:
             total = self.scratch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.sums[key] = total
         with exact_products(rows.dtype):
             rows = rows.float()
             if total.device == rows.device:
-                return total.addmm_(rows.mT, rows)
-            return total.add_((rows.mT @ rows).to(total.device))
+                total.addmm_(rows.mT, rows)
+            else:
+                total.add_((rows.mT @ rows).to(total.device))
 
-    def result(self) -> Mapping[str, Curvature]:
-        for path, found in self.table.items():
-            for value in (found.near, found.far):
-                if value is None or not bool(torch.isfinite(value).all()):
-                    raise NumericsError(
-                        f"the statistics of '{path}' are"
-                        f" {'missing' if value is None else 'not finite'}; try --dtype float32"
-                    )
-        return self.table
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Curvature]:
+        owners = {path: path for path in self.paths}
+        shared = [key.removeprefix("shared.") for key in sums if key.startswith("shared.")]
+        for path, _, first in (names.partition("=") for names in shared):
+            owners[path] = first
+            read = int(sums[f"shared.{path}={first}"])
+            seen = [int(sums[f"input_tokens.{one}"]) for one in (path, first)]
+            if f"near.{path}" in sums or seen != [read, read]:
+                raise NumericsError(
+                    f"'{path}' reads the same input as '{first}' in some blocks and another one in"
+                    " others; leave it out: --exclude"
+                )
+        return {path: _curvature(sums, path, owners[path]) for path in self.paths}
+
+
+def _curvature(sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
+    """The record of one matrix, whose `near` is kept under the path `owner`."""
+    for value in (sums.get(f"near.{owner}"), sums.get(f"far.{path}")):
+        if value is None or not bool(torch.isfinite(value).all()):
+            raise NumericsError(
+                f"the statistics of '{path}' are {'missing' if value is None else 'not finite'};"
+                " try --dtype float32"
+            )
+    return Curvature(
+        sums[f"near.{owner}"],
+        sums[f"far.{path}"],
+        float(sums[f"input_square.{path}"]),
+        float(sums[f"gradient_square.{path}"]),
+        int(sums[f"input_tokens.{path}"]),
+        int(sums[f"gradient_tokens.{path}"]),
+    )
 
 
 def _through(rows: Tensor, weight: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.records import Calibration
-from grasp.core.sweep import Collector
 from grasp.stages.curvature import Curvatures
 
 ENOUGH = 50

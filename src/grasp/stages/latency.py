@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grasp.core.layers.modeling_grasp import LowRankLinear
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 
 POINTS, ROUNDS = 5, 7
 COLD_BYTES = 96_000_000

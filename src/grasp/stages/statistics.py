@@ -5,16 +5,17 @@ dtype.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from torch.utils.hooks import RemovableHandle
 
+from grasp.core.collector import Collector, ask_for_gradient
 from grasp.core.layer import Layer, Linear
-from grasp.core.sweep import Collector
 from grasp.errors import NumericsError
 
 
@@ -28,29 +29,26 @@ class Similarity(Collector):
     3.1). Table: layer -> scalar.
 
     Taken at the layer itself: the last entry of `output_hidden_states` is after the final norm and
-    mis-scores the last layer.
+    mis-scores the last layer. Sums: "cosine.LAYER", "tokens.LAYER".
     """
 
     name: ClassVar[str] = "similarity"
 
-    def __init__(self) -> None:
-        self.sums: dict[int, Tensor] = {}
-        self.tokens: dict[int, int] = {}
-
-    def attach(self, layer: Layer) -> list[RemovableHandle]:
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before = _hidden(args or kwargs["hidden_states"]).float()
             after = _hidden(output).float()
             cosine = cosine_similarity(before, after, dim=-1).double()  # batch, seq
             if self.mask is not None:
                 cosine = cosine[self.mask]
-            self.sums[layer.index] = self.sums.get(layer.index, 0.0) + cosine.sum()
-            self.tokens[layer.index] = self.tokens.get(layer.index, 0) + cosine.numel()
+            self._add(f"cosine.{layer.index}", cosine.sum())
+            self._add(f"tokens.{layer.index}", torch.tensor(cosine.numel()))
 
-        return [layer.module.register_forward_hook(hook, with_kwargs=True)]
+        undo.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
 
-    def result(self) -> Mapping[int, Tensor]:
-        return {index: total / self.tokens[index] for index, total in self.sums.items()}
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[int, Tensor]:
+        layers = sorted(int(key.split(".")[1]) for key in sums if key.startswith("cosine."))
+        return {layer: sums[f"cosine.{layer}"] / sums[f"tokens.{layer}"] for layer in layers}
 
 
 class AngularDistance(Collector):
@@ -59,103 +57,104 @@ class AngularDistance(Collector):
 
     (Gromov et al., arXiv 2403.17887.) Table: "distance" -> (num_layers + 1, num_layers + 1),
     "layers" -> their indices; the last row and column are the output of the last layer. Keeps one
-    vector a layer and block, never the hidden states.
+    vector a layer and block, never the hidden states. Sums: "input.LAYER.BLOCK" (batch, width), and
+    "output.LAYER.BLOCK" of the last layer seen so far.
     """
 
     name: ClassVar[str] = "angular_distance"
 
     def __init__(self) -> None:
-        self.states: dict[int, Tensor] = {}
-        self.last: Tensor | None = None
-        self.total: Tensor | None = None
-        self.blocks = 0
+        super().__init__()
+        self.last = 0
 
-    def attach(self, layer: Layer) -> list[RemovableHandle]:
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        self.last = max(self.last, layer.index)
+
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.states[layer.index] = self._last_token(_hidden(args or kwargs["hidden_states"]))
-            self.last = self._last_token(_hidden(output))
+            place = f"{layer.index}.{self.block}"
+            self._add(f"input.{place}", self._last_token(args or kwargs["hidden_states"]))
+            if layer.index == self.last:
+                self._add(f"output.{place}", self._last_token(output))
 
-        return [layer.module.register_forward_hook(hook, with_kwargs=True)]
+        undo.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
 
-    def _last_token(self, hidden: Tensor) -> Tensor:
+    def _last_token(self, value: Any) -> Tensor:
+        hidden = _hidden(value)
         if self.mask is None:
-            return hidden[:, -1].double()
+            return hidden[:, -1]
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        return hidden[torch.arange(hidden.shape[0]), (self.mask * positions).argmax(dim=1)].double()
+        return hidden[torch.arange(hidden.shape[0]), (self.mask * positions).argmax(dim=1)]
 
-    def end_block(self) -> None:
-        if self.last is None:
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        places = [key.split(".")[1:] for key in sums if key.startswith("input.")]
+        if not places:
             raise NumericsError("no decoder layer ran during the sweep")
-        # batch, layers + 1, width
-        states = torch.stack([*(self.states[i] for i in sorted(self.states)), self.last], dim=1)
-        unit = torch.nn.functional.normalize(states, dim=-1)
-        distance = (unit @ unit.mT).clamp(-1, 1).arccos().sum(0) / math.pi
-        self.total = distance if self.total is None else self.total + distance
-        self.blocks += states.shape[0]
-
-    def result(self) -> Mapping[str, Tensor]:
-        if self.total is None:
-            return {}
-        return {"distance": self.total / self.blocks, "layers": torch.tensor(sorted(self.states))}
+        layers = sorted({int(layer) for layer, _ in places})
+        blocks = sorted({int(block) for _, block in places})
+        total, count = torch.zeros(len(layers) + 1, len(layers) + 1, dtype=torch.float64), 0
+        for block in blocks:
+            states = [sums[f"input.{layer}.{block}"] for layer in layers]
+            states.append(sums[f"output.{layers[-1]}.{block}"])
+            # batch, layers + 1, width
+            unit = torch.nn.functional.normalize(
+                torch.stack([state.cpu().double() for state in states], dim=1), dim=-1
+            )
+            total += (unit @ unit.mT).clamp(-1, 1).arccos().sum(0) / math.pi
+            count += len(unit)
+        return {"distance": total / count, "layers": torch.tensor(layers)}
 
 
 class _OfGradients(Collector):
-    """Asks for the gradients of the matrices at `paths`; what it makes of them after each block is
-    up to the subclass.
+    """Asks for the gradients of the matrices at `paths`; what it adds up of each block's is up to
+    the subclass.
     """
 
     backward: ClassVar[bool] = True
 
     def __init__(self, paths: Iterable[str]):
-        self.paths = frozenset(paths)
-        self.linears: dict[str, Linear] = {}
-        self.sums: dict[str, Tensor] = {}
+        super().__init__()
+        self.paths = tuple(paths)
 
-    def attach(self, layer: Layer) -> list[RemovableHandle]:
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
         for linear in layer.linears.values():
             if linear.path in self.paths:
-                self.linears[linear.path] = linear
-                linear.parameter.requires_grad_(True)
-        return []
+                ask_for_gradient(linear.parameter, undo)
+                undo.callback(linear.parameter.register_hook(self._taking(linear)).remove)
+
+    def _taking(self, linear: Linear) -> Any:
+        return lambda grad: self._take(linear.path, linear.oriented(grad.detach()))
+
+    @abstractmethod
+    def _take(self, path: str, grad: Tensor) -> None:
+        """A matrix's gradient (out, in) of one block."""
+
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        for path in self.paths:
+            if path not in sums or not bool(torch.isfinite(sums[path]).all()):
+                raise NumericsError(
+                    f"the gradient of '{path}' is {'not finite' if path in sums else 'missing'};"
+                    " try --dtype float32"
+                )
+        return {path: sums[path] for path in self.paths}
 
 
 class WeightGrad(_OfGradients):
     """`G = dL/dW` (out, in) of the chosen matrices, the loss summed over the whole set. Table: path
-    -> G in float32 or wider.
-
-    For a float32 model autograd itself keeps the sum in `.grad`; a narrower gradient is added to a
-    float32 sum after each block.
+    -> G in float32 or wider. Sums: the same.
     """
 
     name: ClassVar[str] = "weight_grad"
 
-    def end_block(self) -> None:
-        for path, linear in self.linears.items():
-            grad = linear.parameter.grad
-            if grad is not None and torch.finfo(grad.dtype).bits < 32:
-                self.sums[path] = self.sums[path].add_(grad) if path in self.sums else grad.float()
-                linear.parameter.grad = None
-
-    def result(self) -> Mapping[str, Tensor]:
-        table = {}
-        for path, linear in self.linears.items():
-            grad = self.sums.pop(path) if path in self.sums else linear.parameter.grad
-            linear.parameter.grad = None
-            if grad is None or not bool(torch.isfinite(grad).all()):
-                raise NumericsError(
-                    f"the gradient of '{path}' is {'missing' if grad is None else 'not finite'};"
-                    " try --dtype float32"
-                )
-            table[path] = linear.oriented(grad)
-        return table
+    def _take(self, path: str, grad: Tensor) -> None:
+        self._add(path, grad)
 
 
 class GroupGrad(_OfGradients):
     """Per-sample sums of every singular group's `g_k = sigma_k u_k' G_s v_k`, where G_s is the
     gradient of block s alone.
 
-    Table: path -> (3, k): sum of g, sum of |g|, sum of g squared over the blocks. Needs the
-    decompositions beforehand.
+    Table: path -> (3, k): sum of g, sum of |g|, sum of g squared over the blocks. Sums: the same.
+    Needs the decompositions beforehand.
     """
 
     name: ClassVar[str] = "group_grad"
@@ -164,14 +163,7 @@ class GroupGrad(_OfGradients):
         super().__init__(groups)
         self.groups = groups
 
-    def end_block(self) -> None:
-        for path, linear in self.linears.items():
-            u, s, vh = self.groups[path]
-            grad = linear.oriented(linear.parameter.grad).to(u.dtype)  # type: ignore[arg-type]
-            g = s * ((u.T @ grad) * vh).sum(1)
-            moments = torch.stack([g, g.abs(), g.square()]).double()
-            self.sums[path] = self.sums.get(path, 0.0) + moments
-            linear.parameter.grad = None
-
-    def result(self) -> Mapping[str, Tensor]:
-        return dict(self.sums)
+    def _take(self, path: str, grad: Tensor) -> None:
+        u, s, vh = self.groups[path]
+        g = s * ((u.T @ grad.to(u.dtype)) * vh).sum(1)
+        self._add(path, torch.stack([g, g.abs(), g.square()]).double())

@@ -1,14 +1,9 @@
-"""The flags of the command line: those the commands share, those read off the methods, and recipes
-as defaults.
-
-A recipe may be somebody else's. It sets the flags that are declared as `RecipeOption`, which say
-what is computed; all others, which grant trust, name what is written, or are about this machine,
-are the command line's alone.
+"""Flags read off declarations: one option for each field of a dataclass, with its help, its default
+and its type, in a group of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import typing
 from collections.abc import Callable
@@ -17,15 +12,48 @@ from typing import Any
 
 import click
 
-from grasp.errors import RecipeError, did_you_mean
+from grasp.core.fields import REQUIRED, Declared, declared, plain_type
+from grasp.recipes.part import Part
 
 
-class RecipeOption(click.Option):
-    """A flag that a recipe may set too."""
+class Flag(click.Option):
+    """An option that knows whether a recipe may set it (`recipe`), and in which group `--help`
+    shows it.
+    """
+
+    def __init__(self, *args: Any, recipe: bool = False, group: str = "", **options: Any):
+        super().__init__(*args, **options)
+        self.recipe, self.group = recipe, group
 
 
-class RecipeArgument(click.Argument):
-    """An argument that a recipe may name too."""
+class Argument(click.Argument):
+    """An argument that knows whether a recipe may name it."""
+
+    def __init__(self, *args: Any, recipe: bool = False, **options: Any):
+        super().__init__(*args, **options)
+        self.recipe = recipe
+
+
+class Grouped(click.Command):
+    """A command whose `--help` shows every group of flags under its title, those without one at
+    the end.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        rest: list[tuple[str, str]] = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            title = getattr(param, "group", "")
+            if record is not None:
+                (groups.setdefault(title, []) if title else rest).append(record)
+        for title, records in {**groups, "Options" if not groups else "Others": rest}.items():
+            with formatter.section(title):
+                self.before_flags(title, ctx, formatter)
+                formatter.write_dl(records, col_max=24)
+
+    def before_flags(self, title: str, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What a command says under the title of a group."""
 
 
 class Place(click.Path):
@@ -41,248 +69,104 @@ class Place(click.Path):
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list, also accepted as a TOML or JSON list."""
+    """A comma-separated list, also accepted as a TOML or JSON list; the field says what its places
+    may be.
+    """
 
     def __init__(self, of: type):
-        self.of, self.name = of, f"{of.__name__},..."
+        self.name = f"{of.__name__},..."
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        parts = (
-            value
-            if isinstance(value, (list, tuple))
-            else [word.strip() for word in str(value).split(",")]
-            if value
-            else []
-        )
-        if "" in parts:
-            self.fail(
-                f"'{value}' has an empty place in the list; write it like a,b, or leave the"
-                " flag out",
-                param,
-                ctx,
-            )
-        try:
-            return tuple(self.of(part) for part in parts)
-        except ValueError:
-            self.fail(
-                f"'{value}' is not a list of {self.of.__name__}; write it like 21,22,25", param, ctx
-            )
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        listed = isinstance(value, (list, tuple))
+        parts = [str(part).strip() for part in (value if listed else str(value).split(","))]
+        if value and "" in parts:
+            said = "write it like a,b, or leave the flag out"
+            self.fail(f"'{value}' has an empty place in the list; {said}", param, ctx)
+        return tuple(parts) if value else ()
 
 
-class MethodCommand(click.Command):
-    """`grasp compress`: its own flags, then one flag for each field of every method, read off the
-    methods when it runs.
+def option(one: Declared, group: str, hidden: bool = False) -> Flag:
+    """The option of a field. It says nothing where it is not given: the default is the
+    declaration's.
     """
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        own = super().get_params(ctx)
-        taken = {param.name for param in own}
-        return [*own, *(option for option in _method_options() if option.name not in taken)]
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two lists: the flags of the methods, then those of the command."""
-        method_flags = {option.name for option in _method_options()}
-        lists: dict[str, list[tuple[str, str]]] = {
-            "Method flags (each names the methods it belongs to)": [],
-            "Options": [],
-        }
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                lists["Options" if param.name not in method_flags else next(iter(lists))].append(
-                    record
-                )
-        for title, records in lists.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
-def _method_options() -> list[click.Option]:
-    from grasp.methods import available
-
-    helps: dict[str, dict[str, list[str]]] = {}
-    kinds: dict[str, Any] = {}
-    recipe: dict[str, bool] = {}
-    for name, method in available().items():
-        hints = typing.get_type_hints(method)
-        for field in dataclasses.fields(method):
-            helps.setdefault(field.name, {}).setdefault(field.metadata["help"], []).append(name)
-            recipe[field.name] = recipe.get(field.name, True) and field.metadata["recipe"]
-            kind = kinds.setdefault(field.name, hints[field.name])
-            if kind != hints[field.name] and "tuple" in str(kind):
-                kinds[field.name] = tuple[str, ...]  # the method chosen says what the words may be
-    options: list[click.Option] = []
-    for name, kind in kinds.items():
-        option = RecipeOption if recipe[name] else click.Option
-        text = " ".join(f"[{', '.join(owners)}] {text}" for text, owners in helps[name].items())
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            options.append(option([flag], is_flag=True, default=None, help=text))
-        else:
-            options.append(option([flag], type=_click_type(kind), default=None, help=text))
-    return options
-
-
-class RecipeCommand(click.Command):
-    """`grasp recover`: its own flags, then one flag for each field of the recipe, read off it when
-    it runs.
-    """
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from grasp.compensation.recipe import Recipe
-
-        own = super().get_params(ctx)
-        taken = {param.name for param in own}
-        hints, options = typing.get_type_hints(Recipe), []
-        for field in dataclasses.fields(Recipe):
-            text, flag = field.metadata["help"], f"--{field.name.replace('_', '-')}"
-            if field.name in taken:
-                continue
-            if hints[field.name] is bool:
-                options.append(click.Option([flag], is_flag=True, default=None, help=text))
-                continue
-            said = "" if field.default is None else f"  [default: {field.default}]"
-            words = field.metadata["words"]
-            kind = _click_type(hints[field.name])
-            options.append(
-                click.Option(
-                    [flag],
-                    type=kind,
-                    default=None,
-                    help=text + said,
-                    metavar="|".join(words) or None,
-                )
-            )
-        return [*own, *options]
+    text, default = one.help, one.default
+    shown = default is not None and default is not False and default != ()
+    if shown and default is not REQUIRED:
+        said = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text}  [default: {said}]".strip()
+    told: dict[str, Any] = {
+        "default": None,
+        "help": text,
+        "group": group,
+        "recipe": one.recipe,
+        "hidden": hidden,
+    }
+    if plain_type(one.kind) is bool:
+        return Flag([one.flag], is_flag=True, **told)
+    words = "|".join(map(str, one.words)) if len(str(one.words)) < 60 else "NAME"
+    return Flag(
+        [one.flag],
+        type=_click_type(one.kind),
+        required=default is REQUIRED,
+        metavar=one.metavar or words or None,
+        **told,
+    )
 
 
 def _click_type(kind: Any) -> Any:
-    plain = (
-        next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-        if type(None) in typing.get_args(kind)
-        else kind
-    )
-    if typing.get_origin(plain) is tuple:
-        return Words(typing.get_args(plain)[0])
-    return plain
+    found = plain_type(kind)
+    if typing.get_origin(found) is tuple:
+        return Words(plain_type(typing.get_args(found)[0]))
+    return Place() if found == str | Path else found
 
 
-def read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """`--config`: values of a recipe become defaults; flags given on the command line win."""
-    if path is None:
-        return None
-    from grasp.core.documents import read_json, read_toml
-
-    if path.suffix == ".json":
-        values = read_json(path, "--config", RecipeError)
-        values = values.get("recipe", values) if isinstance(values, dict) else values
-    else:
-        values = read_toml(path, "--config", "give a .toml recipe or a grasp.json")
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"--config {path}: holds no table of flags; give a .toml recipe or a grasp.json"
-        )
-    known = {
-        p.opts[0].lstrip("-").replace("-", "_"): p
-        for p in ctx.command.get_params(ctx)
-        if p.name not in ("config", "help")
-    }
-    ctx.default_map = {}
-    for key, value in values.items():
-        flag = key.replace("-", "_")
-        if flag not in known:
-            raise RecipeError(
-                f"--config {path}: '{key}' is no flag of grasp"
-                f" {ctx.info_name}{did_you_mean(flag, known)}"
-            )
-        if not isinstance(known[flag], (RecipeOption, RecipeArgument)):
-            said = (
-                known[flag].human_readable_name
-                if isinstance(known[flag], click.Argument)
-                else known[flag].opts[0]
-            )
-            raise RecipeError(
-                f"--config {path}: '{key}': only the command line may say {said}, not a recipe;"
-                " take the line out"
-            )
-        ctx.default_map[known[flag].name or ""] = _fits(path, key, value, known[flag])
-    return path
-
-
-_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "integer": ("a whole number", (int,)),
-    "float": ("a number", (int, float)),
-    "boolean": ("true or false", (bool,)),
-    "text": ("text", (str,)),
-}
-"""Types of flags, as click names them: what a recipe may hold for each."""
-
-
-def _fits(path: Path, key: str, value: Any, param: click.Parameter) -> Any:
-    """The value, where it is of the flag's kind: click would make 2 of 2.5, 1 of true and text of
-    anything.
+def flags(part: type[Part], *names: str, group: str = "") -> Callable[[Any], Any]:
+    """Add the flags of a part to a command, or those that are named; in the part's own group, if
+    no other is named.
     """
-    words, types = _KINDS.get(param.type.name, ("a list, or text", (str, int)))
-    for one in value if param.type.name not in _KINDS and isinstance(value, list) else [value]:
-        if isinstance(one, str) and "\0" in one:
-            raise RecipeError(f"--config {path}: '{key}': holds a NUL character, which no text can")
-        if isinstance(one, types) and (not isinstance(one, bool) or bool in types):
-            continue
-        raise RecipeError(f"--config {path}: '{key}': must be {words}, not {one!r}")
-    return value
-
-
-_OPTIONS: dict[str, Callable[..., Any]] = {
-    "data": click.option(
-        "--data",
-        cls=RecipeOption,
-        default="pydoc",
-        show_default=True,
-        help=(
-            "Calibration text: a named set (see `grasp data`), a file, self or pydoc; several,"
-            " separated by commas, are mixed."
-        ),
-    ),
-    "text_field": click.option(
-        "--text-field",
-        cls=RecipeOption,
-        help="Column of the text in .jsonl, .json, .csv or .parquet files.",
-    ),
-    "seed": click.option(
-        "--seed",
-        cls=RecipeOption,
-        type=int,
-        default=0,
-        show_default=True,
-        help="Draws the calibration blocks.",
-    ),
-    "device": click.option(
-        "--device", help="cpu, cuda, cuda:1, mps; default: cuda if there is one."
-    ),
-    "dtype": click.option(
-        "--dtype", cls=RecipeOption, help="float32, bfloat16 or float16; default: as stored."
-    ),
-    "trust": click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run Python code that the model repository brings.",
-    ),
-    "json": click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
-    ),
-    "quiet": click.option("--quiet", is_flag=True, help="No progress bars."),
-    "debug": click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
-    ),
-}
-
-
-def shared(*names: str) -> Callable[[Any], Any]:
-    """Add options that several commands share, by name, in this order."""
+    chosen = [
+        one
+        for name, one in declared(part).items()
+        if one.flag.startswith("--") and not one.python and (not names or name in names)
+    ]
 
     def decorate(function: Any) -> Any:
-        for name in reversed((*names, "json", "quiet", "debug")):
-            function = _OPTIONS[name](function)
+        for one in reversed(chosen):
+            add(function, option(one, group or part.title))
         return function
 
     return decorate
+
+
+def argument(part: type[Part], name: str) -> Callable[[Any], Any]:
+    """Add a required field of a part to a command as an argument."""
+    one = declared(part)[name]
+    return click.argument(name, cls=Argument, recipe=one.recipe)
+
+
+def add(function: Any, param: click.Parameter) -> None:
+    """Give a command a parameter, in front of those it has: decorators are read from below."""
+    function.__dict__.setdefault("__click_params__", []).append(param)
+
+
+_EVERYWHERE = (
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
+    ),
+    click.option("--quiet", is_flag=True, help="No progress bars."),
+    click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+    ),
+)
+
+
+def everywhere(function: Any) -> Any:
+    """Add the options that every command has."""
+    for one in reversed(_EVERYWHERE):
+        function = one(function)
+    return function
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; the others are left to their declarations."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -187,45 +187,53 @@ def _speeds(rows: tuple[Result, ...]) -> None:
             for row in timed
         }
         here = {label: one for label, one in here.items() if set(TIMED) <= one.keys()}
-        found = list(here.values())
-        if not found:
-            continue
-        ratios = {
-            name.partition(" ")[0]: _spread(score, 2)
-            for name, score in found[-1].items()
-            if score.unit == "ratio"
-        }
-        lines = [
-            (
-                "prefill, tokens/s",
-                *(_spread(one["prefill"], 0) for one in found),
-                ratios.get("prefill", ""),
-            ),
-            (
-                "decode, tokens/s",
-                *(_spread(one["decode"], 1) for one in found),
-                ratios.get("decode", ""),
-            ),
-            (
-                "first token, ms",
-                *(f"{1e3 * one['time to first token'].value:,.0f}" for one in found),
-                "",
-            ),
-            ("a token, ms: median, p95", *(_latency(one["token latency"]) for one in found), ""),
-            (
-                "share of memory bandwidth",
-                *(f"{one['roofline share'].value:.0%}" for one in found),
-                "",
-            ),
-        ]
-        say("")
-        table(
-            f"batch size {batch}: medians, in brackets lowest and highest",
-            ("", *here, "ratio" if ratios else ""),
-            lines,
-        )
-    if not timed:
-        return
+        if here:
+            _speeds_at(batch, here)
+    if timed:
+        _setting(timed)
+
+
+def _speeds_at(batch: int, here: dict[str, dict[str, Score]]) -> None:
+    """The table of one batch size; `here`: label of a model -> its scores by name."""
+    found = list(here.values())
+    ratios = {
+        name.partition(" ")[0]: _spread(score, 2)
+        for name, score in found[-1].items()
+        if score.unit == "ratio"
+    }
+    lines = [
+        (
+            "prefill, tokens/s",
+            *(_spread(one["prefill"], 0) for one in found),
+            ratios.get("prefill", ""),
+        ),
+        (
+            "decode, tokens/s",
+            *(_spread(one["decode"], 1) for one in found),
+            ratios.get("decode", ""),
+        ),
+        (
+            "first token, ms",
+            *(f"{1e3 * one['time to first token'].value:,.0f}" for one in found),
+            "",
+        ),
+        ("a token, ms: median, p95", *(_latency(one["token latency"]) for one in found), ""),
+        (
+            "share of memory bandwidth",
+            *(f"{one['roofline share'].value:.0%}" for one in found),
+            "",
+        ),
+    ]
+    say("")
+    table(
+        f"batch size {batch}: medians, in brackets lowest and highest",
+        ("", *here, "ratio" if ratios else ""),
+        lines,
+    )
+
+
+def _setting(timed: list[Result]) -> None:
+    """What the speeds were measured under, and the memory of each model."""
     p = next(score.protocol for score in timed[-1].scores if score.name == "decode")
     say(
         f"[dim]{p['device']}, {p['dtype']}, {p['threads']} thread{'s' * (p['threads'] != 1)},"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from grasp.core.children import run_child
 from grasp.core.models import load_model
+from grasp.core.progress import Progress, silent
 from grasp.core.provenance import Clock, machine, versions
 from grasp.core.results import Result, Results
-from grasp.core.sweep import Progress, silent
 from grasp.errors import CheckpointError, GraspError, RecipeError, in_words
 from grasp.evaluation.bench import bench
 from grasp.recipes.experiment import Cell, Experiment

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -27,25 +27,33 @@ from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
-from grasp.core.edits import apply
-from grasp.core.fields import IS_PATH, NumSamples, PathLike, Seed, SeqLen, checked
+from grasp.core.edits import EditLog, Entry
+from grasp.core.fields import PathLike, declared
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.records import Calibration, Statistics
-from grasp.core.sweep import Progress, silent
-from grasp.data.calibration import calibrate, check_lengths
+from grasp.core.runner import Resident, Runner
+from grasp.data.calibration import calibrate
+from grasp.data.stream import check_lengths
 from grasp.errors import RecipeError
 from grasp.methods import make
 from grasp.methods.base import Method
+from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.keywords import keywords
+from grasp.recipes.method import MethodChoice
+from grasp.recipes.model import ModelSource
 from grasp.report.card import model_card
 from grasp.stages.enough import calibration_notes
 from grasp.stages.redundancy import describe_redundancy
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_METHOD = "grasp-fisher"
-DEFAULT_DATA, DEFAULT_NUM_SAMPLES, DEFAULT_SEQ_LEN = "pydoc", 64, 512
+KEYWORDS = tuple(
+    name for part in (ModelSource, MethodChoice, CalibrationRecipe) for name in declared(part)
+)
+"""What `compress` takes beside the method's own fields."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Compression:
     """
 
     decoder: Decoder = field(repr=False)
+    log: EditLog = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
     parameters_before: int
     parameters_after: int
@@ -71,66 +80,46 @@ class Compression:
         return 1 - self.parameters_after / self.parameters_before
 
 
-@checked
+@keywords
 def compress(
-    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    source: ModelSource,
     out: PathLike | None = None,
     *,
-    method: str | Method = DEFAULT_METHOD,
-    data: str | Calibration = DEFAULT_DATA,
-    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
-    seq_len: SeqLen = DEFAULT_SEQ_LEN,
-    seed: Seed = 0,
-    text_field: str | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    choice: MethodChoice,
+    calibration: CalibrationRecipe,
     progress: Progress = silent,
     **fields: Any,
 ) -> Compression:
     """Compress a model and save it.
 
     Args:
-        model: hub id, directory, `.gguf` file, "smollm2", or a loaded model, which is then edited
-            in place.
         out: directory to write; must not exist or be empty. None: nothing is written.
-        method: a name (see `grasp methods`), with its fields as further arguments, or a `Method`.
-        data: calibration text (a named set, a file, "self", "pydoc"), or a ready `Calibration`.
-        num_samples, seq_len, seed: so many blocks of so many tokens, drawn by this seed.
         progress: called as `progress(task, done, total)`.
+        fields: of the method, where `method` is a name.
 
     Raises:
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
-    chosen, clock = make(method, fields), Clock()
+    chosen, clock = make(choice.method, fields, KEYWORDS), Clock()
     if out is not None:
-        check_destination(Path(out), 0, model)
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
+        check_destination(Path(out), 0, source.model)
+    decoder = open_model(**vars(source), dequantize=True)
     decoder.progress = progress
-    _check(chosen, decoder, out, data, num_samples, seq_len)
+    _check(chosen, decoder, out, calibration)
     before, original = decoder.num_parameters(), describe_model(decoder)
     clock.lap("load")
 
-    if isinstance(data, str):
-        data = calibrate(
-            decoder,
-            data,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=seed,
-            text_field=text_field,
-            progress=progress,
-        )
+    data = draw(decoder, calibration)
     clock.lap("calibration")
 
     needs = chosen.needs(decoder)
     notes = calibration_notes(decoder, data, needs)
-    stats = decoder.sweep(data, needs, "statistics")
+    runner = Resident(decoder, data)
+    stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
 
-    log = _carry_out(chosen, decoder, data, stats)
+    log = _carry_out(chosen, runner, stats)
     after = decoder.num_parameters()
     clock.lap("attribution and replacement")
 
@@ -139,8 +128,8 @@ def compress(
         "method": chosen.name,
         **chosen.recipe(),
         **data.recipe(),
-        "text_field": text_field,
-        "dtype": dtype,
+        "text_field": calibration.text_field,
+        "dtype": source.dtype,
     }
     manifest = {
         "model": original,
@@ -152,31 +141,34 @@ def compress(
             "loss_before": stats.loss,
         },
         "redundancy": redundancy,
-        "edits": log,
-        **_prediction(stats.loss, log),
+        "edits": log.to_json(),
+        "prediction": log.prediction(stats.loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "versions": versions(),
         "seconds": clock.laps,
         "notes": list(notes),
     }
+    manifest = {name: value for name, value in manifest.items() if value is not None}
     if out is not None:
         save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
     for note in notes:
         logger.warning(note)
-    return Compression(decoder, manifest, before, after, None if out is None else Path(out))
+    return Compression(decoder, log, manifest, before, after, None if out is None else Path(out))
+
+
+def draw(decoder: Decoder, calibration: CalibrationRecipe) -> Calibration:
+    """The calibration set that a recipe describes; a ready one is taken as it is."""
+    if isinstance(calibration.data, Calibration):
+        return calibration.data
+    return calibrate(decoder, **vars(calibration), progress=decoder.progress)
 
 
 def _check(
-    method: Method,
-    decoder: Decoder,
-    out: str | Path | None,
-    data: str | Calibration,
-    num_samples: int,
-    seq_len: int,
+    method: Method, decoder: Decoder, out: str | Path | None, calibration: CalibrationRecipe
 ) -> None:
     """Find what is wrong before any work is done: the recipe, the destination, the weights."""
-    if isinstance(data, str):
-        check_lengths(decoder, num_samples, seq_len)
+    if isinstance(calibration.data, str):
+        check_lengths(decoder, calibration.num_samples, calibration.seq_len)
     settle_class(decoder)
     method.check(decoder)
     if out is not None:
@@ -190,17 +182,16 @@ def _check(
     decoder.check_finite()
 
 
-def _carry_out(
-    method: Method, decoder: Decoder, data: Calibration, stats: Statistics
-) -> list[dict[str, Any]]:
+def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
     """Apply each edit before the next is asked for. Returns the log: every edit, and the parameter
     count after it.
     """
-    log: list[dict[str, Any]] = []
+    decoder = runner.decoder
+    log = EditLog(num_layers=decoder.num_layers)
     before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
-    for edit in method.edits(decoder, data, stats):
-        apply(decoder, edit)
-        log.append({**edit.spec(), "parameters": decoder.num_parameters()})
+    for step in method.edits(runner, stats):
+        step.edit.apply(decoder)
+        log.append(Entry(step.edit, step.note, decoder.num_parameters()))
         decoder.progress("replacing", len(log), max(expected, len(log)))
     decoder.progress("replacing", len(log), len(log))
     after = decoder.num_parameters()
@@ -211,22 +202,6 @@ def _carry_out(
         100 * (1 - after / before),
     )
     return log
-
-
-def _prediction(loss: float | None, log: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's "prediction": the rise of the loss that the edits say they cost, where all of
-    them say it.
-    """
-    rises = [edit["predicted_loss"] for edit in log if "predicted_loss" in edit]
-    if loss is None or not rises or len(rises) < len(log):
-        return {}
-    return {
-        "prediction": {
-            "loss_before": loss,
-            "loss_rise": sum(rises),
-            "perplexity_ratio": math.exp(sum(rises)),
-        }
-    }
 
 
 @dataclass(frozen=True)
@@ -245,21 +220,13 @@ class Prediction:
         return math.exp(self.loss + self.rises[ratio])
 
 
-@checked
+@keywords
 def predict(
-    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    source: ModelSource,
     ratios: Sequence[float],
     *,
-    method: str | Method = DEFAULT_METHOD,
-    data: str | Calibration = DEFAULT_DATA,
-    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
-    seq_len: SeqLen = DEFAULT_SEQ_LEN,
-    seed: Seed = 0,
-    text_field: str | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    choice: MethodChoice,
+    calibration: CalibrationRecipe,
     progress: Progress = silent,
     **fields: Any,
 ) -> Prediction:
@@ -270,26 +237,18 @@ def predict(
 
     Raises `RecipeError` for a method whose scores are not losses.
     """
-    chosen = make(method, fields)
+    chosen = make(choice.method, fields, KEYWORDS)
     if not chosen.predicts:
         raise RecipeError(
             f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do"
         )
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
+    decoder = open_model(**vars(source), dequantize=True)
     decoder.progress = progress
-    _check(chosen, decoder, None, data, num_samples, seq_len)
-    if isinstance(data, str):
-        data = calibrate(
-            decoder,
-            data,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=seed,
-            text_field=text_field,
-            progress=progress,
-        )
+    _check(chosen, decoder, None, calibration)
+    data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
     notes = calibration_notes(decoder, data, needs)
-    stats = decoder.sweep(data, needs, "statistics")
+    runner = Resident(decoder, data)
+    stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None
-    return Prediction(stats.loss, chosen.predict(decoder, data, stats, ratios), notes)
+    return Prediction(stats.loss, chosen.predict(runner, stats, ratios), notes)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import torch
 from grasp.core.children import run_child
 from grasp.core.models import EMBEDDED, embedded_model, load_model
 from grasp.core.precision import has_fast_bfloat16
+from grasp.core.progress import Progress
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
-from grasp.core.sweep import Progress
-from grasp.errors import GraspError, Interrupted
+from grasp.errors import GraspError
 from grasp.evaluation.generation import greedy
 from grasp.evaluation.speed import decode_speed
 from grasp.report.plots import overview
-from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
 from grasp.verbs import compress as pipeline
 from grasp.verbs import evaluate as measurement
 
@@ -36,117 +34,65 @@ PROMPT = "A function in Python is"
 NEW_TOKENS = 24
 
 
-def run(output: Path, as_json: bool, quiet: bool) -> None:
-    """Compress twice, measure in a child process, print the table."""
-    try:
-        _run(output, as_json, quiet)
-    except KeyboardInterrupt as stop:
-        done = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-        if not done:
-            raise
-        raise Interrupted(
-            f"{output} holds what was finished ({', '.join(done)}); remove it to begin anew"
-        ) from stop
+@dataclass(frozen=True)
+class Made:
+    """What `make` wrote: pictures of what every matrix kept, and the layers that the paper's method
+    edited.
+    """
+
+    pictures: tuple[Path, ...]
+    layers: tuple[int, ...]
 
 
-def _run(output: Path, as_json: bool, quiet: bool) -> None:
-    begin = time.perf_counter()
-    dtype = (
-        "bfloat16"
-        if has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
-        else "float32"
-    )
+def fast_dtype() -> str:
+    """What calibration is computed in: the faster one here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
+def make(output: Path, dtype: str, progress: Progress) -> Made:
+    """Compress by the paper's method, by the default one at that size, and by removing the same
+    layers; each into a folder of `output`.
+    """
     calibration = {**CALIBRATION, "dtype": dtype}
-    say(
-        f"{NUM_LAYERS} of its 30 layers replaced by {RETAIN_RATIO:.0%} of their parameters, and the"
-        f" default method at that size; calibrated in {dtype}, the faster one here"
+    progress("unpacking the model", 0, 1)
+    embedded_model()
+    progress("unpacking the model", 1, 1)
+    paper: dict[str, Any] = {
+        "method": "grasp",
+        "num_layers": NUM_LAYERS,
+        "retain_ratio": RETAIN_RATIO,
+    }
+    made = pipeline.compress(
+        EMBEDDED, output / "grasp", progress=_renamed(progress, "grasp: {}"), **paper, **calibration
     )
-    with progress_bars(quiet) as bars:
-        bars("unpacking the model", 0, 1)
-        embedded_model()
-        bars("unpacking the model", 1, 1)
-        paper: dict[str, Any] = {
-            "method": "grasp",
-            "num_layers": NUM_LAYERS,
-            "retain_ratio": RETAIN_RATIO,
-        }
-        made = pipeline.compress(
-            EMBEDDED, output / "grasp", progress=_renamed(bars, "grasp: {}"), **paper, **calibration
-        )
-        layers = tuple(sorted({int(edit["path"].split(".")[2]) for edit in made.manifest["edits"]}))
-        ours = pipeline.compress(
-            EMBEDDED,
-            output / "grasp-fisher",
-            ratio=made.ratio,
-            progress=_renamed(bars, "grasp-fisher: {}"),
-            **calibration,
-        )
-        pipeline.compress(
-            EMBEDDED,
-            output / "removed",
-            method="shortgpt",
-            layers=layers,
-            progress=_renamed(bars, "layers removed: {}"),
-            **{**calibration, "num_samples": 1},
-        )
-        bars("drawing what every matrix kept", 0, 2)
-        pictures = [
-            overview(made.manifest, output / "grasp.png"),
-            overview(ours.manifest, output / "grasp-fisher.png"),
-        ]
-        bars("drawing what every matrix kept", 2, 2)
-    del made, ours
-    say("loading them again in a new process, to measure what a user of the checkpoints gets")
-    results = _measure_in_new_process(output, quiet)
-    results.write(output / "results.json")
-    _show(results, layers)
-    places = ", ".join(plain(output / name) for name in ("grasp", "grasp-fisher"))
-    say(f"\ncheckpoints: {places}\npictures:    {', '.join(plain(path) for path in pictures)}")
-    say(
-        f"a page of all this: grasp report {plain(output)}\ntook"
-        f" {time.perf_counter() - begin:.0f} s"
+    layers = tuple(sorted(made.log.layers))
+    ours = pipeline.compress(
+        EMBEDDED,
+        output / "grasp-fisher",
+        ratio=made.ratio,
+        progress=_renamed(progress, "grasp-fisher: {}"),
+        **calibration,
     )
-    if as_json:
-        emit(
-            {
-                **results.to_json(),
-                "layers": layers,
-                "pictures": [str(path) for path in pictures],
-                "seconds": time.perf_counter() - begin,
-            }
-        )
-
-
-def _show(results: Results, layers: tuple[int, ...]) -> None:
-    rows = []
-    for row in results.rows:
-        text, speed = row.score("perplexity"), row.score("tokens/s")
-        assert text is not None and speed is not None
-        rows.append(
-            (
-                row.label,
-                f"{row.parameters:,}",
-                megabytes(row.num_bytes or 0),
-                f"{text.value:.1f}",
-                f"{speed.value:.1f}",
-            )
-        )
-    table(
-        f"Held-out pydoc text, {HELD_OUT['num_blocks']} × {HELD_OUT['seq_len']} tokens; greedy"
-        f" decoding, batch 1; float32; layers {','.join(map(str, layers))}",
-        ("model", "parameters", "in memory", "perplexity", "tokens/s"),
-        rows,
+    pipeline.compress(
+        EMBEDDED,
+        output / "removed",
+        method="shortgpt",
+        layers=layers,
+        progress=_renamed(progress, "layers removed: {}"),
+        **{**calibration, "num_samples": 1},
     )
-    say("")
-    for row in results.rows:
-        one = row.generations[0]
-        say(
-            f"[bold]{row.label}[/bold]:"
-            f" {one.prompt}[dim]{plain(json.dumps(one.text, ensure_ascii=False)[1:-1])}[/dim]"
-        )
+    progress("drawing what every matrix kept", 0, 2)
+    pictures = (
+        overview(made.manifest, output / "grasp.png"),
+        overview(ours.manifest, output / "grasp-fisher.png"),
+    )
+    progress("drawing what every matrix kept", 2, 2)
+    return Made(pictures, layers)
 
 
-def _measure_in_new_process(output: Path, quiet: bool) -> Results:
+def measure_in_new_process(output: Path, quiet: bool) -> Results:
+    """What `measure` says in a process of its own. Raises `GraspError` where that fails."""
     command = [
         sys.executable,
         "-m",
@@ -179,37 +125,36 @@ def _renamed(progress: Progress, name: str) -> Progress:
     return lambda task, done, total: progress(name.format(task), done, total)
 
 
-def measure(output: Path, quiet: bool) -> None:
-    """In the new process: load the three models from disk, measure them, print JSON."""
+def measure(output: Path, progress: Progress) -> list[Result]:
+    """In the new process: load the models from disk and measure them."""
     places = {
         "dense": EMBEDDED,
         "same layers removed": output / "removed",
         "grasp": output / "grasp",
         "grasp-fisher": output / "grasp-fisher",
     }
-    with progress_bars(quiet) as bars:
-        models = {}
-        for number, (name, place) in enumerate(places.items()):
-            bars("loading in a new process", number, len(places))
-            models[name] = load_model(str(place), dtype="float32")
-        bars("loading in a new process", len(places), len(places))
-        rows, speeds = [], decode_speed(models, progress=bars)
-        for number, (name, model) in enumerate(models.items()):
-            read = measurement.evaluate(
-                model, ppl="pydoc", progress=_renamed(bars, f"perplexity, {name}"), **HELD_OUT
-            ).result
-            bars("greedy text", number, len(models))
-            said = (greedy(model, PROMPT, NEW_TOKENS),)
-            ratio = 1 - model.num_parameters() / models["dense"].num_parameters()
-            rows.append(
-                replace(
-                    read,
-                    label=name,
-                    method=read.method or "dense",
-                    ratio=ratio,
-                    scores=(*read.scores, speeds[name]),
-                    generations=said,
-                )
+    models = {}
+    for number, (name, place) in enumerate(places.items()):
+        progress("loading in a new process", number, len(places))
+        models[name] = load_model(str(place), dtype="float32")
+    progress("loading in a new process", len(places), len(places))
+    rows, speeds = [], decode_speed(models, progress=progress)
+    for number, (name, model) in enumerate(models.items()):
+        read = measurement.evaluate(
+            model, ppl="pydoc", progress=_renamed(progress, f"perplexity, {name}"), **HELD_OUT
+        ).result
+        progress("greedy text", number, len(models))
+        said = (greedy(model, PROMPT, NEW_TOKENS),)
+        ratio = 1 - model.num_parameters() / models["dense"].num_parameters()
+        rows.append(
+            replace(
+                read,
+                label=name,
+                method=read.method or "dense",
+                ratio=ratio,
+                scores=(*read.scores, speeds[name]),
+                generations=said,
             )
-        bars("greedy text", len(models), len(models))
-    emit({"rows": [row.to_json() for row in rows]})
+        )
+    progress("greedy text", len(models), len(models))
+    return rows

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 
 from grasp.core.decoder import Decoder
-from grasp.core.fields import NumSamples, PathLike, Seed, SeqLen, checked
-from grasp.core.models import load_model
-from grasp.data.calibration import check_lengths
+from grasp.core.models import DTYPES, load_model
+from grasp.data.stream import check_lengths
 from grasp.methods import make
 from grasp.methods.base import Method, Plan
+from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.keywords import keywords
+from grasp.recipes.method import MethodChoice
+from grasp.recipes.model import ModelSource
+from grasp.verbs.compress import KEYWORDS
 
 EFFICIENCY = 0.4
 """Share of a bare matrix product's speed that a whole transformer pass reaches: an assumption,
@@ -45,16 +49,9 @@ def estimate(
     memory = parameters * dtype_bytes + plan.gradient_parameters * 4 + activations + logits
     tokens = num_samples * seq_len
     work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
-    for linear in (linear for layer in decoder.layers() for linear in layer.linears.values()):
-        m, n = linear.shape
-        work += (
-            20.0
-            * m
-            * n
-            * min(m, n)
-            * plan.num_edits
-            / (decoder.num_layers * len(decoder.family.matrices))
-        )
+    linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
+    for m, n in (linear.shape for linear in linears):
+        work += 20.0 * m * n * min(m, n) * plan.num_edits / len(linears)
     return Estimate(memory, work / (_matmul_speed() * EFFICIENCY))
 
 
@@ -70,26 +67,52 @@ def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / min(times)
 
 
-@checked
-def dry_run(
-    model: PathLike,
-    *,
-    method: str,
-    num_samples: NumSamples,
-    seq_len: SeqLen,
-    seed: Seed = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    **fields: Any,
-) -> tuple[Decoder, Method, Plan]:
-    """What `compress` would do, from the model's shapes alone: no weights are read. `seed` is only
-    checked.
+@dataclass(frozen=True)
+class DryRun:
+    """What `compress` would do. `decoder` is empty: shapes without weights; `width` the bytes of a
+    number.
     """
-    chosen = make(method, fields)
+
+    decoder: Decoder
+    method: Method
+    plan: Plan
+    calibration: CalibrationRecipe
+    width: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the result on disk, or of the whole model where the size follows from the scores."""
+        after = self.plan.parameters
+        return (self.decoder.num_parameters() if after is None else after) * self.width
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of all parameters that would go, where it is known."""
+        after = self.plan.parameters
+        return None if after is None else 1 - after / self.decoder.num_parameters()
+
+    def estimate(self) -> Estimate:
+        """Memory, and time on this machine."""
+        blocks = self.calibration
+        return estimate(self.decoder, self.plan, blocks.num_samples, blocks.seq_len, self.width)
+
+
+@keywords
+def dry_run(
+    source: ModelSource, *, choice: MethodChoice, calibration: CalibrationRecipe, **fields: Any
+) -> DryRun:
+    """What `compress` would do with these arguments, from the model's shapes alone: no weights and
+    no text are read.
+    """
+    chosen = make(choice.method, fields, KEYWORDS)
     decoder = load_model(
-        str(model), empty=True, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        str(source.model),
+        empty=True,
+        device=source.device,
+        dtype=source.dtype,
+        trust_remote_code=source.trust_remote_code,
     )
-    check_lengths(decoder, num_samples, seq_len)
+    check_lengths(decoder, calibration.num_samples, calibration.seq_len)
     chosen.check(decoder)
-    return decoder, chosen, chosen.plan(decoder)
+    width = (DTYPES[source.dtype] if source.dtype else decoder.model.dtype).itemsize
+    return DryRun(decoder, chosen, chosen.plan(decoder), calibration, width)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,24 +14,15 @@ from typing import Annotated, Any
 from transformers import PreTrainedModel
 
 from grasp.core.decoder import Decoder
-from grasp.core.fields import (
-    IS_PATH,
-    BatchSize,
-    Count,
-    NumFewshot,
-    NumTokens,
-    PathLike,
-    SeqLen,
-    checked,
-)
+from grasp.core.fields import IS_PATH
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.provenance import machine, versions
 from grasp.core.records import Text
 from grasp.core.results import Generation, Result, Results
 from grasp.core.score import Score
-from grasp.core.sweep import Progress, silent
 from grasp.data.blocks import Blocks, blocks_of
-from grasp.data.calibration import check_lengths
+from grasp.data.stream import check_lengths, check_vocabulary
 from grasp.data.text import fields_of, read_text
 from grasp.errors import RecipeError
 from grasp.evaluation.fidelity import check_same_tokens, fidelity
@@ -40,6 +31,9 @@ from grasp.evaluation.leakage import leakage, trained_on
 from grasp.evaluation.perplexity import perplexity
 from grasp.evaluation.rows import manifest_of, number_formats, row
 from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
+from grasp.recipes.evaluation import EvaluationRecipe
+from grasp.recipes.keywords import keywords
+from grasp.recipes.model import ModelSource
 
 DEFAULT_SEQ_LEN = 2048
 """The block length of GPTQ's and SVD-LLM's protocol."""
@@ -65,28 +59,12 @@ class Evaluation:
         )
 
 
-@checked
+@keywords
 def evaluate(
-    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    source: ModelSource,
     *,
+    recipe: EvaluationRecipe,
     against: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH] | None = None,
-    ppl: str | Sequence[str] = (),
-    tasks: str | Sequence[str] = (),
-    task_data: PathLike | None = None,
-    limit: Count | None = None,
-    num_fewshot: NumFewshot | None = None,
-    batch_size: BatchSize = 8,
-    generate: bool = False,
-    new_tokens: NumTokens = 64,
-    seq_len: SeqLen | None = None,
-    stride: NumTokens | None = None,
-    num_blocks: Count | None = None,
-    rolling: bool = False,
-    text_field: str | None = None,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
     calibration: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -96,69 +74,74 @@ def evaluate(
         against: the dense model. Perplexities and tasks are measured of both, and KL(dense ||
             model), top-1 agreement and the perplexity ratio with bootstrap 95 % intervals; of
             tasks, the share of dense that is kept.
-        ppl: texts (DATA; of a named set the test split). With neither `ppl` nor `tasks` nor
-            `generate`: "pydoc".
-        tasks: names that lm-eval knows, or "commonsense"; `task_data`: a folder of local data,
-            `FOLDER/<task>/<split>.jsonl`.
-        generate: greedy continuations of fixed prompts, `new_tokens` each.
         calibration: what a model without a manifest was calibrated on (its manifest's entry, were
             it saved), for the leakage notes.
-        seq_len: None: 2048, or the longest the model reads. `stride`, `num_blocks`, `rolling`: see
-            `grasp.evaluation.blocks`.
 
     Raises:
         GraspError: what a user can get wrong, before anything is measured; a non-finite block is an
             error, never skipped.
     """
-    names = _names("--ppl", ppl) or ([] if tasks or generate else ["pydoc"])
-    chosen = _names("--tasks", tasks)
-    folder = None if task_data is None else Path(os.path.expandvars(task_data))
-    if chosen:
-        check_tasks(chosen, folder, num_fewshot=num_fewshot, limit=limit)
-    elif folder is not None:
-        raise RecipeError(f"--task-data {folder}: name the tasks it holds with --tasks")
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
-    length = seq_len or min(
-        DEFAULT_SEQ_LEN, getattr(decoder.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
-    )
-    check_lengths(decoder, 1, length if seq_len is None else seq_len)
-    fields = fields_of(names, text_field) if names else []
+    names = list(recipe.ppl) or ([] if recipe.tasks or recipe.generate else ["pydoc"])
+    questions = _questions(recipe)
+    decoder = open_model(**vars(source))
+    cuts, texts = _cut(decoder, recipe, names)
     decoder.progress = progress
-    if chosen or generate:
-        decoder.check_vocabulary()
+    beside = {**vars(source), "model": against, "tokenizer": None}
+    reference = None if against is None else open_model(**beside)
+    if reference is not None:
+        check_same_tokens(decoder, reference)
+    if recipe.generate:
+        check_room(decoder, recipe.new_tokens)
+
+    pair = _Pair(decoder, reference, progress, calibration or {})
+    for blocks in cuts:
+        pair.read(blocks)
+    if recipe.tasks:
+        pair.solve(recipe.tasks, batch_size=recipe.batch_size, **questions)
+    if recipe.generate:
+        pair.write(recipe.new_tokens)
+    return pair.evaluation(texts)
+
+
+def _questions(recipe: EvaluationRecipe) -> dict[str, Any]:
+    """Which questions the tasks ask, as `run_tasks` takes it. Raises `RecipeError` or `DataError`
+    for what cannot be asked.
+    """
+    folder = None if recipe.task_data is None else Path(os.path.expandvars(recipe.task_data))
+    if folder is not None and not recipe.tasks:
+        raise RecipeError(f"--task-data {folder}: name the tasks it holds with --tasks")
+    asked: dict[str, Any] = {
+        "task_data": folder,
+        "limit": recipe.limit,
+        "num_fewshot": recipe.num_fewshot,
+    }
+    check_tasks(recipe.tasks, **asked)
+    return asked
+
+
+def _cut(
+    decoder: Decoder, recipe: EvaluationRecipe, names: list[str]
+) -> tuple[list[Blocks], list[Text]]:
+    """The texts to read, and each of them in blocks. Raises `DataError` for a length that the model
+    does not read, and for a text that there is not.
+    """
+    longest = getattr(decoder.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+    length = recipe.seq_len or min(DEFAULT_SEQ_LEN, longest)
+    check_lengths(decoder, 1, length)
+    fields = fields_of(names, recipe.text_field) if names else []
+    if recipe.tasks or recipe.generate:
+        check_vocabulary(decoder)
     texts = [
         read_text(name, split="test", text_field=field, tokenizer=decoder.tokenizer)
         for name, field in zip(names, fields, strict=True)
     ]
-    cuts = [
-        blocks_of(
-            decoder,
-            text,
-            seq_len=length,
-            stride=stride,
-            num_blocks=num_blocks,
-            rolling_windows=rolling,
-        )
-        for text in texts
-    ]
-    reference = (
-        None if against is None else open_model(against, None, device, dtype, trust_remote_code)
-    )
-    if reference is not None:
-        check_same_tokens(decoder, reference)
-
-    if generate:
-        check_room(decoder, new_tokens)
-    pair = _Pair(decoder, reference, progress, calibration or {})
-    for blocks in cuts:
-        pair.read(blocks)
-    if chosen:
-        pair.solve(
-            chosen, task_data=folder, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size
-        )
-    if generate:
-        pair.write(new_tokens)
-    return pair.evaluation(texts)
+    options: dict[str, Any] = {
+        "seq_len": length,
+        "stride": recipe.stride,
+        "num_blocks": recipe.num_blocks,
+        "rolling_windows": recipe.rolling,
+    }
+    return [blocks_of(decoder, text, **options) for text in texts], texts
 
 
 class _Pair:
@@ -226,17 +209,3 @@ class _Pair:
 
     def _renamed(self) -> Progress:
         return lambda task, done, total: self.progress(f"{task}, dense", done, total)
-
-
-def _names(flag: str, value: str | Iterable[str]) -> list[str]:
-    """The names in a comma-separated list, or in any other."""
-    names = (
-        [name.strip() for name in value.split(",")]
-        if isinstance(value, str)
-        else [str(name) for name in value]
-    )
-    if "" in names and names != [""]:
-        raise RecipeError(
-            f"{flag} '{value}': an empty name in the list; write it like wikitext2,my.txt"
-        )
-    return [name for name in names if name]

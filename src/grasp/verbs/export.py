@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
-from grasp.core.edits import strip_quantization_marks
+from grasp.core.edits.ordinary import strip_quantization_marks
 from grasp.core.extras import need
 from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank

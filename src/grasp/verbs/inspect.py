@@ -5,22 +5,20 @@ fall. Nothing is changed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from grasp.core.decoder import Decoder
-from grasp.core.fields import IS_PATH, NumSamples, Seed, SeqLen, checked
 from grasp.core.linalg import svd
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.records import Calibration, Redundancy
-from grasp.core.sweep import Progress, silent
+from grasp.core.runner import Resident
 from grasp.data.calibration import calibrate
+from grasp.recipes.calibration import InspectionRecipe
+from grasp.recipes.keywords import keywords
+from grasp.recipes.model import ModelSource
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
-from grasp.verbs.compress import DEFAULT_DATA, DEFAULT_SEQ_LEN
 
 
 @dataclass(frozen=True)
@@ -34,39 +32,23 @@ class Inspection:
     calibration: Calibration
 
 
-@checked
+@keywords
 def inspect(
-    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    source: ModelSource,
     *,
-    data: str = DEFAULT_DATA,
-    num_samples: NumSamples = 32,
-    seq_len: SeqLen = DEFAULT_SEQ_LEN,
-    seed: Seed = 0,
-    text_field: str | None = None,
-    angular: bool = False,
+    recipe: InspectionRecipe,
     spectra: bool = True,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Inspection:
-    """Layer redundancy and singular spectra; nothing is changed. Arguments as for `compress`."""
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code, dequantize=True)
+    """Layer redundancy and, unless `spectra` is False, singular values; nothing is changed."""
+    decoder = open_model(**vars(source), dequantize=True)
     decoder.check_finite()
-    calibration = calibrate(
-        decoder,
-        data,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        seed=seed,
-        text_field=text_field,
-        progress=progress,
-    )
+    blocks = {name: value for name, value in vars(recipe).items() if name != "angular"}
+    calibration = calibrate(decoder, **blocks, progress=progress)
     decoder.progress = progress
-    stats = decoder.sweep(
-        calibration, [AngularDistance()] if angular else [Similarity()], "layer redundancy"
-    )
+    runner = Resident(decoder, calibration)
+    collectors = [AngularDistance()] if recipe.angular else [Similarity()]
+    stats = runner.sweep(collectors, "layer redundancy")
     linears = (
         [linear for layer in decoder.layers() for linear in layer.linears.values()]
         if spectra
@@ -75,8 +57,9 @@ def inspect(
     values = {}
     for done, linear in enumerate(linears):
         progress("singular values", done, len(linears))
-        values[linear.path] = svd(linear.weight)[1].cpu()
+        with runner.holding(linear.layer):
+            values[linear.path] = svd(linear.weight)[1].cpu()
     progress("singular values", len(linears), len(linears))
     return Inspection(
-        angular_distance(stats) if angular else block_influence(stats), values, calibration
+        angular_distance(stats) if recipe.angular else block_influence(stats), values, calibration
     )

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +23,21 @@ from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
-from grasp.core.edits import Quantize, apply
-from grasp.core.fields import IS_PATH, PathLike, checked
-from grasp.core.layer import is_low_rank
+from grasp.core.edits import Quantize
+from grasp.core.fields import PathLike
+from grasp.core.layer import is_low_rank, is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
-from grasp.core.rounding import GROUP_SIZES, rounded, torchao
+from grasp.core.rounding import rounded, torchao
 from grasp.core.seal import SEAL
-from grasp.core.sweep import Progress, silent
 from grasp.errors import RecipeError
+from grasp.recipes.keywords import keywords
+from grasp.recipes.model import ModelSource
+from grasp.recipes.quantization import QuantizationRecipe
 from grasp.report.card import model_card
 
 logger = logging.getLogger(__name__)
@@ -58,90 +61,45 @@ class Quantization:
         return self.decoder.model
 
 
-@checked
+@keywords
 def quantize(
-    model: Annotated[str | Path | PreTrainedModel | Decoder, IS_PATH],
+    source: ModelSource,
     out: PathLike | None = None,
     *,
-    bits: int,
-    scheme: str = "weight-only",
-    group_size: int = 32,
-    tokenizer: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
+    recipe: QuantizationRecipe,
     progress: Progress = silent,
 ) -> Quantization:
     """Round the linears of the decoder layers, dense ones and the factors of low-rank pairs, to 8
     or 4 bits.
 
     Args:
-        model: a checkpoint of grasp, any other MODEL, or a loaded model, which is then changed in
-            place.
         out: directory to write; must not exist or be empty. None: nothing is written.
-        bits: 8 (one scale a row) or 4 (a scale and a minimum for every `group_size` numbers of a
-            row).
-        scheme: "weight-only", or "dynamic" (8 bits): the input of each product is rounded too, one
-            scale a token.
 
     Raises:
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
-    kind = _check(bits, scheme, group_size)
+    kind = _kind(recipe)
     torchao()
     clock = Clock()
     if out is not None:
-        check_destination(Path(out), 0, model)
-    decoder = open_model(model, tokenizer, device, dtype, trust_remote_code)
+        check_destination(Path(out), 0, source.model)
+    decoder = open_model(**vars(source))
     settle_class(decoder)
-    written = getattr(decoder.config, "quantization_config", None) or getattr(
-        decoder.model.config, "quantization_config", None
-    )
-    if written is not None and (
-        getattr(written, "quant_method", "") not in NAMES or written.quantization
-    ):
-        raise RecipeError(
-            f"DIR {decoder.source}: is quantized already; give the model it was made from"
-        )
+    _check_model(decoder, recipe)
     decoder.check_finite()
     if out is not None:
         check_savable(decoder)
-    pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
-    if pivoted and bits == 4:
-        raise RecipeError(
-            f"--bits 4: {pivoted} pairs of {decoder.source or 'the model'} are pivoted, and"
-            " rounding them so coarsely leaves noise; use --bits 8, or `grasp compress --storage"
-            " pair` first"
-        )
-    if pivoted and scheme == "dynamic":
-        logger.warning(
-            "%d pairs are pivoted and lose far more by rounded activations than plain pairs do;"
-            " better --scheme weight-only, or `grasp compress --storage pair` first",
-            pivoted,
-        )
-    manifest = _manifest(decoder)
-    before = decoder.num_bytes()
-    command = [
-        "grasp",
-        "quantize",
-        Path(decoder.source).name,
-        name_of(Path(out or "OUT")),
-        "--bits",
-        str(bits),
-    ]
-    command += [
-        *(["--scheme", scheme] if scheme != "weight-only" else []),
-        *(["--group-size", str(group_size)] if bits == 4 else []),
-    ]
+    manifest, before = _manifest(decoder), decoder.num_bytes()
+    command = _command(decoder, out, recipe, source.dtype)
     clock.lap("load")
-    errors = dict(_round_all(decoder, kind, group_size, progress))
+    errors = dict(_round_all(decoder, kind, recipe.group_size, progress))
     clock.lap("rounding")
     numbers = sum(count for count, _ in errors.values())
     found = sorted(error for _, error in errors.values())
     manifest["quantization"] = {
         "scheme": kind,
-        "bits": bits,
-        "group_size": group_size if bits == 4 else None,
+        "bits": recipe.bits,
+        "group_size": recipe.group_size if recipe.bits == 4 else None,
         "matrices": len(errors),
         "share": numbers / decoder.num_parameters(),
         "error_median": found[len(found) // 2],
@@ -149,7 +107,7 @@ def quantize(
         "bytes_before": before,
         "bytes_after": decoder.num_bytes(),
         "checkpoint": Path(decoder.source).name,
-        "command": shlex.join([*command, *(["--dtype", dtype] if dtype else [])]),
+        "command": command,
         "versions": versions(),
         "seconds": clock.laps,
     }
@@ -158,21 +116,50 @@ def quantize(
     return Quantization(decoder, manifest, None if out is None else Path(out))
 
 
-def _check(bits: int, scheme: str, group_size: int) -> str:
-    """The name of what is asked for. Raises `RecipeError` for what there is not."""
-    if bits not in (8, 4):
-        raise RecipeError(f"--bits {bits}: must be 8 or 4")
-    if scheme not in ("weight-only", "dynamic"):
-        raise RecipeError(f"--scheme {scheme}: unknown; allowed: weight-only, dynamic")
-    if (bits, scheme) not in SCHEMES:
+def _kind(recipe: QuantizationRecipe) -> str:
+    """The name of what is asked for. Raises `RecipeError` for a combination that there is not."""
+    if (recipe.bits, recipe.scheme) not in SCHEMES:
         raise RecipeError(
-            f"--scheme dynamic: needs --bits 8, not --bits {bits}; use --scheme weight-only"
+            f"--scheme {recipe.scheme}: needs --bits 8, not --bits {recipe.bits}; use --scheme"
+            " weight-only"
         )
-    if group_size not in GROUP_SIZES:
+    return SCHEMES[recipe.bits, recipe.scheme]
+
+
+def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
+    """Raise `RecipeError` for a model that cannot be rounded so, and warn where it loses much."""
+    written = getattr(decoder.config, "quantization_config", None) or getattr(
+        decoder.model.config, "quantization_config", None
+    )
+    foreign = written is not None and getattr(written, "quant_method", "") not in NAMES
+    if foreign or any(is_quantized(module) for module in decoder.model.modules()):
         raise RecipeError(
-            f"--group-size {group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}"
+            f"MODEL {decoder.source}: is quantized already; give the model it was made from"
         )
-    return SCHEMES[bits, scheme]
+    pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
+    if pivoted and recipe.bits == 4:
+        raise RecipeError(
+            f"--bits 4: {pivoted} pairs of {decoder.source or 'the model'} are pivoted, and"
+            " rounding them so coarsely leaves noise; use --bits 8, or `grasp compress --storage"
+            " pair` first"
+        )
+    if pivoted and recipe.scheme == "dynamic":
+        logger.warning(
+            "%d pairs are pivoted and lose far more by rounded activations than plain pairs do;"
+            " better --scheme weight-only, or `grasp compress --storage pair` first",
+            pivoted,
+        )
+
+
+def _command(
+    decoder: Decoder, out: PathLike | None, recipe: QuantizationRecipe, dtype: str | None
+) -> str:
+    """The command line that does this again."""
+    words = ["grasp", "quantize", Path(decoder.source).name, name_of(Path(out or "OUT"))]
+    words += ["--bits", str(recipe.bits)]
+    words += ["--scheme", recipe.scheme] if recipe.scheme != "weight-only" else []
+    words += ["--group-size", str(recipe.group_size)] if recipe.bits == 4 else []
+    return shlex.join([*words, *(["--dtype", dtype] if dtype else [])])
 
 
 def _manifest(decoder: Decoder) -> dict[str, Any]:
@@ -204,8 +191,9 @@ def _round_all(
     """
     names = [
         f"{decoder.family.layers}.{index}.{name}"
-        for index in range(len(decoder.stack))
+        for index, layer in enumerate(decoder.stack)
         for _, name in decoder.family.matrices
+        if matrix_in(layer, name) is not None
     ]
     for done, path in enumerate(names):
         progress("rounding", done, len(names))
@@ -216,7 +204,7 @@ def _round_all(
         tensors: dict[str, Tensor] = {}
         for name, matrix in matrices.items():
             tensors |= rounded(name, matrix, kind, group_size, module.weight.dtype)
-        apply(decoder, Quantize(path, kind, group_size, tensors))
+        Quantize(path, kind, group_size, tensors).apply(decoder)
         new: Any = decoder.model.get_submodule(path)
         for name, matrix in matrices.items():
             change = new.dequantized(name).float() - matrix.float()

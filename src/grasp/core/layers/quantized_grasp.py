@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from .reading_grasp import SCHEMES, features, record_of
+
 FEW_TOKENS = 8
 """Up to so many tokens the CPU's own kernels for whole-number weights are faster than a dense
 product (bfloat16).
@@ -43,6 +45,7 @@ class QuantizedLinear(nn.Linear):
     """
 
     places: Any  # int32 (out_features), or None
+    of: dict[str, Any] | None = None  # record of the module that this one replaced
 
     def __init__(
         self,
@@ -251,6 +254,11 @@ class QuantizedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": {}}
 
+    def record(self) -> dict[str, Any]:
+        """How to place it, unfilled, before weights are read (`structure_grasp`)."""
+        found = {"kind": "quantized", "scheme": self.scheme, "group_size": self.group_size}
+        return found | ({"of": self.of} if self.of else {})
+
     def reset_parameters(self) -> None:
         """There is nothing sensible to initialise: the numbers always come from a matrix or a
         checkpoint.
@@ -280,23 +288,14 @@ def meaning(
     return ((halves(qdata, columns).float() - 8) * wide[0] + wide[1]).to(scale.dtype)
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored
-    (in, out).
-    """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    fan_in, fan_out = module.weight.shape  # type: ignore[misc]
-    return int(fan_in), int(fan_out)
-
-
 def quantized_like(
     old: nn.Module, scheme: str, group_size: int, device: Any = None
 ) -> QuantizedLinear:
     """An unfilled `QuantizedLinear` for a linear or a low-rank pair."""
-    rank, pivoted = getattr(old, "rank", None), bool(getattr(old, "pivoted", False))
+    rank = getattr(old, "rank", None)
+    pivoted = bool(getattr(old, "pivoted", False))
     dtype: Any = old.weight.dtype
-    return QuantizedLinear(
+    new = QuantizedLinear(
         *features(old),
         old.bias is not None,
         scheme,
@@ -307,24 +306,24 @@ def quantized_like(
         device,
         dtype,
     )
+    new.of = record_of(old)
+    return new
 
 
-def place_quantized(model: nn.Module, quantization: dict[str, Any] | None) -> None:
-    """Put unfilled quantized modules without memory (meta device) in the place of the linears and
-    pairs that `quantization` names.
-    """
-    for path in (quantization or {}).get("modules", ()):
-        try:
-            old = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(
-                f"config.json names the quantized linear '{path}', which {type(model).__name__}"
-                " lacks"
-            ) from None
-        new = quantized_like(
-            old,
-            quantization["scheme"],  # type: ignore[index]
-            quantization["group_size"],  # type: ignore[index]
-            device="meta",
+def check_record(path: str, record: dict[str, Any]) -> None:
+    """Raise `ValueError` for a record that makes no sense."""
+    scheme, size = record.get("scheme"), record.get("group_size")
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"config.json: the quantization scheme {scheme!r} of '{path}' is unknown; known are"
+            f" {', '.join(SCHEMES)}"
         )
-        model.set_submodule(path, new)
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"config.json: the group_size {size!r} of '{path}' must be a whole number, 1 or more"
+        )
+
+
+def place(path: str, old: nn.Module, record: dict[str, Any]) -> QuantizedLinear:
+    """The quantized linear that a record describes, without memory."""
+    return quantized_like(old, record["scheme"], record["group_size"], "meta")

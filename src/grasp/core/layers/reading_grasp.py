@@ -1,9 +1,8 @@
-"""What config.json says, and what the files hold, against the model they are read into: the third
-file that a checkpoint carries.
+"""What the files of a checkpoint hold, against the model they are read into.
 
-Nothing is filled in, left out or guessed: a table that makes no sense, a weight that is missing or
-has no place, factors that are not floating point, places that are not an order of the outputs, are
-each a `ValueError` of one line. It needs torch and transformers, like its neighbours.
+Nothing is filled in, left out or guessed: a weight that is missing or has no place, factors that
+are not floating point, places that are not an order of the outputs, are each a `ValueError` of one
+line. A file that a checkpoint carries: it needs torch and transformers and nothing else.
 
 A checkpoint may be read by another class than the one that was saved (`AutoModel`, a classifier,
 the text model of a multimodal one). Its paths then begin otherwise, and the heads differ, as
@@ -22,47 +21,20 @@ SCHEMES = ("int8", "int8-dynamic", "int4")
 """The ways of rounding that `quantized_grasp` knows."""
 
 
-def check_table(ranks: Any, pivoted: Any, quantization: Any) -> None:
-    """Raise `ValueError` where the "quantization_config" of a config.json is not what `GraspConfig`
-    describes.
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored
+    (in, out).
     """
-    if not isinstance(ranks, dict):
-        raise ValueError(f"config.json: 'ranks' is {ranks!r}; it must give a rank to each path")
-    for path, rank in ranks.items():
-        if type(rank) is not int or rank < 0:
-            raise ValueError(
-                f"config.json: the rank of '{path}' is {rank!r}; it must be a whole number, 0 or"
-                " more"
-            )
-    _check_paths("pivoted", pivoted)
-    if unknown := sorted(set(pivoted) - ranks.keys()):
-        raise ValueError(f"config.json: '{unknown[0]}' is named as pivoted, but has no rank")
-    if quantization is None:
-        return
-    if (
-        not isinstance(quantization, dict)
-        or not {"scheme", "group_size", "modules"} <= quantization.keys()
-    ):
-        raise ValueError(
-            f"config.json: 'quantization' is {quantization!r}; it must hold scheme, group_size and"
-            " modules"
-        )
-    scheme, size = quantization["scheme"], quantization["group_size"]
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"config.json: the quantization scheme {scheme!r} is unknown; known are"
-            f" {', '.join(SCHEMES)}"
-        )
-    if type(size) is not int or size < 1:
-        raise ValueError(f"config.json: the group_size {size!r} must be a whole number, 1 or more")
-    _check_paths("modules", quantization["modules"])
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    fan_in, fan_out = module.weight.shape  # type: ignore[misc]
+    return int(fan_in), int(fan_out)
 
 
-def _check_paths(name: str, paths: Any) -> None:
-    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"config.json: '{name}' is {paths!r}; it must be a list of paths")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"config.json: '{name}' names a path twice")
+def record_of(module: nn.Module) -> dict[str, Any] | None:
+    """The record of one of our modules; None of an ordinary one."""
+    told = getattr(module, "record", None)
+    return told() if callable(told) else None
 
 
 def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
@@ -78,11 +50,11 @@ def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return next((path for path, module in model.named_modules() if module is found), ""), found
 
 
-def own_path(model: nn.Module, path: str) -> str:
+def own_path(model: nn.Module, path: str, is_layer: bool = False) -> str:
     """Where the linear that config.json calls `path` is in this model, which may be of another
-    class than the one saved.
+    class than the one saved; with `is_layer`, where the decoder layer of that name is.
     """
-    if _is_linear(model, path):
+    if _is_there(model, path, is_layer):
         return path
     parts, begin = path.split("."), text_decoder(model)[0]
     for start in range(len(parts)):
@@ -90,16 +62,19 @@ def own_path(model: nn.Module, path: str) -> str:
         if not any(part.isdigit() for part in parts[start:]):
             break  # what is left no longer says which layer
         for candidate in (rest, f"{begin}.{rest}"):
-            if _is_linear(model, candidate):
+            if _is_there(model, candidate, is_layer):
                 return candidate
-    raise ValueError(f"config.json names the linear '{path}', which {type(model).__name__} lacks")
+    what = "layer" if is_layer else "linear"
+    raise ValueError(f"config.json names the {what} '{path}', which {type(model).__name__} lacks")
 
 
-def _is_linear(model: nn.Module, path: str) -> bool:
+def _is_there(model: nn.Module, path: str, is_layer: bool) -> bool:
     try:
-        return isinstance(model.get_submodule(path), (nn.Linear, Conv1D))
+        found = model.get_submodule(path)
+        parent = model.get_submodule(path.rpartition(".")[0])
     except AttributeError:
         return False
+    return isinstance(parent, nn.ModuleList) if is_layer else isinstance(found, (nn.Linear, Conv1D))
 
 
 def watch_keys(model: Any, paths: list[str]) -> None:
@@ -160,6 +135,15 @@ def _stack(path: str) -> str:
     return ".".join(parts[:first]) + "."
 
 
+def check_shape(path: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` for a weight of another shape than config.json gives it."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"the weight of '{path}' is {tuple(tensor.shape)}, which does not fit the ranks in"
+            f" config.json: {shape}"
+        )
+
+
 def check_floats(path: str, **tensors: Tensor | None) -> None:
     """Raise `ValueError` for a weight that is not floating point."""
     for name, tensor in tensors.items():
@@ -168,6 +152,17 @@ def check_floats(path: str, **tensors: Tensor | None) -> None:
                 f"'{path}.{name}' holds {str(tensor.dtype).removeprefix('torch.')}, not"
                 " floating-point numbers"
             )
+
+
+def check_kept(name: str, places: Tensor, width: int) -> None:
+    """Raise `ValueError` unless `places` are rising, each below `width`."""
+    if places.is_meta:
+        return
+    whole = places.dtype in (torch.int32, torch.int64) and places.dim() == 1
+    if whole and places.numel():
+        whole = bool((places.diff() > 0).all()) and int(places[0]) >= 0 and int(places[-1]) < width
+    if not whole:
+        raise ValueError(f"'{name}' are no rising places below {width}; the checkpoint is damaged")
 
 
 def check_places(path: str, places: Tensor) -> None:

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from grasp.core.sweep import Progress, silent
+from grasp.core.progress import Progress, silent
 from grasp.errors import DataError
 
 PIECE, OVERLAP = 1 << 18, 4096

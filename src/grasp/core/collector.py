@@ -1,0 +1,104 @@
+"""A collector measures one statistic while a model reads a calibration set, as plain sums.
+
+It hooks onto one decoder layer at a time, so the layers may come all at once (a model in memory) or
+one by one with every block each (a model read from disk). Everything it has seen is in `sums`, flat
+and additive: what several processes saw, each on blocks of its own, is one sum over the processes,
+and `result` makes the table of that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grasp.core.layer import Layer
+
+
+def add(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of two parts of a set together: all keys of both, tensors under one key added.
+    Neither part is changed.
+    """
+    both = {**one, **other}
+    return {
+        key: one[key] + other[key] if key in one and key in other else value
+        for key, value in both.items()
+    }
+
+
+class Collector(ABC):
+    """Measures one statistic. `name` is its table in `Statistics`; `backward` asks for gradients of
+    the loss.
+
+    Every block is shown to every layer once: `begin(block, mask)`, then the passes. A layer is
+    measured between `attach` and `detach`, in whatever order the layers and the blocks come.
+    `sums` holds float tensors of 32 bits or wider and int64 counts.
+    """
+
+    name: ClassVar[str]
+    backward: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.block = 0
+        self.mask: Tensor | None = None
+        self._attached: dict[int, ExitStack] = {}
+
+    def begin(self, block: int, mask: Tensor | None) -> None:
+        """Block number `block` of the whole set is about to be shown; `mask` (batch, seq) is True
+        on real tokens, None if all are.
+        """
+        self.block, self.mask = block, mask
+
+    def attach(self, layer: Layer) -> None:
+        """Hook onto one layer, and ask for the gradients of its weights that are needed."""
+        with ExitStack() as undo:
+            self._hook(layer, undo)
+            self._attached[layer.index] = undo.pop_all()
+
+    def detach(self, layer: Layer) -> None:
+        """Take off what `attach` put on; the weights' `requires_grad` and `.grad` are as before.
+        Collectors that share a layer leave it in the reverse order.
+        """
+        self._attached.pop(layer.index).close()
+
+    @abstractmethod
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        """Hook onto one layer; `undo` takes what will undo it."""
+
+    @abstractmethod
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[Any, Any]:
+        """The finished table of these sums, of this collector or of several like it added up. They
+        are not changed. Raises `NumericsError` where they are missing or not finite.
+        """
+
+    def _add(self, key: str, value: Tensor) -> None:
+        """Add `value` to the sum `key`, which is at least float32, or int64, and a tensor of its
+        own.
+        """
+        if key in self.sums:
+            self.sums[key].add_(value)
+            return
+        is_float = value.is_floating_point()
+        dtype = torch.promote_types(value.dtype, torch.float32 if is_float else torch.int64)
+        self.sums[key] = value.to(dtype, copy=True)
+
+
+def ask_for_gradient(parameter: nn.Parameter, undo: ExitStack) -> None:
+    """Let gradients of `parameter` be computed but not kept: only hooks see them."""
+
+    def forget(weight: Tensor) -> None:
+        weight.grad = None
+
+    def restore(requires_grad: bool, grad: Tensor | None) -> None:
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = grad
+
+    undo.callback(restore, parameter.requires_grad, parameter.grad)
+    parameter.requires_grad_(True)
+    parameter.grad = None
+    undo.callback(parameter.register_post_accumulate_grad_hook(forget).remove)

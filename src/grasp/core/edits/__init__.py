@@ -1,0 +1,35 @@
+"""The only code that changes a model. One file a kind of edit; read base.py first."""
+
+from __future__ import annotations
+
+from grasp.core.edits.base import Edit, Summary, Undo, layer_of, trial
+from grasp.core.edits.drop import Drop
+from grasp.core.edits.factorize import Factorize
+from grasp.core.edits.kinds import KINDS, from_spec
+from grasp.core.edits.log import EditLog, Entry, Note, Step, noted, read_log
+from grasp.core.edits.narrow import Narrow
+from grasp.core.edits.quantize import Quantize
+from grasp.core.edits.replace import Replace
+from grasp.core.edits.rewrite import Rewrite
+
+__all__ = [
+    "KINDS",
+    "Drop",
+    "Edit",
+    "EditLog",
+    "Entry",
+    "Factorize",
+    "Narrow",
+    "Note",
+    "Quantize",
+    "Replace",
+    "Rewrite",
+    "Step",
+    "Summary",
+    "Undo",
+    "from_spec",
+    "layer_of",
+    "noted",
+    "read_log",
+    "trial",
+]

@@ -1,0 +1,114 @@
+"""A layer becomes narrower: fewer MLP channels, KV groups or value dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from msgspec import Meta, Struct
+
+from grasp.core.edits.base import Edit, Summary, Undo
+from grasp.core.edits.drop import Index
+from grasp.errors import NumericsError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grasp.core.decoder import Decoder
+
+
+class _Spec(Struct):
+    layer: Index
+    axis: str
+    left: Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class Narrow(Edit):
+    """Keep a part of an axis of decoder layer `layer`, in every matrix that shares it.
+
+    `axis`: "channels" of the MLP; "kv_groups", a key-value head with the query heads that read it;
+    "value_dims", numbers of value heads, counted along all of them (kv_heads x head_dim), which go
+    from v and from o. `keep`: which, rising. `numbers`: what the narrower matrices hold, by path
+    inside the layer (out, in), and biases by path + ".bias"; those not named keep what they held.
+
+    Where the model's code cannot do with a smaller width, what is left out is 0 on the way, and
+    not stored (`NarrowLinear`).
+    """
+
+    layer: int
+    axis: str
+    keep: Tensor | None = field(repr=False)
+    numbers: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    left: int = -1
+
+    kind: ClassVar[str] = "narrow"
+    carried: ClassVar[bool] = True
+    served: ClassVar[bool] = False
+    schema: ClassVar[type[Struct]] = _Spec
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            object.__setattr__(self, "left", len(self.keep))
+
+    def apply(self, decoder: Decoder) -> Undo:
+        import torch
+
+        from grasp.core.edits.cuts import cuts
+        from grasp.core.edits.placing import put
+        from grasp.core.layers.narrow_grasp import narrow_like
+
+        if self.keep is None:
+            raise RecipeError(f"layer {self.layer}: this edit was read from a log, without tensors")
+        linears = decoder.layer(self.layer).linears
+        modules = {}
+        for cut in cuts(decoder, self.layer, self.axis, self.keep):
+            if cut.path not in linears:
+                raise RecipeError(
+                    f"layer {self.layer}: '{cut.path}' is no dense matrix, so it cannot be narrowed"
+                )
+            linear, (rows, columns) = linears[cut.path], cut.size(linears[cut.path].shape)
+            old: Any = linear.module
+            new = narrow_like(old, rows, columns, cut.scattered, cut.gathered, old.weight.device)
+            weight = self.numbers.get(cut.path, cut.of(linear.weight))
+            if tuple(weight.shape) != (rows, columns):
+                raise RecipeError(
+                    f"layer {self.layer}: numbers {tuple(weight.shape)} do not fit '{cut.path}',"
+                    f" which becomes {rows} x {columns}"
+                )
+            with torch.no_grad():
+                new.weight.copy_(weight)
+                if old.bias is not None:
+                    bias = old.bias if cut.rows is None else old.bias[cut.rows]
+                    new.bias.copy_(self.numbers.get(f"{cut.path}.bias", bias))
+                for name, places in (("out_places", cut.rows), ("in_places", cut.columns)):
+                    if getattr(new, name) is not None:
+                        getattr(new, name).copy_(places)
+            if not bool(torch.isfinite(new.weight).all()):
+                raise NumericsError(
+                    f"'{linear.path}': the weights are not finite in {new.weight.dtype}; try"
+                    " --dtype float32"
+                )
+            modules[linear.path] = new
+        return put(decoder, modules)
+
+    def spec(self) -> dict[str, Any]:
+        place = {"edit": self.kind, "layer": self.layer, "axis": self.axis}
+        return place | {"left": self.left}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**({} if self.keep is None else {"keep": self.keep}), **self.numbers}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Narrow:
+        numbers = {name: tensor for name, tensor in tensors.items() if name != "keep"}
+        return cls(spec["layer"], spec["axis"], tensors.get("keep"), numbers, spec["left"])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def summary(self) -> Summary:
+        text = f"layer {self.layer}: {self.left} {self.axis.replace('_', ' ')} left"
+        return Summary("narrowed layers", text)

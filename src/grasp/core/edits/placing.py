@@ -1,0 +1,101 @@
+"""How modules are put in place, and the config kept equal to the model. Every edit goes through
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from grasp.core.building import INDEX
+from grasp.core.decoder import Decoder
+from grasp.core.edits.base import Undo
+from grasp.core.layers.low_rank_grasp import fuse
+from grasp.core.layers.modeling_grasp import GraspConfig, carry_code, plain_class
+from grasp.core.layers.structure_grasp import structure_of
+
+
+def put(decoder: Decoder, modules: Mapping[str, nn.Module]) -> Undo:
+    """Put `modules` at paths inside decoder layers, {(path of the model as loaded): module}."""
+    owners = {
+        path: decoder.layer(index).module for path in modules for index in [decoder.locate(path)[0]]
+    }
+    names = {path: decoder.locate(path)[1] for path in modules}
+    before = {path: owners[path].get_submodule(names[path]) for path in modules}
+    restore = remember(decoder)
+
+    def place(found: Mapping[str, nn.Module]) -> None:
+        for path, module in found.items():
+            owners[path].set_submodule(names[path], module)
+        for owner in {id(owner): owner for owner in owners.values()}.values():
+            fuse(owner)  # as loading does, so that the model computes the same before it is saved
+
+    place(modules)
+    sync(decoder)
+
+    def undo() -> None:
+        place(before)
+        restore()
+
+    return undo
+
+
+def remember(decoder: Decoder) -> Undo:
+    """What brings back the model's class, its config and the list of layers as they are now."""
+    model, layers, kept = decoder.model, list(decoder.stack), list(decoder.kept)
+    kind = type(model)
+    configs = [model.config, *([] if decoder.config is model.config else [decoder.config])]
+    values = [dict(vars(config)) for config in configs]
+    indices = [
+        (module, name, getattr(module, name))
+        for layer in layers
+        for module in layer.modules()
+        for name in INDEX
+        if isinstance(getattr(module, name, None), int)
+    ]
+
+    def restore() -> None:
+        model.__class__ = kind
+        for config, value in zip(configs, values, strict=True):
+            vars(config).clear()
+            vars(config).update(value)
+        stack = decoder.stack
+        if list(stack) != layers:
+            del stack[:]
+            stack.extend(layers)
+        decoder.kept[:] = kept
+        for module, name, index in indices:
+            setattr(module, name, index)
+
+    return restore
+
+
+def renumber(decoder: Decoder) -> None:
+    """Give every layer its place in the list as its index: key-value caches keep entries by it."""
+    for index, layer in enumerate(decoder.stack):
+        for module in layer.modules():
+            for name in INDEX:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, index)
+
+
+def sync(decoder: Decoder) -> None:
+    """Keep what the config says of the structure equal to the model: it is what a loader rebuilds
+    the model from.
+    """
+    model = decoder.model
+    structure = structure_of(model)
+    if structure:
+        model.config.quantization_config = GraspConfig(structure)
+        carry_code(model)
+    elif plain_class(type(model)) is not type(model):  # it has become an ordinary one again
+        model.__class__ = plain_class(type(model))
+        for mark in ("auto_map", "quantization_config"):
+            vars(model.config).pop(mark, None)
+
+
+def stored(module: Any, matrix: Any) -> Any:
+    """A matrix (out, in) in the orientation in which `module` stores it: GPT-2's is (in, out)."""
+    return matrix if isinstance(module, nn.Linear) else matrix.T.contiguous()

@@ -1,0 +1,138 @@
+"""Who holds what in memory while a model is measured and edited: decided here and nowhere else.
+
+A method gets a runner and asks it for what it needs: the calibration set shown to the model
+(`sweep`), the weights of a layer (`holding`), a result worth keeping (`once`). It does not know
+whether the model lies in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from grasp.core.collector import Collector
+from grasp.core.decoder import Decoder
+from grasp.core.records import Calibration, Statistics
+from grasp.errors import NumericsError
+
+Made = TypeVar("Made")
+
+
+class Runner(ABC):
+    """A decoder and the calibration set it is measured on."""
+
+    def __init__(self, decoder: Decoder, data: Calibration):
+        self.decoder = decoder
+        self.data = data
+
+    @abstractmethod
+    def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+        """Show the model, as it is now, every block once, with a backward pass if a collector asks
+        for gradients, and return what was collected. The model comes back unchanged, also where the
+        sweep fails.
+
+        The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
+        taken one block at a time, so memory does not grow with the number of blocks. `task` is what
+        the progress is called.
+
+        Raises `NumericsError` naming the block and the layer where a loss is not finite.
+        """
+
+    @abstractmethod
+    def holding(self, layer: int) -> AbstractContextManager[None]:
+        """Inside, the weights of layer number `layer` are in memory. Several threads may hold the
+        same layer or different ones.
+        """
+
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
+        """What `make()` gives. `key` names it among all that a run makes, so that a runner with a
+        memory need not make it again.
+        """
+        return make()
+
+
+class Resident(Runner):
+    """The whole model is in memory."""
+
+    def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+        loss, tokens = self.show(collectors, range(self.data.num_blocks), task)
+        tables = {collector.name: collector.result(collector.sums) for collector in collectors}
+        return Statistics(tables, tokens, None if loss is None else loss / tokens)
+
+    def holding(self, layer: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def show(
+        self, collectors: Sequence[Collector], blocks: Sequence[int], task: str = "sweep"
+    ) -> tuple[float | None, int]:
+        """Show the model some blocks of the set; what they give is added to the collectors' sums.
+
+        Returns (the loss summed over the predicted tokens in nats, or None where no collector asks
+        for gradients; the number of those tokens, or else of all that are real).
+        """
+        backward = any(collector.backward for collector in collectors)
+        total, tokens = 0.0, 0
+        with self._attached(collectors), torch.set_grad_enabled(backward):
+            self.decoder.progress(task, 0, len(blocks))
+            for done, block in enumerate(blocks, 1):
+                ids, mask = self._block(block)
+                for collector in collectors:
+                    collector.begin(block, mask)
+                if backward:
+                    loss, count = self._backward(block, ids, mask)
+                    total, tokens = total + loss, tokens + count
+                else:
+                    self.decoder.model.base_model(
+                        input_ids=ids, attention_mask=mask, use_cache=False
+                    )
+                    tokens += ids.numel() if mask is None else int(mask.sum())
+                self.decoder.progress(task, done, len(blocks))
+        return total if backward else None, tokens
+
+    def _block(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """(ids, mask) of one block, (1, seq_len), on the model's device."""
+        device, mask = self.decoder.device, self.data.mask
+        return (
+            self.data.ids[block : block + 1].to(device),
+            None if mask is None else mask[block : block + 1].to(device),
+        )
+
+    def _backward(self, block: int, ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
+        """The loss of one block after its backward pass, and the number of tokens predicted."""
+        loss, count = self.decoder.loss(ids, mask)
+        if not bool(torch.isfinite(loss)):
+            raise NumericsError(
+                f"calibration block {block}: the loss is {float(loss.detach())};"
+                f" {self.decoder.first_non_finite(ids, mask)}"
+            )
+        loss.backward()
+        return float(loss.detach()), count
+
+    @contextmanager
+    def _attached(self, collectors: Sequence[Collector]) -> Iterator[None]:
+        """Gradients off except where a collector turns them on, hooks attached; all of it undone at
+        the end.
+        """
+        before = [
+            (parameter, parameter.requires_grad, parameter.grad)
+            for parameter in self.decoder.model.parameters()
+        ]
+        try:
+            for parameter, _, _ in before:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            with ExitStack() as stack:
+                for layer in self.decoder.layers():
+                    for collector in collectors:
+                        collector.attach(layer)
+                        stack.callback(collector.detach, layer)
+                yield
+        finally:
+            for parameter, requires_grad, grad in before:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad

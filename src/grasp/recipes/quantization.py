@@ -1,0 +1,33 @@
+"""How weights are rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grasp.core.fields import REQUIRED, flag
+from grasp.recipes.part import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationRecipe(Part):
+    """Bits, and what of the arithmetic is rounded."""
+
+    title: ClassVar[str] = "Rounding"
+
+    bits: int = flag(
+        REQUIRED,
+        "8 (one scale a row) or 4 (a scale and a minimum for every group of numbers of a row; not"
+        " pivoted pairs), for every linear of the decoder layers, dense or low-rank.",
+        words=(8, 4),
+    )
+    scheme: str = flag(
+        "weight-only",
+        "weight-only, or dynamic: activations in 8 bits too, one scale a token (--bits 8).",
+        words=("weight-only", "dynamic"),
+    )
+    group_size: int = flag(
+        32,
+        "Numbers that share a scale (--bits 4); what the 4-bit kernels of torch take.",
+        words=(32, 64, 128, 256),
+    )

@@ -1,0 +1,41 @@
+"""`grasp compress`: what was made of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grasp.core.checkpoint import bytes_on_disk
+from grasp.core.manifest import MANIFEST
+from grasp.terminal.bars import emit, megabytes, progress_bars, table
+from grasp.verbs import compress as pipeline
+
+
+def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Run `grasp.compress` and sum up what it did."""
+    with progress_bars(quiet) as bars:
+        result = pipeline.compress(model, out, progress=bars, **options)
+    sizes, counts = result.manifest["parameters"], result.log.counts()
+    rows = [
+        ("parameters", f"{sizes['before']:,} → {sizes['after']:,}"),
+        ("removed", f"{100 * sizes['ratio']:.2f} %"),
+        ("edits", ", ".join(f"{number} {what}" for what, number in counts.items()) or "none"),
+        ("bytes on disk", megabytes(bytes_on_disk(out))),
+        (
+            "seconds",
+            ", ".join(
+                f"{name} {seconds:.1f}" for name, seconds in result.manifest["seconds"].items()
+            ),
+        ),
+        ("checkpoint", str(out)),
+    ]
+    table("", ("", ""), rows, left=2)
+    if as_json:
+        emit(
+            {
+                "path": str(out),
+                "manifest": str(out / MANIFEST),
+                "bytes": bytes_on_disk(out),
+                **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds", "notes")},
+            }
+        )

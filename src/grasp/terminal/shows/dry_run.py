@@ -1,0 +1,132 @@
+"""`grasp compress --dry-run`: what would be done, what it would cost, and, where the method can
+tell, what perplexity to expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from grasp.core.destination import check_destination
+from grasp.stages.enough import only_pydoc
+from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
+from grasp.verbs import compress as pipeline
+from grasp.verbs.dry_run import DryRun, Estimate
+from grasp.verbs.dry_run import dry_run as plan_of
+
+LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Ratios that a dry run shows beside the one asked for."""
+
+
+def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Plan and estimate; where the method predicts, read the model and sweep once."""
+    check_destination(out, 0, model)
+    run = plan_of(model, **options)
+    check_destination(out, run.num_bytes, model)
+    cost = run.estimate()
+    asked = options.get("ratio") or (None if run.ratio is None else round(run.ratio, 4))
+    expected = _expect(model, options, asked, quiet) if run.method.predicts else None
+    table("dry run", ("", ""), _rows(model, out, run, cost), left=2)
+    if expected is not None:
+        _ladder(expected, asked, "ratio (of time)" if _is_time(options) else "ratio")
+    notes = (
+        tuple(filter(None, [only_pydoc(run.calibration.data)]))
+        if expected is None
+        else expected.notes
+    )
+    for note in notes:
+        say(f"[yellow]note[/yellow] {plain(note)}")
+    if as_json:
+        emit(_json(run, cost, expected, notes))
+
+
+def _is_time(options: dict[str, Any]) -> bool:
+    return bool(options.get("budget") == "latency")
+
+
+def _expect(
+    model: str, options: dict[str, Any], asked: float | None, quiet: bool
+) -> pipeline.Prediction:
+    """Read the model and sweep the calibration set once: the loss to expect at the ratio asked for
+    and at a few others.
+    """
+    with progress_bars(quiet) as bars:
+        return pipeline.predict(
+            model, sorted({*LADDER, *([] if asked is None else [asked])}), progress=bars, **options
+        )
+
+
+def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str, str]]:
+    """The table: what, how large, how long."""
+    decoder, plan, blocks = run.decoder, run.plan, run.calibration
+    before, unknown = decoder.num_parameters(), "follows from the scores"
+    return [
+        (
+            "model",
+            f"{model}: {decoder.family.name}, {decoder.num_layers} layers, {before:,} parameters",
+        ),
+        ("method", f"{run.method.name} {run.method.recipe()}"),
+        ("would edit", f"{plan.num_edits} places in {plan.num_layers} layers"),
+        (
+            "parameters",
+            (
+                unknown
+                if run.ratio is None
+                else f"{plan.parameters:,} ({100 * run.ratio:.2f} % removed)"
+            ),
+        ),
+        ("on disk", unknown if run.ratio is None else f"about {megabytes(run.num_bytes)}"),
+        (
+            "passes",
+            (
+                f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over"
+                f" {blocks.num_samples} × {blocks.seq_len} tokens"
+            ),
+        ),
+        ("memory", f"about {megabytes(cost.memory)}"),
+        ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
+        ("writes", f"{out}: nothing in a dry run"),
+    ]
+
+
+def _ladder(expected: pipeline.Prediction, asked: float | None, share: str) -> None:
+    """The table of what to expect at each ratio."""
+    lines = [("dense", "", f"{math.exp(expected.loss):.2f}", "")]
+    lines += [
+        (
+            f"{ratio:.4g}",
+            f"{rise:.3f}",
+            f"{expected.perplexity(ratio):.2f}",
+            "← asked for" if ratio == asked else "",
+        )
+        for ratio, rise in expected.rises.items()
+    ]
+    table(
+        "expected on the calibration text itself; other text loses more, the more so the fewer"
+        " the tokens",
+        (share, "loss rise (nats/token)", "perplexity", ""),
+        lines,
+        left=0,
+    )
+
+
+def _json(
+    run: DryRun, cost: Estimate, expected: pipeline.Prediction | None, notes: tuple[str, ...]
+) -> dict[str, Any]:
+    """The same for programs."""
+    told = {
+        "parameters_before": run.decoder.num_parameters(),
+        "parameters_after": run.plan.parameters,
+        "seconds": cost.seconds,
+        "memory_bytes": cost.memory,
+        **dataclasses.asdict(run.plan),
+        "notes": notes,
+    }
+    if expected is not None:
+        told["loss"] = expected.loss
+        told["expected_perplexity"] = {
+            ratio: expected.perplexity(ratio) for ratio in expected.rises
+        }
+    return told

@@ -1,0 +1,26 @@
+"""`grasp methods`: every method with its paper and its flags."""
+
+from __future__ import annotations
+
+from grasp.core.fields import declared
+from grasp.methods import available
+from grasp.terminal.bars import emit, say, table
+
+
+def show(as_json: bool) -> None:
+    """Every method with its fields."""
+    found = available()
+    for name, method in found.items():
+        say(f"[bold]{name}[/bold]  {method.about()}  {method.paper}")
+        rows = [(f"  {one.flag}", one.help) for one in declared(method).values()]
+        table("", ("", ""), rows, left=2)
+    if as_json:
+        emit(
+            {
+                name: {
+                    "paper": method.paper,
+                    "fields": {one.name: one.help for one in declared(method).values()},
+                }
+                for name, method in found.items()
+            }
+        )
