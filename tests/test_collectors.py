@@ -17,7 +17,8 @@ from grasp.core.decoder import Decoder
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.errors import NumericsError
-from grasp.stages.curvature import Curvatures
+from grasp.stages.curvature import Curvatures, InputCurvatures
+from grasp.stages.input_norms import InputNorms
 from grasp.stages.statistics import AngularDistance, GroupGrad, Similarity, WeightGrad
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3"]
@@ -45,6 +46,8 @@ COLLECTORS = {
         {linear.path: svd(linear.weight) for linear in linears(decoder)}
     ),
     Curvatures: lambda decoder: Curvatures(paths(decoder)),
+    InputCurvatures: lambda decoder: InputCurvatures(paths(decoder)),
+    InputNorms: lambda decoder: InputNorms(paths(decoder)),
 }
 """Class -> how to make one for a model."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
@@ -207,7 +210,7 @@ def test_no_gradient_outlives_its_block(decoder, data):
 
 def test_missing_sums_are_named(decoder):
     model = decoder("llama")
-    for kind in (WeightGrad, GroupGrad, Curvatures):
+    for kind in (WeightGrad, GroupGrad, Curvatures, InputCurvatures, InputNorms):
         with pytest.raises(NumericsError, match=r"model.layers.0.self_attn.q_proj.* missing"):
             COLLECTORS[kind](model).result({})
     with pytest.raises(NumericsError, match="no decoder layer ran"):

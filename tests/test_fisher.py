@@ -15,7 +15,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.errors import GraspError, RecipeError
-from grasp.methods import grasp_fisher, make
+from grasp.methods import make, size
 from grasp.stages import latency
 from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING, over_cores
 from grasp.stages.latency import Latency
@@ -493,7 +493,7 @@ class Staircase:
 @pytest.fixture
 def staircase(monkeypatch):
     monkeypatch.setattr(Staircase, "calls", ())
-    monkeypatch.setattr(grasp_fisher, "Latency", Staircase)
+    monkeypatch.setattr(size, "Latency", Staircase)
     return Staircase(torch.device("cpu"), torch.float32, True)
 
 
@@ -527,7 +527,7 @@ def test_time_is_measured_while_nothing_else_runs(monkeypatch, data):
             )
             return super().__call__(shape, rank)
 
-    monkeypatch.setattr(grasp_fisher, "Latency", Watching)
+    monkeypatch.setattr(size, "Latency", Watching)
     run(data, ratio=0.4, budget="latency")
     assert busy and not any(busy.values())
 

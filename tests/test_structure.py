@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "core": "core errors",
     "data": "core data errors",
     "stages": "core data stages errors",
-    "methods": "core data stages methods.base errors",
+    "methods": "core data stages methods.base methods.scope methods.size methods.low_rank errors",
     "evaluation": "core data evaluation errors",
     "report": "core data report errors",
     "serving": "core data serving errors",

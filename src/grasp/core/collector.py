@@ -76,6 +76,11 @@ class Collector(ABC):
         are not changed. Raises `NumericsError` where they are missing or not finite.
         """
 
+    def _tokens(self, values: Tensor) -> Tensor:
+        """(batch, seq, width), or (batch * seq, width) as in OPT's MLP -> (real tokens, width)."""
+        values = values.detach().flatten(0, -2)
+        return values if self.mask is None else values[self.mask.bool().flatten()]
+
     def _add(self, key: str, value: Tensor) -> None:
         """Add `value` to the sum `key`, which is at least float32, or int64, and a tensor of its
         own.

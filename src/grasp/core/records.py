@@ -134,6 +134,7 @@ class Curvature:
     sum xx', `far` = W' (sum dd') W, both (in, in); wide `near` = sum dd', `far` = W (sum xx') W',
     both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2. X is summed over
     `input_tokens`, D over `gradient_tokens`. Matrices that read the same input share one tensor.
+    After forward passes alone the sums of d are a scalar 0.
     """
 
     near: Tensor

@@ -26,7 +26,8 @@ class Plan:
     """What a method will do, as far as it can tell before it has seen the statistics.
 
     `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps`
-    count passes over the calibration set.
+    count passes over the calibration set. `statistics_bytes`: what it collects, and makes of that,
+    in memory at once. `decompositions`: matrices whose singular groups are computed.
     """
 
     num_layers: int
@@ -34,7 +35,8 @@ class Plan:
     parameters: int | None
     forward_sweeps: int
     backward_sweeps: int
-    gradient_parameters: int = 0
+    statistics_bytes: int = 0
+    decompositions: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,10 @@ class Method(ABC):
     @abstractmethod
     def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
         """The edits, in order; each is applied before the next is asked for."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the result, whatever the model and the text."""
+        return ()
 
     @property
     def predicts(self) -> bool:

@@ -119,7 +119,7 @@ class Grasp(LayerMethod):
             if self.iterative
             else min(len(layers), 1)
         )
-        gradients = sum(math.prod(linear.shape) for linear in linears) if sweeps else 0
+        gradients = 4 * sum(math.prod(linear.shape) for linear in linears) if sweeps else 0
         parameters, num_edits = None, len(linears)
         if self.threshold_ratio is None:
             ranks = (allocation or self._uniform(linears)).ranks
@@ -128,7 +128,8 @@ class Grasp(LayerMethod):
                 saved(linear.shape, ranks[linear.path]) for linear in linears
             )
         fused = self.layers is not None and sweeps == 1 and self.score in NEEDS_WEIGHT_GRAD
-        return Plan(len(layers), num_edits, parameters, 0 if fused else 1, sweeps, gradients)
+        forward = 0 if fused else 1
+        return Plan(len(layers), num_edits, parameters, forward, sweeps, gradients, num_edits)
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         collectors = super().needs(decoder)

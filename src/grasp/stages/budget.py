@@ -118,6 +118,19 @@ def in_shares(parts: Sequence[Mapping[str, Options]], budget: float) -> Allocati
     return Allocation(_fill(whole, ranks, budget, most=1))
 
 
+def rounded_down(offers: Mapping[str, Options], share: float) -> Allocation:
+    """The largest rank of every matrix that costs at most `share` of what it costs dense: of
+    numbers in a plain pair, `int(m n share / (m + n))`. None stays dense, since `share` is below 1.
+    """
+    fits = {
+        path: int((offer.costs <= share * offer.dense * (1 + 1e-9)).sum())
+        for path, offer in offers.items()
+    }
+    return Allocation(
+        {path: int(offers[path].ranks[max(fit, 1) - 1]) for path, fit in fits.items()}
+    )
+
+
 def total_loss(offers: Mapping[str, Options], allocation: Allocation) -> float:
     """The predicted loss, in the unit of the options."""
     ranks = allocation.ranks

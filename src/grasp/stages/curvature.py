@@ -27,17 +27,16 @@ from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
 
 
-class Curvatures(Collector):
-    """Sums of the outer products of inputs and of output gradients. Table: matrix path ->
-    `Curvature`.
+class InputCurvatures(Collector):
+    """Sums of the outer products of inputs, from forward passes alone. Table: matrix path ->
+    `Curvature`, of which the gradients' part is 0.
 
     Sums: the fields of `Curvature`, as "near.PATH" and so on. Tall matrices that read one tensor
     (q, k and v; gate and up) have the same X, which is kept once, under the first of them; for
     another, "shared.PATH=FIRST" counts the tokens that it read there.
     """
 
-    name: ClassVar[str] = "curvature"
-    backward: ClassVar[bool] = True
+    name: ClassVar[str] = "input_curvature"
 
     def __init__(self, paths: Iterable[str], scratch: Scratch | None = None):
         super().__init__()
@@ -54,31 +53,18 @@ class Curvatures(Collector):
         self.last_input = (None, "")
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
-        linears = [linear for linear in layer.linears.values() if linear.path in self.paths]
-        if linears:
-            handle = layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
-            undo.callback(handle.remove)
-        for linear in linears:
-            undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
+        for linear in layer.linears.values():
+            if linear.path in self.paths:
+                undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
 
     def _forward(self, linear: Linear) -> Callable[..., None]:
-        def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             x = self._tokens(inputs[0])
             self._count("input", linear.path, x)
             if linear.is_tall:
                 self._see_input(linear.path, inputs[0], x)
             else:
                 self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
-            if output.requires_grad:
-                output.register_hook(backward)
-
-        def backward(grad: Tensor) -> None:
-            d = self._tokens(grad)
-            self._count("gradient", linear.path, d)
-            if linear.is_tall:
-                self._add_gram(f"far.{linear.path}", _through(d, linear.weight))
-            else:
-                self._add_gram(f"near.{linear.path}", d)
 
         return forward
 
@@ -92,11 +78,6 @@ class Curvatures(Collector):
             return
         self._add_gram(f"near.{path}", x)
         self.last_input = (given, path)
-
-    def _tokens(self, values: Tensor) -> Tensor:
-        """(batch, seq, width), or (batch * seq, width) as in OPT's MLP -> (real tokens, width)."""
-        values = values.detach().flatten(0, -2)
-        return values if self.mask is None else values[self.mask.bool().flatten()]
 
     def _count(self, side: str, path: str, rows: Tensor) -> None:
         """Of rows (tokens, width) of inputs or gradients: how many, and their squares."""
@@ -128,25 +109,62 @@ class Curvatures(Collector):
                     f"'{path}' reads the same input as '{first}' in some blocks and another one in"
                     " others; leave it out: --exclude"
                 )
-        return {path: _curvature(sums, path, owners[path]) for path in self.paths}
+        return {path: self._record(sums, path, owners[path]) for path in self.paths}
+
+    def _record(self, sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
+        """The record of one matrix, whose `near` is kept under the path `owner`."""
+        near, far = (sums.get(key) for key in (f"near.{owner}", f"far.{path}"))
+        if not self.backward:  # the side of the gradients
+            nothing = torch.zeros(())
+            near, far = (nothing, far) if near is None else (near, nothing)
+        for value in (near, far):
+            if value is None or not bool(torch.isfinite(value).all()):
+                raise NumericsError(
+                    f"the statistics of '{path}' are"
+                    f" {'missing' if value is None else 'not finite'}; try --dtype float32"
+                )
+        assert near is not None and far is not None
+        return Curvature(
+            near,
+            far,
+            float(sums[f"input_square.{path}"]),
+            float(sums.get(f"gradient_square.{path}", 0.0)),
+            int(sums[f"input_tokens.{path}"]),
+            int(sums.get(f"gradient_tokens.{path}", 0)),
+        )
 
 
-def _curvature(sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
-    """The record of one matrix, whose `near` is kept under the path `owner`."""
-    for value in (sums.get(f"near.{owner}"), sums.get(f"far.{path}")):
-        if value is None or not bool(torch.isfinite(value).all()):
-            raise NumericsError(
-                f"the statistics of '{path}' are {'missing' if value is None else 'not finite'};"
-                " try --dtype float32"
-            )
-    return Curvature(
-        sums[f"near.{owner}"],
-        sums[f"far.{path}"],
-        float(sums[f"input_square.{path}"]),
-        float(sums[f"gradient_square.{path}"]),
-        int(sums[f"input_tokens.{path}"]),
-        int(sums[f"gradient_tokens.{path}"]),
-    )
+class Curvatures(InputCurvatures):
+    """Sums of the outer products of inputs and of output gradients. Table: matrix path ->
+    `Curvature`. Sums: as for inputs alone, of both.
+    """
+
+    name: ClassVar[str] = "curvature"
+    backward: ClassVar[bool] = True
+
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        if any(linear.path in self.paths for linear in layer.linears.values()):
+            handle = layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
+            undo.callback(handle.remove)
+        super()._hook(layer, undo)
+
+    def _forward(self, linear: Linear) -> Callable[..., None]:
+        of_input = super()._forward(linear)
+
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            of_input(module, inputs, output)
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        def backward(grad: Tensor) -> None:
+            d = self._tokens(grad)
+            self._count("gradient", linear.path, d)
+            if linear.is_tall:
+                self._add_gram(f"far.{linear.path}", _through(d, linear.weight))
+            else:
+                self._add_gram(f"near.{linear.path}", d)
+
+        return forward
 
 
 def _through(rows: Tensor, weight: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def compress(
     clock.lap("calibration")
 
     needs = chosen.needs(decoder)
-    notes = calibration_notes(decoder, data, needs)
+    notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
     runner = Resident(decoder, data)
     stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
@@ -247,7 +247,7 @@ def predict(
     _check(chosen, decoder, None, calibration)
     data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
-    notes = calibration_notes(decoder, data, needs)
+    notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
     runner = Resident(decoder, data)
     stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None

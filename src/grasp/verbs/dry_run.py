@@ -46,12 +46,12 @@ def estimate(
         seq_len * decoder.num_layers * 24 * hidden * dtype_bytes if plan.backward_sweeps else 0
     )
     logits = seq_len * vocab * 4 * (3 if plan.backward_sweeps else 1)
-    memory = parameters * dtype_bytes + plan.gradient_parameters * 4 + activations + logits
+    memory = parameters * dtype_bytes + plan.statistics_bytes + activations + logits
     tokens = num_samples * seq_len
     work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
     linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
     for m, n in (linear.shape for linear in linears):
-        work += 20.0 * m * n * min(m, n) * plan.num_edits / len(linears)
+        work += 20.0 * m * n * min(m, n) * plan.decompositions / len(linears)
     return Estimate(memory, work / (_matmul_speed() * EFFICIENCY))
 
 

@@ -32,7 +32,7 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
     if expected is not None:
         _ladder(expected, asked, "ratio (of time)" if _is_time(options) else "ratio")
     notes = (
-        tuple(filter(None, [only_pydoc(run.calibration.data)]))
+        tuple(filter(None, [only_pydoc(run.calibration.data), *run.method.notes()]))
         if expected is None
         else expected.notes
     )
@@ -85,7 +85,8 @@ def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str,
                 f" {blocks.num_samples} × {blocks.seq_len} tokens"
             ),
         ),
-        ("memory", f"about {megabytes(cost.memory)}"),
+        ("statistics", f"about {megabytes(plan.statistics_bytes)}"),
+        ("memory", f"about {megabytes(cost.memory)}, with the statistics"),
         ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
         ("writes", f"{out}: nothing in a dry run"),
     ]
