@@ -63,6 +63,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     "compress": {
         **ALL, **LOADING, "model": in_a_recipe(FREE), "out": FREE, "--dtype": in_a_recipe(DTYPE),
         "--text-field": in_a_recipe(FREE), "--config": FREE, "--dry-run": FREE,
+        "--resume": FREE,
         "--data": in_a_recipe(Flag(LISTS)),
         "--seed": whole(0, recipe=True), "--num-samples": whole(1, recipe=True),
         "--seq-len": whole(2, recipe=True), "--method": word(recipe=True),
@@ -320,7 +321,7 @@ def test_a_recipe_says_what_is_computed_and_nothing_else(name, form, model_direc
         key,
         (
             True
-            if key in ("trust_remote_code", "dry_run", "json", "quiet", "debug")
+            if key in ("trust_remote_code", "dry_run", "resume", "json", "quiet", "debug")
             else str(tmp_path / "mine")
         ),
     )

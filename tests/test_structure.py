@@ -211,7 +211,7 @@ def test_no_method_is_named_outside_its_own_file():
 
 
 TOO_LONG = {
-    "compress.py: compress": 65,
+    "compress.py: _compress": 61,
 }
 """What 100 columns made too long; each goes when its part is rebuilt."""
 

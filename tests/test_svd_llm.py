@@ -40,8 +40,8 @@ def ranks(result):
 
 
 def whitened(weight, gram, rank):
-    """The paper's five lines: (the truncated product, the singular values of W S). A little is added
-    to X X', which has fewer tokens than columns in some families.
+    """The paper's five lines: (the truncated product, the singular values of W S). A little is
+    added to X X', which has fewer tokens than columns in some families.
     """
     jitter = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     whitening = torch.linalg.cholesky(gram + jitter)

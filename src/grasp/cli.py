@@ -81,16 +81,22 @@ def cli() -> None:
     ),
 )
 @click.option("--dry-run", is_flag=True, help=DRY_RUN)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the journal of an interrupted run with the same flags.",
+)
 @everywhere
 def compress(
-    model: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+    model: str, out: Path, dry_run: bool, resume: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Compress MODEL and save the result in OUT, a new or empty directory.
 
     MODEL: hub id, directory, .gguf file, or smollm2 (embedded). Say how much with --ratio; --method
     grasp is the paper's method.
     """
-    _show("dry_run" if dry_run else "compress")(model, out, given(options), as_json, quiet)
+    chosen = given(options) | ({} if dry_run else {"resume": resume})
+    _show("dry_run" if dry_run else "compress")(model, out, chosen, as_json, quiet)
 
 
 @cli.command(cls=Grouped, short_help="Show layer redundancy and singular spectra.")

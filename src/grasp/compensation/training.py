@@ -23,7 +23,7 @@ from grasp.compensation.objectives import Objective
 from grasp.compensation.recipe import Recipe
 from grasp.compensation.state import TRAINED, last_state
 from grasp.compensation.trainer import BEST, Compensation
-from grasp.core.destination import name_of, real
+from grasp.core.destination import beside
 from grasp.core.partial import hold
 from grasp.core.progress import Progress
 from grasp.data.rows import Collate, TrainingData
@@ -207,8 +207,7 @@ def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[P
 
 def run_of(out: Path) -> Path:
     """The folder beside `out` where a run keeps its states."""
-    place = out if out.name == name_of(out) else real(out)
-    return place.with_name(place.name + ".recovery")
+    return beside(out, ".recovery")
 
 
 @contextmanager

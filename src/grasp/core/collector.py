@@ -70,6 +70,12 @@ class Collector(ABC):
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
         """Hook onto one layer; `undo` takes what will undo it."""
 
+    def take(self, key: str, value: Tensor) -> None:
+        """Begin the sum `key`, which is not there yet, with what was summed up before; `value` is
+        a tensor of its own.
+        """
+        self.sums[key] = value
+
     @abstractmethod
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[Any, Any]:
         """The finished table of these sums, of this collector or of several like it added up. They

@@ -76,6 +76,14 @@ def name_of(out: Path) -> str:
     return out.name if out.name not in ("", "..") else real(out).name
 
 
+def beside(out: Path, ending: str) -> Path:
+    """The folder beside `out` that is called like it, with `ending`: where a run keeps what is
+    needed on the way.
+    """
+    place = out if out.name == name_of(out) else real(out)
+    return place.with_name(place.name + ending)
+
+
 def contents(directory: Path) -> list[Path]:
     """What is in a directory, but for what killed runs of grasp left and what a file system puts
     into its root.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -16,6 +17,11 @@ from typing import Any
 import torch
 
 from grasp.core.decoder import Decoder
+
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of so many bytes."""
+ROW, PART = 1 << 12, 1 << 22
+"""Numbers that are summed up to one, and that are looked at together."""
 
 
 def versions() -> dict[str, str]:
@@ -79,12 +85,44 @@ def describe_model(decoder: Decoder) -> dict[str, Any]:
     }
 
 
+def code_of(kind: type) -> str:
+    """sha256 of the file that a class is written in; "" where there is none."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return ""
+
+
+def contents(decoder: Decoder) -> dict[str, str]:
+    """Hashes that tell whether a model is the same one, wherever it lies and whatever computes: of
+    its settings, and of its weights.
+
+    The weights' is of the sums of their bits as whole numbers, 4,096 at a time, so that one
+    number that changed shows, and neither threads nor devices do.
+    """
+    settings = decoder.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    said = json.dumps(settings, sort_keys=True, default=str)
+    digest = hashlib.sha256()
+    for name, parameter in decoder.model.state_dict().items():
+        digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
+        bits = parameter.detach().reshape(-1).view(WHOLE[parameter.element_size()])
+        for part in bits.split(PART):  # a sum in int64 makes a copy in int64
+            rows = part[: len(part) // ROW * ROW].view(-1, ROW).sum(1, dtype=torch.int64)
+            digest.update(str([*rows.tolist(), *part[len(rows) * ROW :].tolist()]).encode())
+    return {
+        "model settings": hashlib.sha256(said.encode()).hexdigest(),
+        "model weights": digest.hexdigest(),
+    }
+
+
 class Clock:
     """Seconds between laps, by name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
+        self.began = self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
+from grasp.core.journal import Journal, Sums
 from grasp.core.records import Calibration, Statistics
 from grasp.errors import NumericsError
 
@@ -24,11 +25,12 @@ Made = TypeVar("Made")
 
 
 class Runner(ABC):
-    """A decoder and the calibration set it is measured on."""
+    """A decoder, the calibration set it is measured on, and the journal of what is done."""
 
-    def __init__(self, decoder: Decoder, data: Calibration):
+    def __init__(self, decoder: Decoder, data: Calibration, journal: Journal | None = None):
         self.decoder = decoder
         self.data = data
+        self.journal = journal or Journal()
 
     @abstractmethod
     def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
@@ -50,17 +52,18 @@ class Runner(ABC):
         """
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
-        """What `make()` gives. `key` names it among all that a run makes, so that a runner with a
-        memory need not make it again.
+        """The step that `make()` gives. `key` names it among all that a run makes: a run that goes
+        on from its journal does not make it again. None is not remembered.
         """
-        return make()
+        return self.journal.once(key, make)
 
 
 class Resident(Runner):
     """The whole model is in memory."""
 
     def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
-        loss, tokens = self.show(collectors, range(self.data.num_blocks), task)
+        kept = self.journal.sweep(collectors, self.decoder.device)
+        loss, tokens = self.show(collectors, range(self.data.num_blocks), task, kept)
         tables = {collector.name: collector.result(collector.sums) for collector in collectors}
         return Statistics(tables, tokens, None if loss is None else loss / tokens)
 
@@ -68,31 +71,37 @@ class Resident(Runner):
         return nullcontext()
 
     def show(
-        self, collectors: Sequence[Collector], blocks: Sequence[int], task: str = "sweep"
+        self,
+        collectors: Sequence[Collector],
+        blocks: Sequence[int],
+        task: str = "sweep",
+        kept: Sums | None = None,
     ) -> tuple[float | None, int]:
         """Show the model some blocks of the set; what they give is added to the collectors' sums.
+        `kept`: where these are kept, and how many of the blocks are in them already.
 
         Returns (the loss summed over the predicted tokens in nats, or None where no collector asks
         for gradients; the number of those tokens, or else of all that are real).
         """
         backward = any(collector.backward for collector in collectors)
-        total, tokens = 0.0, 0
+        kept = kept or Sums(Journal(), 0, collectors)
         with self._attached(collectors), torch.set_grad_enabled(backward):
-            self.decoder.progress(task, 0, len(blocks))
-            for done, block in enumerate(blocks, 1):
+            self.decoder.progress(task, kept.blocks, len(blocks))
+            for done, block in enumerate(blocks[kept.blocks :], kept.blocks + 1):
                 ids, mask = self._block(block)
                 for collector in collectors:
                     collector.begin(block, mask)
+                loss = 0.0
                 if backward:
                     loss, count = self._backward(block, ids, mask)
-                    total, tokens = total + loss, tokens + count
                 else:
                     self.decoder.model.base_model(
                         input_ids=ids, attention_mask=mask, use_cache=False
                     )
-                    tokens += ids.numel() if mask is None else int(mask.sum())
+                    count = ids.numel() if mask is None else int(mask.sum())
+                kept.add(loss, count, last=done == len(blocks))
                 self.decoder.progress(task, done, len(blocks))
-        return total if backward else None, tokens
+        return kept.loss if backward else None, kept.tokens
 
     def _block(self, block: int) -> tuple[Tensor, Tensor | None]:
         """(ids, mask) of one block, (1, seq_len), on the model's device."""

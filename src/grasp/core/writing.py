@@ -48,7 +48,7 @@ def whole(out: Path) -> Iterator[Path]:
                 _move_up(scratch, target)
             else:
                 os.replace(scratch, target)
-                _to_disk(home)
+                to_disk(home)
     except Exception as failure:
         if not _of_the_disk(failure, home):
             raise
@@ -76,7 +76,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield scratch
             if target.exists():
                 scratch.chmod(stat.S_IMODE(target.stat().st_mode))
-            _to_disk(scratch)
+            to_disk(scratch)
             try:
                 os.replace(scratch, target)
             except OSError as failure:
@@ -116,7 +116,7 @@ def _settle(scratch: Path) -> None:
         if stat.S_IMODE(path.stat().st_mode) & 0o777 != wanted:
             with suppress(OSError):  # some file systems have no modes
                 path.chmod(wanted)
-        _to_disk(path)
+        to_disk(path)
 
 
 def _move_up(scratch: Path, target: Path) -> None:
@@ -127,7 +127,7 @@ def _move_up(scratch: Path, target: Path) -> None:
     try:
         for path in sorted(scratch.iterdir(), key=lambda path: (path.name == LAST, path.name)):
             if path.name == LAST:
-                _to_disk(target)
+                to_disk(target)
             if os.path.lexists(target / path.name):
                 raise FileExistsError(
                     errno.EEXIST,
@@ -136,14 +136,15 @@ def _move_up(scratch: Path, target: Path) -> None:
                 )
             moved.append(target / path.name)
             os.rename(path, moved[-1])
-        _to_disk(target)
+        to_disk(target)
     except BaseException:
         for path in reversed(moved):
             remove(path)
         raise
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until what was written to a file, or into a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,6 +22,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, get_args
 
 import torch
@@ -247,7 +248,7 @@ class Grasp(LayerMethod):
             linears = [linear for linear in linears if allocation.ranks[linear.path] is not None]
         if not linears:
             return
-        groups = {}
+        groups: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         grads: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         if self.score in NEEDS_WEIGHT_GRAD:
@@ -262,32 +263,43 @@ class Grasp(LayerMethod):
             groups = {linear.path: _decompose(runner, linear) for linear in linears}
             moments = dict(runner.sweep([GroupGrad(groups)], task)[GroupGrad.name])
         for linear in linears:
-            u, s, vh = groups.pop(linear.path) if groups else _decompose(runner, linear)
-            generator = torch.Generator().manual_seed(
-                runner.data.seed * 1_000_003 + zlib.crc32(linear.path.encode())
+            known, grad = groups.pop(linear.path, None), grads.pop(linear.path, None)
+            rank = None if allocation is None else allocation.ranks[linear.path]
+            make = partial(
+                self._replacement, runner, linear, rank, known, grad, moments.get(linear.path)
             )
-            scored = attribute(
-                linear.path,
-                self.score,
-                u,
-                s,
-                vh,
-                grad=grads.pop(linear.path, None),
-                moments=moments.get(linear.path),
-                generator=generator,
-            )
-            if allocation is not None:
-                rank = allocation.ranks[linear.path]
+            if step := runner.once(linear.path, make):
+                yield step
             else:
-                rank = threshold(
-                    linear.shape, scored, self.threshold_ratio or 0.0, self.rank_multiple
-                )
-            if rank is None:
                 _stays_dense(linear)
-            else:
-                kept = keep(scored, rank)
-                a, b = factors(u, s, vh, kept.to(u.device), self.sigma_split)  # type: ignore[arg-type]
-                yield Step(Factorize(linear.path, a, b), noted(scored, kept))
+
+    def _replacement(
+        self,
+        runner: Runner,
+        linear: Linear,
+        rank: int | None,
+        known: tuple[Tensor, Tensor, Tensor] | None,
+        grad: Tensor | None,
+        moments: Tensor | None,
+    ) -> Step | None:
+        """The pair that holds the best groups of a matrix, `rank` of them or, where that is None,
+        as many as the threshold says; None where a pair would not be smaller. `known`: its
+        decomposition, if it is known already.
+        """
+        u, s, vh = _decompose(runner, linear) if known is None else known
+        generator = torch.Generator().manual_seed(
+            runner.data.seed * 1_000_003 + zlib.crc32(linear.path.encode())
+        )
+        scored = attribute(
+            linear.path, self.score, u, s, vh, grad=grad, moments=moments, generator=generator
+        )
+        if rank is None:
+            rank = threshold(linear.shape, scored, self.threshold_ratio or 0.0, self.rank_multiple)
+        if rank is None:
+            return None
+        kept = keep(scored, rank)
+        a, b = factors(u, s, vh, kept.to(u.device), self.sigma_split)  # type: ignore[arg-type]
+        return Step(Factorize(linear.path, a, b), noted(scored, kept))
 
 
 def _decompose(runner: Runner, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:

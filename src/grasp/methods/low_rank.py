@@ -16,6 +16,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,7 +212,8 @@ class LowRank(Scope, Size):
             rank = ranks[linear.path]
             if rank is not None:
                 with runner.holding(linear.layer):
-                    made = self.replacement(linear, problem, rank)
+                    make = partial(self.replacement, linear, problem, rank)
+                    made = runner.once(linear.path, make)
                 yield made
 
     def replacement(self, linear: Linear, problem: Problem, rank: int) -> Step:

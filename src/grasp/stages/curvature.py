@@ -97,6 +97,12 @@ class InputCurvatures(Collector):
             else:
                 total.add_((rows.mT @ rows).to(total.device))
 
+    def take(self, key: str, value: Tensor) -> None:
+        if value.dim() == 2:
+            total = self.scratch.zeros(*value.shape, device=value.device)
+            value = total.add_(value.to(total.device))
+        super().take(key, value)
+
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Curvature]:
         owners = {path: path for path in self.paths}
         shared = [key.removeprefix("shared.") for key in sums if key.startswith("shared.")]

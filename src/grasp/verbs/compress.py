@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from grasp import __version__
 from grasp.core.bos import AS_TOKENISED, EVERY_BLOCK
 from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
@@ -29,10 +30,11 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import EditLog, Entry
 from grasp.core.fields import PathLike, declared
+from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
-from grasp.core.provenance import Clock, describe_model, versions
+from grasp.core.provenance import Clock, code_of, contents, describe_model, versions
 from grasp.core.records import Calibration, Statistics
 from grasp.core.runner import Resident, Runner
 from grasp.data.calibration import calibrate
@@ -87,13 +89,16 @@ def compress(
     *,
     choice: MethodChoice,
     calibration: CalibrationRecipe,
+    resume: bool = False,
     progress: Progress = silent,
     **fields: Any,
 ) -> Compression:
     """Compress a model and save it.
 
     Args:
-        out: directory to write; must not exist or be empty. None: nothing is written.
+        out: directory to write; must not exist or be empty. None: nothing is written. A run of more
+            than half a minute keeps its journal in `out` + ".journal", gone when it is done.
+        resume: go on from the journal of a run that was interrupted, with the same arguments.
         progress: called as `progress(task, done, total)`.
         fields: of the method, where `method` is a name.
 
@@ -101,8 +106,25 @@ def compress(
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
     chosen, clock = make(choice.method, fields, KEYWORDS), Clock()
-    if out is not None:
-        check_destination(Path(out), 0, source.model)
+    place = None if out is None else Path(out)
+    if place is not None:
+        check_destination(place, 0, source.model)
+    elif resume:
+        raise RecipeError("--resume: needs OUT, beside which the journal is; name it")
+    with journal_of(place, resume, clock.began) as journal:
+        return _compress(chosen, source, calibration, place, journal, clock, progress)
+
+
+def _compress(
+    chosen: Method,
+    source: ModelSource,
+    calibration: CalibrationRecipe,
+    out: Path | None,
+    journal: Journal,
+    clock: Clock,
+    progress: Progress,
+) -> Compression:
+    """`compress` with its arguments read and its journal at hand."""
     decoder = open_model(**vars(source), dequantize=True)
     decoder.progress = progress
     _check(chosen, decoder, out, calibration)
@@ -110,11 +132,13 @@ def compress(
     clock.lap("load")
 
     data = draw(decoder, calibration)
+    if out is not None:
+        journal.accept(identity(chosen, decoder, data))
     clock.lap("calibration")
 
     needs = chosen.needs(decoder)
     notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
-    runner = Resident(decoder, data)
+    runner = Resident(decoder, data, journal)
     stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
@@ -150,10 +174,30 @@ def compress(
     }
     manifest = {name: value for name, value in manifest.items() if value is not None}
     if out is not None:
-        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
+        save(decoder, out, manifest, model_card(manifest, name_of(out)))
     for note in notes:
         logger.warning(note)
-    return Compression(decoder, log, manifest, before, after, None if out is None else Path(out))
+    return Compression(decoder, log, manifest, before, after, out)
+
+
+def identity(method: Method, decoder: Decoder, data: Calibration) -> dict[str, Any]:
+    """What makes the numbers of a run, by the names that a user knows: a journal of one run serves
+    no other.
+    """
+    return {
+        "grasp": __version__,
+        "--method": method.name,
+        **{
+            one.flag: getattr(method, one.name)
+            for one in declared(type(method)).values()
+            if one.recipe
+        },
+        "method's file": code_of(type(method)),
+        "--dtype": str(decoder.dtype).removeprefix("torch."),
+        **contents(decoder),
+        "calibration tokens": data.ids_hash,
+        "--seed": data.seed,
+    }
 
 
 def draw(decoder: Decoder, calibration: CalibrationRecipe) -> Calibration:
@@ -189,9 +233,11 @@ def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
     decoder = runner.decoder
     log = EditLog(num_layers=decoder.num_layers)
     before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
-    for step in method.edits(runner, stats):
+    for made in method.edits(runner, stats):
+        step = runner.journal.repeated(len(log), made)
         step.edit.apply(decoder)
         log.append(Entry(step.edit, step.note, decoder.num_parameters()))
+        runner.journal.record(len(log) - 1, step, log[-1].parameters)
         decoder.progress("replacing", len(log), max(expected, len(log)))
     decoder.progress("replacing", len(log), len(log))
     after = decoder.num_parameters()
