@@ -1,6 +1,6 @@
 """Writes docs/reference.md from the code (every command's --help, the methods, the families, the
-texts), and the tables of docs/experiments.md, docs/recovery.md and docs/quantization.md from
-results/*.json. `--check` only compares.
+texts), docs/methods.md from the methods, and the tables of docs/experiments.md, docs/recovery.md
+and docs/quantization.md from results/*.json. `--check` only compares.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import click
+from methods_page import methods_page
 
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
@@ -24,9 +25,9 @@ from grasp.methods import available
 from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.model import ModelSource
 
-OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING = (
-    Path(__file__).with_name(name)
-    for name in ("reference.md", "experiments.md", "recovery.md", "quantization.md", "serving.md")
+OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING, METHODS = (
+    Path(__file__).with_name(f"{name}.md")
+    for name in ("reference", "experiments", "recovery", "quantization", "serving", "methods")
 )
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
@@ -293,6 +294,7 @@ def main() -> int:
         RECOVERY: recovery(),
         QUANTIZATION: quantization(),
         SERVING: serving(),
+        METHODS: methods_page(),
     }
     if "--check" in sys.argv:
         stale = [

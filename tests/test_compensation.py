@@ -313,10 +313,11 @@ def test_least_squares_is_least_squares(model, calibration, pivoted):
     fitted better than it was.
     """
     fields = {"ratio": 0.3} if pivoted else {"layers": (1, 2), "retain_ratio": 0.3}
-    small = grasp.compress(
+    made = grasp.compress(
         build("llama"), method="grasp-fisher" if pivoted else "grasp", data=calibration, **fields
-    ).decoder
-    pairs = pairs_of(small, model, range(4))
+    )
+    small = made.decoder
+    pairs = pairs_of(small, model, made.log)
     assert {pair.module.pivoted for pair in pairs} == {pivoted}
     rows = prepare(
         [Examples("a", some_examples(12))],
@@ -351,10 +352,11 @@ def test_least_squares_is_least_squares(model, calibration, pivoted):
 
 
 def test_least_squares_finds_the_matrix_where_the_rank_allows_it(model, calibration):
-    small = grasp.compress(
+    made = grasp.compress(
         build("llama"), method="grasp", layers=(1,), retain_ratio=0.4, data=calibration
-    ).decoder
-    pairs = pairs_of(small, model, range(4))
+    )
+    small = made.decoder
+    pairs = pairs_of(small, model, made.log)
     # a dense matrix that the pair can be: another output factor on the same input factor
     for pair in pairs:
         object.__setattr__(

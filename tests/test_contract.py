@@ -2,14 +2,13 @@
 repeatability.
 """
 
-import importlib
-import importlib.util
 import json
 
 import pytest
 import torch
 from closeness import close, is_greedy, same_weights
 from conftest import FAMILY_ROWS, LAYERS, build
+from contracts import contracts
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -36,13 +35,9 @@ SIZES = {
 NEUTRAL = {}
 """Fields that change nothing, where that is not ratio 0."""
 
-for name in METHODS:  # a method's own test may say it: CONTRACT in tests/test_NAME.py
-    place = f"test_{name.replace('-', '_')}"
-    if importlib.util.find_spec(place):
-        told = getattr(importlib.import_module(place), "CONTRACT", None)
-        if told:
-            RECIPES[name], SIZES[name] = told["recipe"], told["sizes"]
-            NEUTRAL[name] = told.get("neutral", {"ratio": 0.0})
+for name, told in contracts().items():
+    RECIPES[name], SIZES[name] = told["recipe"], told["sizes"]
+    NEUTRAL[name] = told.get("neutral", {"ratio": 0.0})
 
 
 @pytest.fixture(params=METHODS)

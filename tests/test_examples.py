@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +42,6 @@ def test_quickstart(model_directory, tmp_path):
     grasp.load(out)
 
 
-@pytest.mark.skip(reason="needs --plugin")
 def test_own_method(model_directory, text_file, tmp_path):
     """Half of every matrix of the layers is 0, the smaller half; nothing else is touched."""
     command = ["-m", "grasp", "compress", model_directory, str(tmp_path / "out"), "--quiet"]
@@ -68,7 +66,6 @@ def test_own_method(model_directory, text_file, tmp_path):
     assert "Traceback" not in refused.stderr and line
 
 
-@pytest.mark.skip(reason="needs --plugin")
 def test_the_walk_through_of_a_method(tmp_path):
     """CONTRIBUTING.md, steps 2 and 3, in a copy of the sources: the file moved in, its test."""
     [test] = [

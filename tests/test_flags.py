@@ -13,6 +13,7 @@ from typing import NamedTuple
 import click
 import pytest
 import torch
+from contracts import contracts
 from test_cli import SMALL, command
 from test_faults import change_weights, copy  # noqa: F401
 
@@ -63,7 +64,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     "compress": {
         **ALL, **LOADING, "model": in_a_recipe(FREE), "out": FREE, "--dtype": in_a_recipe(DTYPE),
         "--text-field": in_a_recipe(FREE), "--config": FREE, "--dry-run": FREE,
-        "--resume": FREE,
+        "--resume": FREE, "--plugin": FREE,
         "--data": in_a_recipe(Flag(LISTS)),
         "--seed": whole(0, recipe=True), "--num-samples": whole(1, recipe=True),
         "--seq-len": whole(2, recipe=True), "--method": word(recipe=True),
@@ -133,10 +134,13 @@ FLAGS: dict[str, dict[str, Flag]] = {
     "report": {**ALL, "paths": FREE, "--output": FREE},
     "verify": {**ALL, "checkpoint": FREE},
     "demo": {**ALL, "--output": FREE, "--measure": FREE},
-    "methods": ALL,
+    "methods": {**ALL, "--plugin": FREE},
     "families": ALL,
     "data": ALL,
 }  # fmt: skip
+for method_, told in contracts().items():
+    for name_, (_, refused) in told.get("flags", {}).items():
+        FLAGS["compress"][name_] = Flag(refused, f"--method {method_}", recipe=True)
 
 
 def parameters(verb: str) -> dict[str, click.Parameter]:
@@ -305,6 +309,11 @@ GIVEN = {
     "seed": 1,
     "angular": False,
     "iterative": False,
+    **{
+        name_.lstrip("-").replace("-", "_"): taken
+        for told in contracts().values()
+        for name_, (taken, _) in told.get("flags", {}).items()
+    },
 }
 
 

@@ -59,7 +59,7 @@ def test_flags_and_keywords_are_the_fields_with_their_defaults(verb):
 
 def test_predict_takes_what_compress_takes():
     mine, theirs = (set(inspect.signature(one).parameters) for one in (predict, grasp.compress))
-    assert mine ^ theirs == {"ratios", "out"}
+    assert mine ^ theirs == {"ratios", "out", "resume"}
 
 
 def test_keys_of_an_experiment_are_the_fields_that_a_file_may_say():
@@ -164,7 +164,7 @@ class Mine(ShortGPT):
 def mine(monkeypatch):
     """A method with plain fields, among the others."""
     found = {**methods.available(), "mine": Mine}
-    for module in ("grasp.methods", "grasp.terminal.shows.methods", "grasp.recipes.experiment"):
+    for module in ("grasp.methods", "grasp.recipes.experiment"):
         monkeypatch.setattr(f"{module}.available", lambda: found)
 
 

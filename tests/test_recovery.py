@@ -436,7 +436,7 @@ def test_nothing_to_train(dense, checkpoints, alpaca, tmp_path):
         grasp.recover(dense, tmp_path / "out", data=alpaca, **SMALL)
     with pytest.raises(
         RecipeError,
-        match=r"--train factors: .* has layers removed and no low-rank matrix; use --train lora",
+        match=r"--train factors: .* has no low-rank matrix; use --train lora, or layers",
     ):
         grasp.recover(checkpoints["shortgpt"], tmp_path / "out", data=alpaca, **SMALL)
     untouched = tmp_path / "untouched"

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "core": "core errors",
     "data": "core data errors",
     "stages": "core data stages errors",
-    "methods": "core data stages methods.base methods.scope methods.size methods.low_rank errors",
+    "methods": (
+        "core data stages methods.base methods.plugin methods.scope methods.size methods.low_rank"
+        " errors"
+    ),
     "evaluation": "core data evaluation errors",
     "report": "core data report errors",
     "serving": "core data serving errors",
@@ -211,7 +214,7 @@ def test_no_method_is_named_outside_its_own_file():
 
 
 TOO_LONG = {
-    "compress.py: _compress": 61,
+    "job.py: begin": 67,
 }
 """What 100 columns made too long; each goes when its part is rebuilt."""
 

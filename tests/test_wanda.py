@@ -16,6 +16,11 @@ CONTRACT = {
     "recipe": {"sparsity": 0.5},
     "sizes": ({"pattern": "2:4", "layers": (1, 3)}, {"sparsity": 0.3, "one_shot": True}),
     "neutral": {"sparsity": 0.0},
+    "flags": {
+        "--sparsity": (0.3, ("-0.5", "1", "nan", "inf", "1e400", "x")),
+        "--pattern": ("2:4", ("nonsense", "1:4")),
+        "--one-shot": (True, ()),
+    },
 }
 
 

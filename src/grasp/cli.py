@@ -356,10 +356,11 @@ def demo(output: Path, measure: Path | None, as_json: bool, quiet: bool) -> None
 
 
 @cli.command("methods", short_help="List the compression methods.")
+@flags(MethodChoice, "plugin")
 @everywhere
-def list_methods(as_json: bool, quiet: bool) -> None:
+def list_methods(plugin: Path | None, as_json: bool, quiet: bool) -> None:
     """The compression methods, their papers and flags."""
-    _show("methods")(as_json)
+    _show("methods")(plugin, as_json)
 
 
 @cli.command("families", short_help="List the supported architectures.")

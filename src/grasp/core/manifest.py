@@ -42,6 +42,7 @@ class _Model(Struct):
 class _Method(Struct):
     name: str
     paper: str
+    plugin: str = ""
 
 
 class _Parameters(Struct):

@@ -10,9 +10,10 @@ from typing import Any
 from grasp.core.edits import read_log
 
 
-def command_line(recipe: dict[str, Any], out: str) -> str:
-    """The `grasp compress` command that repeats a recipe."""
+def command_line(recipe: dict[str, Any], out: str, plugin: str = "") -> str:
+    """The `grasp compress` command that repeats a recipe, `plugin` the file of its method."""
     words = ["grasp", "compress", str(recipe["model"]), out]
+    words += ["--plugin", plugin] if plugin else []
     for name, value in recipe.items():
         if name == "model" or value is None or value is False:
             continue
@@ -55,7 +56,8 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
     while told:
         commands.insert(0, str(told.get("command", "")))
         name, told = told.get("checkpoint", name), told.get("before")
-    first = [command_line(manifest["recipe"], name)] if "recipe" in manifest else []
+    plugin = manifest["method"].get("plugin", "")
+    first = [command_line(manifest["recipe"], name, plugin)] if "recipe" in manifest else []
     return [*first, *filter(None, commands), *([after["command"]] if after else [])]
 
 

@@ -14,7 +14,10 @@ from grasp.terminal.config import recipe_of
 from grasp.terminal.flags import Flag, Grouped, Place, option
 
 CHOSEN = "grasp.method"
-"""Where a command's context keeps the name of the method that its flags are those of."""
+PLUGIN = "grasp.plugin"
+"""Where a command's context keeps the name of the method that its flags are those of, and the
+user's file that may define it.
+"""
 
 
 class MethodCommand(Grouped):
@@ -26,8 +29,12 @@ class MethodCommand(Grouped):
         """Find the method first, on the command line or in the recipe: it says what its flags
         are.
         """
-        said = self.make_parser(ctx).parse_args(list(args))[0]
+        parser = self.make_parser(ctx)
+        parser.ignore_unknown_options = True  # those of a plugin's methods
+        said = parser.parse_args(list(args))[0]
         method = said.get("method")
+        if said.get("plugin"):
+            ctx.meta[PLUGIN] = Place().convert(said["plugin"], None, ctx)
         if method is None and said.get("config"):
             place = Place().convert(said["config"], None, ctx)
             method = recipe_of(place).get("method")
@@ -38,16 +45,17 @@ class MethodCommand(Grouped):
         own = super().get_params(ctx)
         taken: dict[str | None, Any] = {param.name: param for param in own}
         behind = list(taken).index("method") + 1
-        method = [one for one in _options(_chosen(ctx)) if one.name not in taken]
+        method = [one for one in _options(ctx) if one.name not in taken]
         return [*own[:behind], *method, *own[behind:]]
 
     def before_flags(self, title: str, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The methods there are and how to see their flags; what the chosen one does."""
-        from grasp.methods import available, class_of
+        from grasp.methods import class_of, known
 
-        about = class_of(_chosen(ctx)).about()
+        plugin = ctx.meta.get(PLUGIN)
+        about = class_of(_chosen(ctx), plugin).about()
         if title == MethodChoice.title:
-            formatter.write_text(f"{', '.join(available())}")
+            formatter.write_text(f"{', '.join(known(plugin))}")
             formatter.write_text("Flags of another one: grasp compress --method NAME --help")
         elif title.startswith(TITLE):
             formatter.write_text(about)
@@ -63,11 +71,11 @@ def _chosen(ctx: click.Context) -> str:
     return str(ctx.meta.get(CHOSEN) or declared(MethodChoice)["method"].default)
 
 
-def _options(chosen: str) -> list[Flag]:
+def _options(ctx: click.Context) -> list[Flag]:
     """The flags of the method that is chosen, then, hidden, those that only others have."""
-    from grasp.methods import available
+    from grasp.methods import known
 
-    methods = available()
+    methods, chosen = known(ctx.meta.get(PLUGIN)), _chosen(ctx)
     found: dict[str, Flag] = {}
     for name in sorted(methods, key=lambda name: name != chosen):
         for one in declared(methods[name]).values():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,14 +106,16 @@ def compress(
     Raises:
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
-    chosen, clock = make(choice.method, fields, KEYWORDS), Clock()
+    chosen, clock = make(choice.method, fields, KEYWORDS, choice.plugin), Clock()
     place = None if out is None else Path(out)
     if place is not None:
         check_destination(place, 0, source.model)
     elif resume:
         raise RecipeError("--resume: needs OUT, beside which the journal is; name it")
     with journal_of(place, resume, clock.began) as journal:
-        return _compress(chosen, source, calibration, place, journal, clock, progress)
+        return _compress(
+            chosen, source, calibration, place, journal, clock, progress, choice.plugin
+        )
 
 
 def _compress(
@@ -123,6 +126,7 @@ def _compress(
     journal: Journal,
     clock: Clock,
     progress: Progress,
+    plugin: str | Path | None,
 ) -> Compression:
     """`compress` with its arguments read and its journal at hand."""
     decoder = open_model(**vars(source), dequantize=True)
@@ -147,6 +151,7 @@ def _compress(
     after = decoder.num_parameters()
     clock.lap("attribution and replacement")
 
+    brought = {} if plugin is None else {"plugin": os.path.abspath(plugin)}
     recipe = {
         "model": decoder.source,
         "method": chosen.name,
@@ -157,7 +162,7 @@ def _compress(
     }
     manifest = {
         "model": original,
-        "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe()},
+        "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe(), **brought},
         "recipe": {name: value for name, value in recipe.items() if value is not None},
         "calibration": {
             **data.to_json(),
@@ -283,7 +288,7 @@ def predict(
 
     Raises `RecipeError` for a method whose scores are not losses.
     """
-    chosen = make(choice.method, fields, KEYWORDS)
+    chosen = make(choice.method, fields, KEYWORDS, choice.plugin)
     if not chosen.predicts:
         raise RecipeError(
             f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do"

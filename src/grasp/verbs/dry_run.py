@@ -104,7 +104,7 @@ def dry_run(
     """What `compress` would do with these arguments, from the model's shapes alone: no weights and
     no text are read.
     """
-    chosen = make(choice.method, fields, KEYWORDS)
+    chosen = make(choice.method, fields, KEYWORDS, choice.plugin)
     decoder = load_model(
         str(source.model),
         empty=True,

@@ -23,7 +23,7 @@ from grasp.core.results import Generation, Result, Results
 from grasp.core.score import Score
 from grasp.data.blocks import Blocks, blocks_of
 from grasp.data.stream import check_lengths, check_vocabulary
-from grasp.data.text import fields_of, read_text
+from grasp.data.text import fields_of, read_text, sources
 from grasp.errors import RecipeError
 from grasp.evaluation.fidelity import check_same_tokens, fidelity
 from grasp.evaluation.generation import agreement, check_room, continuations
@@ -81,7 +81,12 @@ def evaluate(
         GraspError: what a user can get wrong, before anything is measured; a non-finite block is an
             error, never skipped.
     """
-    names = list(recipe.ppl) or ([] if recipe.tasks or recipe.generate else ["pydoc"])
+    # a file may have a comma in its name
+    names = (
+        sources(",".join(recipe.ppl))
+        if recipe.ppl
+        else ([] if recipe.tasks or recipe.generate else ["pydoc"])
+    )
     questions = _questions(recipe)
     decoder = open_model(**vars(source))
     cuts, texts = _cut(decoder, recipe, names)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from grasp.core.fields import declared
-from grasp.methods import available
+from grasp.methods import known
 from grasp.terminal.bars import emit, say, table
 
 
-def show(as_json: bool) -> None:
+def show(plugin: Path | None, as_json: bool) -> None:
     """Every method with its fields."""
-    found = available()
+    found = known(plugin)
     for name, method in found.items():
         say(f"[bold]{name}[/bold]  {method.about()}  {method.paper}")
         rows = [(f"  {one.flag}", one.help) for one in declared(method).values()]
