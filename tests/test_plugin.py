@@ -101,7 +101,7 @@ def test_the_recipe_of_a_plugins_checkpoint_needs_the_plugin_named(
         " 16\n"
     )
     words = ("compress", model_directory, tmp_path / "out", "--config", config)
-    assert "'sparsity' is no flag of" in command(*words).error
+    assert "--method magnitude: unknown" in command(*words).error
     assert command(*words, "--plugin", plugin, "--json").json["recipe"]["sparsity"] == 0.2
     config.write_text(f'plugin = "{plugin}"\n')
     assert "only the command line may say --plugin" in command(*words).error
