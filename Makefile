@@ -45,6 +45,7 @@ test-serving: .venv-serving/ready
 
 test-export: $(VENV)/export
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_edits.py tests/test_flags.py -k 'quantize or on_top_of'
 
 # cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
 EXTRAS = none data report recover quantize tasks onnx openvino

@@ -163,7 +163,6 @@ def test_a_layer_may_lack_a_matrix(calibration, caplog):
     result = grasp.compress(copy.deepcopy(model), layers=[0, 2], **options)
     assert "pairs already" not in caplog.text
     assert len(result.manifest["edits"]) == 3 + 7
-    assert grasp.quantize(model, bits=8).manifest["quantization"]["matrices"] == 3 + 3 * 7
 
 
 def test_a_matrix_is_what_holds_a_weight_of_two_dimensions():

@@ -15,6 +15,7 @@ from conftest import build
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_checkpoint import LOAD, NO_GRASP
+from test_families import NoAttention
 from transformers import AutoModelForCausalLM
 
 import grasp
@@ -332,6 +333,12 @@ def test_bad_input_is_said_before_any_work(options, message, model_directory, tm
     with pytest.raises(grasp.GraspError, match=message):
         grasp.quantize(model_directory, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_may_lack_a_matrix():
+    model = build("llama")
+    model.model.layers[0].self_attn = NoAttention()
+    assert grasp.quantize(model, bits=8).manifest["quantization"]["matrices"] == 3 + 3 * 7
 
 
 def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path, monkeypatch):
