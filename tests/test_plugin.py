@@ -145,7 +145,10 @@ def test_it_is_shown_among_the_others(plugin, model_directory, tmp_path):
     words = ("compress", model_directory, tmp_path / "out", "--plugin", plugin)
     said = command(*words, "--method", "magnitud").error
     assert "magnitude; did you mean 'magnitude'?" in said
-    assert "it belongs to wanda, magnitude" in command(*words, "--ratio", "0.1", "--sparsity", "0.1").error
+    assert (
+        "it belongs to wanda, magnitude"
+        in command(*words, "--ratio", "0.1", "--sparsity", "0.1").error
+    )
     assert "--sparsity 7" in command(*words, "--method", "magnitude", "--sparsity", "7").error
     planned = command(*words, "--method", "magnitude", "--dry-run", *SMALL)
     assert planned.status == 0, planned.err
