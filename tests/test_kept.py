@@ -19,11 +19,13 @@ from grasp.core.seal import PICTURE
 from grasp.core.shapes import Shapes
 from grasp.errors import CheckpointError
 from grasp.report import look, picture, svg
+from grasp.report.anatomy import layer_losses
 from grasp.report.card import model_card, picture_for
 from grasp.report.kept import Cell, Kept
 from grasp.report.kept_words import facts
 from grasp.report.picture import Box, Cross, Words, picture_of
 from grasp.report.plots import overview
+from grasp.report.reading import Checkpoint
 
 
 def manifest_of(decoder, edits):
@@ -157,12 +159,32 @@ def test_the_record_counts_what_the_model_stores(name):
 def test_a_manifest_from_before_the_record(storage):
     """What ranks and counts of parameters tell is what the record says."""
     data = grasp.Calibration(torch.randint(0, 256, (4, 16)), "random")
-    made = grasp.compress(build("llama"), data=data, ratio=0.3, storage=storage).manifest
+    asked = {"method": "svd-llm", "ratio": 0.3, "storage": storage}
+    made = grasp.compress(build("llama"), data=data, **asked).manifest
     new = cells(Kept.of(made))
     old = Kept.of({key: value for key, value in made.items() if key != "layers"})
     assert len(cells(old)) > 20
     for place, cell in cells(old).items():
         assert (cell.of, cell.left, cell.rank) == (new[place].of, new[place].left, new[place].rank)
+
+
+def test_what_each_part_costs(mixed, tmp_path):
+    """Of pairs and narrower layers by attention and MLP, of a layer that went as a whole."""
+    told = copy.deepcopy(mixed)
+    for edit in told["edits"]:
+        edit["note"] = {"predicted_loss": 0.5}
+    (tmp_path / "grasp.json").write_text(json.dumps(told))
+    losses = layer_losses(Checkpoint.read(tmp_path))
+    assert {(one["layer"], one["part"]): one["loss"] for one in losses} == {
+        (0, "attention"): 0.5,
+        (1, "MLP"): 1.0,
+        (1, "attention"): 0.5,
+        (2, "attention"): 0.5,
+        (3, "whole layer"): 0.5,
+    }
+    del told["edits"][0]["note"]
+    (tmp_path / "grasp.json").write_text(json.dumps(told))
+    assert layer_losses(Checkpoint.read(tmp_path)) == []
 
 
 def test_an_old_log_of_narrowed_and_dropped_layers():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grasp.report.old_shapes import part_of
 from grasp.report.reading import Checkpoint, Matrix
 
 MOST_POINTS = 600
@@ -46,18 +45,12 @@ def _floor_power(value: float | int) -> int:
 
 def layer_losses(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Predicted rise of the loss by layer and part of the layer, in nats a token; empty where any
-    matrix says none.
+    edit says none.
     """
-    if not checkpoint.matrices or any(
-        matrix.predicted_loss is None for matrix in checkpoint.matrices
-    ):
-        return []
     sums: dict[tuple[int, str], float] = {}
-    for matrix in checkpoint.matrices:
-        part = {"mlp": "MLP"}.get(part_of(matrix.name), "attention")
-        sums[matrix.layer, part] = sums.get((matrix.layer, part), 0.0) + (
-            matrix.predicted_loss or 0.0
-        )
+    for layer, part, loss in checkpoint.losses:
+        shown = {"mlp": "MLP"}.get(part, part)
+        sums[layer, shown] = sums.get((layer, shown), 0.0) + loss
     return [
         {"layer": layer, "part": part, "loss": float(f"{loss:.4g}")}
         for (layer, part), loss in sorted(sums.items())

@@ -281,7 +281,9 @@ def block_influence(records: Sequence[Record], colour: str, kind: str) -> alt.La
 
 def layer_losses(records: Sequence[Record]) -> alt.LayerChart:
     """Predicted rise of the loss, a bar a layer, attention and MLP on each other."""
-    parts = ["attention", "MLP"]
+    shown = {record["part"] for record in records}
+    fills = {"attention": "s5", "MLP": "s7", "whole layer": "dense"}
+    parts = [part for part in fills if part in shown or part != "whole layer"]
     marks = (
         _data(records)
         .mark_bar()
@@ -295,7 +297,7 @@ def layer_losses(records: Sequence[Record]) -> alt.LayerChart:
             alt.Y("loss:Q", title="nats a token", axis=alt.Axis(format=".6~g", tickCount=4)),
             alt.Color(
                 "part:N",
-                scale=alt.Scale(domain=parts, range=[light("s5"), light("s7")]),
+                scale=alt.Scale(domain=parts, range=[light(fills[part]) for part in parts]),
                 legend=alt.Legend(title=None),
             ),
             tooltip=_tips(("layer", ".0f"), ("part", ""), ("loss", ".3~g")),

@@ -178,7 +178,7 @@ def _widths(
             of = (cut.of if cut else None) if was is None else was
             if not of:
                 continue
-            absent = layer in gone[MLP if axis == "channels" else ATTENTION]
+            absent = layer in gone[part_of_axis(axis)]
             left = min(cut.left, of) if cut else of
             groups = lefts.get(("kv_groups", layer))
             if axis == "value_dims" and cut is None and groups and groups.of:
@@ -187,6 +187,11 @@ def _widths(
             cells[layer] = Cell(of, left, narrower=0 < left < of)
         if cells:
             yield Strip(AXES.get(axis, axis.replace("_", " ")), cells, is_width=True)
+
+
+def part_of_axis(axis: str) -> str:
+    """The part of a layer whose width it is."""
+    return MLP if axis == "channels" else ATTENTION
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp.core.edits import Entry, place_of, read_log
+from grasp.core.edits import EditLog, Entry, place_of, read_log
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.results import KIND, Results
 from grasp.errors import CheckpointError
 from grasp.report.bounds import LIMITS, bounded, shortened
-from grasp.report.kept import Kept
+from grasp.report.kept import Kept, part_of_axis
+from grasp.report.old_shapes import part_of
 
 ALLOWED = (
     "a checkpoint (a directory with grasp.json), a results file (of grasp eval, bench, compare or"
@@ -52,7 +53,8 @@ class Matrix:
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's manifest (`raw`), and its parts that are drawn. `edited`: the layers that an
-    edit touched, `dropped` those that are no more.
+    edit touched, `dropped` those that are no more. `losses`: what each edit is expected to cost, by
+    layer and part of the layer, nats a token; none where one does not say it.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     dropped: tuple[int, ...]
     edited: frozenset[int]
     kept: Kept = field(repr=False)
+    losses: tuple[tuple[int, str, float], ...]
     prediction: Mapping[str, float]
     recovery: tuple[Mapping[str, float], ...]
     seconds: Mapping[str, float]
@@ -129,6 +132,7 @@ class Checkpoint:
             tuple(log.gone),
             frozenset(log.layers),
             Kept.of(found),
+            _losses(log),
             prediction,
             tuple(
                 {
@@ -147,6 +151,21 @@ class Checkpoint:
         ):
             raise ValueError("a score or predicted loss is not finite")
         return checkpoint
+
+
+def _losses(log: EditLog) -> tuple[tuple[int, str, float], ...]:
+    found = []
+    for entry in log:
+        told, loss = entry.edit.summary(), entry.note.predicted_loss
+        if loss is None:
+            return ()
+        place = place_of(told.path)
+        part = "whole layer"
+        if place is not None or told.axis:
+            part = part_of(place[1]) if place is not None else part_of_axis(told.axis)
+        layers = entry.edit.layers
+        found += [(layer, part, loss / len(layers)) for layer in layers]
+    return tuple(found)
 
 
 def _matrix(entry: Entry) -> Matrix:
