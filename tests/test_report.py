@@ -296,7 +296,9 @@ def test_charts_are_drawn_in_words_and_colours_of_the_page(page):
     """Each chart is an inline drawing with a title, without scripts; its colours are variables with
     a light and a dark value.
     """
-    drawn = page.all("svg")
+    pictures = [a for a in page.all("svg") if a["aria-labelledby"].startswith("kept-")]
+    drawn = [a for a in page.all("svg") if a not in pictures]
+    assert len(pictures) == 2
     specs = json.loads(page.scripts[0])["charts"]
     assert (
         len(drawn) == len(specs) == len([a for a in page.all("figure") if "data-chart" in a]) > 10
@@ -340,20 +342,9 @@ def test_a_chart_that_does_not_fit_is_found():
 
 
 def test_manifest_records(material):
-    """What the charts of a checkpoint draw: ranks with dense 1 and removed 0, BI with states,
-    predicted losses, the loss curve.
-    """
+    """What the charts of a checkpoint draw: BI with states, predicted losses, the loss curve."""
     a, b = (Checkpoint.read(material / name) for name in ("made-a", "made-b"))
-    shares = {(record["layer"], record["matrix"]): record for record in anatomy.ranks(a)}
-    assert {record["what"] for (layer, _), record in shares.items() if layer == 3} == {"removed"}
-    assert len(shares) == 4 * 7
-    assert (
-        min(record["share"] for record in shares.values())
-        == 0
-        < max(record["share"] for record in shares.values())
-        == 1
-    )
-    assert {record["state"] for record in anatomy.block_influence(a)} >= {"low-rank", "removed"}
+    assert {record["state"] for record in anatomy.block_influence(a)} >= {"edited", "removed"}
     assert anatomy.layer_losses(a) == []
     assert sum(record["loss"] for record in anatomy.layer_losses(b)) == pytest.approx(
         b.prediction["loss_rise"], rel=1e-3
@@ -370,16 +361,6 @@ def test_manifest_records(material):
         == matrix.rank
     )
     assert len(anatomy.shown_matrices(a, 3)) == 3
-
-
-def test_two_matrices_with_the_same_last_name_stay_apart(material):
-    names = anatomy.matrix_names(Checkpoint.read(material / "made-a"))
-    assert names["mlp.up_proj"] == "up_proj"
-    manifest = json.loads((material / "made-a" / "grasp.json").read_text())
-    for edit in manifest["edits"][:2]:
-        edit["path"] = edit["path"].replace("up_proj", "c_proj").replace("gate_proj", "attn.c_proj")
-    one = Checkpoint._of(material, manifest)
-    assert {"mlp.c_proj", "mlp.attn.c_proj"} & set(anatomy.matrix_names(one).values())
 
 
 def test_long_lists_of_a_manifest_are_shortened():
@@ -539,6 +520,7 @@ def test_what_cannot_be_shown_is_one_line_with_the_path(tmp_path, name, content,
 
 def test_damage_inside_a_manifest_is_named(material, tmp_path):
     sound = json.loads((material / "made-b" / "grasp.json").read_text())
+    sound["edits"].sort(key=lambda edit: "path" not in edit)  # a matrix first
     for change in (
         lambda m: m["edits"][0]["note"].update(kept=[10**6]),
         lambda m: m["edits"][0]["note"].update(scores=[1.0]),
@@ -676,7 +658,7 @@ def test_a_browser_draws_every_chart_and_complains_of_nothing(page):
         there, complaints = browse(page.path, f"--blink-settings=preferredColorScheme={scheme}")
         assert complaints == []
         count = there.count("<figure ")
-        assert there.count('<div class="live vega-embed') == count == len(page.all("svg")) > 10
+        assert there.count('<div class="live vega-embed') == count == len(page.all("svg")) - 2 > 10
         assert there.count(f"background-color: {background}") == count
         assert there.count(">Save as PNG</a>") == there.count(">Save as SVG</a>") == count
         assert all(f"mark-{kind} " in there for kind in ("symbol", "rect", "line"))

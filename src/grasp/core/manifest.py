@@ -115,6 +115,22 @@ class _Quantization(Struct):
     group_size: Number | None = None
 
 
+Shape = Annotated[list[Number], Meta(min_length=2, max_length=2)]
+
+
+class _Matrix(Struct):
+    of: Shape
+    left: Shape
+    numbers: Number
+    rank: Number | None = None
+
+
+class _Layer(Struct):
+    widths: dict[str, Number]
+    attention: dict[str, _Matrix] = {}
+    mlp: dict[str, _Matrix] = {}
+
+
 class _Manifest(_Head):
     model: _Model
     method: _Method
@@ -124,6 +140,7 @@ class _Manifest(_Head):
     recipe: _Recipe | UnsetType = UNSET
     calibration: _Calibration | UnsetType = UNSET
     redundancy: dict[str, dict[str, float]] | UnsetType = UNSET
+    layers: list[_Layer] | UnsetType = UNSET
     prediction: _Prediction | UnsetType = UNSET
     recovery: _Recovery | UnsetType = UNSET
     quantization: _Quantization | UnsetType = UNSET

@@ -44,8 +44,10 @@ SOUGHT = (
 """Files that transformers looks for by name, so that one which appears later changes what is
 loaded.
 """
-FOR_PEOPLE = "README.md"
-"""Nothing reads it but people, and they edit it."""
+PICTURE = "kept.svg"
+"""What every layer kept, drawn; the model card shows it."""
+FOR_PEOPLE = ("README.md", PICTURE)
+"""Nothing reads them but people, and they edit them."""
 WEIGHTS = ".safetensors"
 CHUNK = 1 << 22
 Count = Callable[[int], None]
@@ -78,7 +80,7 @@ class Difference:
     what: str = ""
 
     def __str__(self) -> str:
-        if self.kind == "changed" and self.file == FOR_PEOPLE:
+        if self.kind == "changed" and self.file in FOR_PEOPLE:
             return f"{self.file}: edited, which only people read"
         said = {
             "changed": "is not as it was written",
@@ -165,7 +167,7 @@ def warn_of_changes(directory: Path) -> None:
     told = [
         d
         for d in found
-        if d.file != FOR_PEOPLE
+        if d.file not in FOR_PEOPLE
         and (d.kind != "surplus" or d.file in SOUGHT or d.file.endswith(WEIGHTS))
     ]
     if told:

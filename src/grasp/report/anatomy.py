@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ def block_influence(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     floor = 10 ** _floor_power(min(positive)) if positive else 1e-6
     edited, dropped = checkpoint.edited, set(checkpoint.dropped)
     states = {
-        layer: "removed" if layer in dropped else "low-rank" if layer in edited else "untouched"
+        layer: "removed" if layer in dropped else "edited" if layer in edited else "untouched"
         for layer in scores
     }
     return [
@@ -44,59 +43,14 @@ def _floor_power(value: float | int) -> int:
     return power
 
 
-def matrix_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of a matrix inside its layer -> what to call it: its last part, if only one ends so."""
-    names = list(dict.fromkeys(matrix.name for matrix in checkpoint.matrices))
-    last = Counter(name.rsplit(".", 1)[-1] for name in names)
-    return {name: tail if last[tail := name.rsplit(".", 1)[-1]] == 1 else name for name in names}
-
-
-def ranks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """One record for every matrix of every layer: the share of its groups that is kept, 1 where it
-    stays dense, 0 where it is gone.
-    """
-    names = matrix_names(checkpoint)
-    found = {(matrix.layer, matrix.name): matrix for matrix in checkpoint.matrices}
-    if not found or not all(matrix.groups for matrix in checkpoint.matrices):
-        return []
-    records = []
-    for layer in range(checkpoint.num_layers):
-        for name, shown in names.items():
-            matrix = found.get((layer, name))
-            gone = layer in checkpoint.dropped
-            share = 0.0 if gone else 1.0 if matrix is None else matrix.rank / matrix.groups
-            told = (
-                "removed"
-                if gone
-                else "dense"
-                if matrix is None
-                else f"rank {matrix.rank} of {matrix.groups}"
-            )
-            record = {"layer": layer, "matrix": shown, "share": round(share, 4), "what": told}
-            if matrix is not None and matrix.predicted_loss is not None:
-                record["loss"] = float(f"{matrix.predicted_loss:.4g}")
-            records.append(record)
-    return records
-
-
 def layer_losses(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Predicted rise of the loss by layer and part of the layer, in nats a token; empty where any
-    matrix says none.
+    edit says none.
     """
-    if not checkpoint.matrices or any(
-        matrix.predicted_loss is None for matrix in checkpoint.matrices
-    ):
-        return []
     sums: dict[tuple[int, str], float] = {}
-    for matrix in checkpoint.matrices:
-        part = (
-            "MLP"
-            if any(word in matrix.name for word in ("mlp", "fc", "ffn", "dense_h", "dense_4h"))
-            else "attention"
-        )
-        sums[matrix.layer, part] = sums.get((matrix.layer, part), 0.0) + (
-            matrix.predicted_loss or 0.0
-        )
+    for layer, part, loss in checkpoint.losses:
+        shown = {"mlp": "MLP"}.get(part, part)
+        sums[layer, shown] = sums.get((layer, shown), 0.0) + loss
     return [
         {"layer": layer, "part": part, "loss": float(f"{loss:.4g}")}
         for (layer, part), loss in sorted(sums.items())

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from grasp.core.edits import read_log
+from grasp.core.seal import PICTURE
+from grasp.report import svg
+from grasp.report.kept import Kept
+from grasp.report.kept_words import facts, in_a_line
+from grasp.report.picture import picture_of
 
 
 def command_line(recipe: dict[str, Any], out: str, plugin: str = "") -> str:
@@ -76,14 +82,10 @@ def _quantized(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _listed(numbers: list[int]) -> str:
-    """The sorted numbers, or only their range where they are many."""
-    return ", ".join(map(str, numbers)) if len(numbers) <= 12 else f"{numbers[0]} to {numbers[-1]}"
-
-
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
-    body = [*_head(manifest, out), *_facts(manifest), *_use(manifest, out)]
+    kept = Kept.of(manifest)
+    body = [*_head(manifest, out), *_facts(manifest, kept), *_shown(kept), *_use(manifest, out)]
     body += ["## Repeat", "", "```", *repeat(manifest, out), "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: "
@@ -92,6 +94,26 @@ def model_card(manifest: dict[str, Any], out: str) -> str:
         "",
     ]
     return "\n".join(body)
+
+
+def picture_for(manifest: Mapping[str, Any]) -> Callable[[Path], None]:
+    """What puts the picture that the card shows into a directory, where there is one to show."""
+
+    def draw(directory: Path) -> None:
+        kept = Kept.of(manifest)
+        if kept.changed:
+            text = svg.file(picture_of(manifest, kept))
+            (directory / PICTURE).write_text(text, encoding="utf-8")
+
+    return draw
+
+
+def _shown(kept: Kept) -> list[str]:
+    """The picture, where something changed."""
+    if not kept.changed:
+        return []
+    words = in_a_line(kept).replace("[", "(").replace("]", ")")
+    return ["", "## What every layer kept", "", f"![{words}]({PICTURE})"]
 
 
 def _head(manifest: dict[str, Any], out: str) -> list[str]:
@@ -121,7 +143,7 @@ def _head(manifest: dict[str, Any], out: str) -> list[str]:
     ]
 
 
-def _facts(manifest: dict[str, Any]) -> list[str]:
+def _facts(manifest: dict[str, Any], kept: Kept) -> list[str]:
     """The table of sizes, calibration, edits and what followed."""
     sizes = manifest["parameters"]
     rows = [
@@ -142,7 +164,7 @@ def _facts(manifest: dict[str, Any]) -> list[str]:
             ),
             f"| calibration ids (sha256) | `{data['ids_sha256'][:16]}…` |",
         ]
-    rows += _edited(manifest)
+    rows += _edited(manifest, kept)
     if "recovery" in manifest:
         rows += _recovered(manifest["recovery"])
     if "quantization" in manifest:
@@ -150,20 +172,11 @@ def _facts(manifest: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _edited(manifest: dict[str, Any]) -> list[str]:
+def _edited(manifest: dict[str, Any], kept: Kept) -> list[str]:
     """Table rows about the edits, what they were thought to cost, and what is to be minded."""
-    log, rows = read_log(manifest), list[str]()
-    low_rank = [one for one in log.summaries() if one.rank is not None]
-    if low_rank:
-        layers = sorted(
-            {int(part) for edit in low_rank for part in edit.path.split(".") if part.isdigit()}
-        )
-        ranks = sorted({edit.rank or 0 for edit in low_rank})
-        rows.append(
-            f"| low-rank matrices | {len(low_rank)} in layers {_listed(layers)}; ranks"
-            f" {_listed(ranks)} |"
-        )
-    if any(edit.pivoted for edit in low_rank):
+    log = read_log(manifest)
+    rows = [f"| {what} | {text} |" for what, text in facts(kept)]
+    if any(edit.pivoted for edit in log.summaries()):
         rows.append(
             "| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |"
         )
@@ -175,9 +188,9 @@ def _edited(manifest: dict[str, Any]) -> list[str]:
             f" perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
         )
     rows += [f"| note | {note} |" for note in manifest.get("notes", ())]
-    if log.gone:
-        rows.append(f"| removed layers | {', '.join(map(str, log.gone))} |")
-    others = {one.what for one in log.summaries() if one.rank is None and not one.gone}
+    others = {
+        one.what for one in log.summaries() if one.rank is None and not one.axis and not one.gone
+    }
     return rows + [f"| {what} | {log.counts()[what]} |" for what in sorted(others)]
 
 

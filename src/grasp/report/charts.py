@@ -245,10 +245,10 @@ def block_influence(records: Sequence[Record], colour: str, kind: str) -> alt.La
     """A bar a layer, logarithmic; edited layers in the method's colour."""
     states = [
         state
-        for state in ("low-rank", "removed", "untouched")
+        for state in ("edited", "removed", "untouched")
         if any(record["state"] == state for record in records)
     ]
-    fills = {"low-rank": colour, "removed": light("ink"), "untouched": light("left")}
+    fills = {"edited": colour, "removed": light("ink"), "untouched": light("left")}
     shown = [record["shown"] for record in records] + [records[0]["floor"]]
     named = "block influence" if kind == "bi" else "angular distance" if kind == "angular" else kind
     marks = (
@@ -279,42 +279,11 @@ def block_influence(records: Sequence[Record], colour: str, kind: str) -> alt.La
     return _whole([marks], "Redundancy of every layer", width=WIDE, height=190)
 
 
-def rank_map(records: Sequence[Record]) -> alt.LayerChart:
-    """A square for every matrix of every layer: the share of groups it kept."""
-    names = list(dict.fromkeys(record["matrix"] for record in records))
-    tips = [
-        ("layer", ".0f"),
-        ("matrix", ""),
-        ("share", ".1%"),
-        ("what", ""),
-        *([("loss", ".3~g")] if any("loss" in r for r in records) else []),
-    ]
-    marks = (
-        _data(records)
-        .mark_rect(stroke=light("surface"), strokeWidth=1)
-        .encode(
-            alt.X("layer:O", title="decoder layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            alt.Y("matrix:N", title=None, sort=names),
-            alt.Color(
-                "share:Q",
-                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
-                legend=alt.Legend(
-                    title="share kept, 100 % = dense",
-                    format=".0%",
-                    values=[0, 0.25, 0.5, 0.75, 1],
-                    gradientLength=260,
-                    gradientThickness=10,
-                ),
-            ),
-            tooltip=_tips(*tips),
-        )
-    )
-    return _whole([marks], "Share of singular groups kept", width=WIDE, height=22 * len(names))
-
-
 def layer_losses(records: Sequence[Record]) -> alt.LayerChart:
     """Predicted rise of the loss, a bar a layer, attention and MLP on each other."""
-    parts = ["attention", "MLP"]
+    shown = {record["part"] for record in records}
+    fills = {"attention": "s5", "MLP": "s7", "whole layer": "dense"}
+    parts = [part for part in fills if part in shown or part != "whole layer"]
     marks = (
         _data(records)
         .mark_bar()
@@ -328,7 +297,7 @@ def layer_losses(records: Sequence[Record]) -> alt.LayerChart:
             alt.Y("loss:Q", title="nats a token", axis=alt.Axis(format=".6~g", tickCount=4)),
             alt.Color(
                 "part:N",
-                scale=alt.Scale(domain=parts, range=[light("s5"), light("s7")]),
+                scale=alt.Scale(domain=parts, range=[light(fills[part]) for part in parts]),
                 legend=alt.Legend(title=None),
             ),
             tooltip=_tips(("layer", ".0f"), ("part", ""), ("loss", ".3~g")),

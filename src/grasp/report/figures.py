@@ -265,7 +265,7 @@ def _sweep_figure(
 def checkpoint_figures(
     checkpoint: Checkpoint, colours: Colours, matrices: int
 ) -> dict[str, list[Figure]]:
-    """The figures of a checkpoint by what they say: redundancy, ranks, losses, groups, recovery."""
+    """The figures of a checkpoint by what they say: redundancy, losses, groups, recovery."""
     colour = colours[checkpoint.method]
     found: dict[str, list[Figure]] = {}
     if checkpoint.redundancy:
@@ -279,13 +279,6 @@ def checkpoint_figures(
             f" {number(checkpoint.redundancy[low])}. Edited: {layers}."
         )
         found["redundancy"] = [Figure(charts.spec_of(chart), words, wide=True)]
-    shares = anatomy.ranks(checkpoint)
-    if shares:
-        mean = fmean(record["share"] for record in shares)
-        words = (
-            f"Share of singular groups kept by every matrix of every layer; the mean is {mean:.0%}."
-        )
-        found["ranks"] = [Figure(charts.spec_of(charts.rank_map(shares)), words, wide=True)]
     losses = anatomy.layer_losses(checkpoint)
     if losses:
         words = (
@@ -313,20 +306,8 @@ def checkpoint_figures(
 
 
 def summary(checkpoint: Checkpoint) -> str:
-    """A checkpoint in one line."""
-    parts = [
+    """How small a checkpoint became, in one line."""
+    return (
         f"{count(checkpoint.before)} → {count(checkpoint.after)} parameters"
         f" ({100 * checkpoint.ratio:.1f} % removed)"
-    ]
-    if checkpoint.matrices:
-        layers = {matrix.layer for matrix in checkpoint.matrices}
-        parts.append(
-            f"{len(checkpoint.matrices)} matrices in {len(layers)} of {checkpoint.num_layers}"
-            " layers made low-rank"
-        )
-    if checkpoint.dropped:
-        parts.append(
-            f"{len(checkpoint.dropped)} of {checkpoint.num_layers} layers removed:"
-            f" {', '.join(map(str, checkpoint.dropped))}"
-        )
-    return "; ".join(parts)
+    )

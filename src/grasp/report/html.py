@@ -37,8 +37,11 @@ from grasp.report.figures import (
     sweep_figures,
 )
 from grasp.report.highlights import highlights
+from grasp.report.kept_words import facts
+from grasp.report.picture import picture_of
 from grasp.report.reading import Checkpoint, Material, gather
 from grasp.report.rows import Row, columns_of, rows_of
+from grasp.report.svg import inline
 from grasp.report.sweeps import sweeps_of
 from grasp.report.table import table_of
 from grasp.report.vega import Runtime, draw
@@ -171,6 +174,8 @@ def _checkpoint(
         "name": material.names[number],
         "colour": colours[checkpoint.method],
         "summary": summary(checkpoint),
+        "picture": _picture(checkpoint, number),
+        "kept": facts(checkpoint.kept),
         "figures": {what: drawn.all(some) for what, some in figures.items()},
         "by_rank": by_rank,
         "command": "\n".join(repeat(raw, checkpoint.name)) if recipe.get("model") else "",
@@ -178,6 +183,14 @@ def _checkpoint(
         "versions": raw.get("versions") or {},
         "manifest": json.dumps(anatomy.shortened(raw), indent=1, ensure_ascii=False),
     }
+
+
+def _picture(checkpoint: Checkpoint, number: int) -> Markup | None:
+    """What every layer kept, where there is something to see."""
+    kept = checkpoint.kept
+    if number >= MOST_DRAWN or not (kept.changed and kept.strips):
+        return None
+    return Markup(inline(picture_of(checkpoint.raw, kept), f"kept-{number}"))
 
 
 def _title(material: Material) -> str:

@@ -10,7 +10,7 @@ everywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 COLOURS: dict[str, tuple[str, str]] = {
@@ -50,9 +50,10 @@ def colours_of(methods: Iterable[str]) -> dict[str, str]:
     }
 
 
-def variables(column: int) -> str:
-    """The colours as CSS declarations: column 0 light, 1 dark."""
-    return " ".join(f"--{name}: {pair[column]};" for name, pair in COLOURS.items())
+def variables(column: int, names: Collection[str] = tuple(COLOURS)) -> str:
+    """These colours as CSS declarations: column 0 light, 1 dark."""
+    found = ((name, pair) for name, pair in COLOURS.items() if name in names)
+    return " ".join(f"--{name}: {pair[column]};" for name, pair in found)
 
 
 def by_variable(svg: str) -> str:

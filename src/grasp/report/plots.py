@@ -12,14 +12,18 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Rectangle
 
 from grasp.core.destination import check_file
-from grasp.core.edits import Entry, layer_of, read_log
 from grasp.core.writing import whole_file
 from grasp.errors import RecipeError
+from grasp.report.kept import Kept
+from grasp.report.look import light
+from grasp.report.picture import Box, Cross, Mark, picture_of
 
-KEPT, LEFT = "#c1440e", "#9aa5b1"
+KEPT = "#c1440e"
+PIXELS, POINTS, NARROWER = 100, 72, 0.9
+"""Of a drawing, and typographic ones, an inch; matplotlib's font is wider than a browser's."""
 
 
 def check_picture(path: Path) -> None:
@@ -33,105 +37,40 @@ def check_picture(path: Path) -> None:
     check_file(path, "--output")
 
 
-def overview(manifest: dict[str, Any], path: Path, matrices: int = 3) -> Path:
-    """Block influence per layer with the edited layers marked; below, score against sigma of a few
-    matrices with kept groups marked.
-
-    The second row is the paper's Figure 2: a large singular value is not always an important one.
-    Where the ranks come from one budget for all matrices, it is instead the share of groups that
-    every matrix kept.
-    """
-    by_budget = "prediction" in manifest
-    scored = [entry for entry in read_log(manifest) if entry.note.scores]
-    shown = [] if by_budget else _spread(scored, matrices)
-    below = ["ranks"] if by_budget else [f"m{i}" for i in range(len(shown))]
-    figure, rows = pyplot.subplot_mosaic(
-        [["bi"] * len(below), below] if below else [["bi"]],
-        figsize=(11, 7 if below else 3.8),
-        layout="constrained",
-    )
-    if by_budget:
-        rank_map(rows["ranks"], manifest)
-    block_influence(rows["bi"], manifest)
-    for number, entry in enumerate(shown):
-        kept_groups(rows[f"m{number}"], entry)
-        if number == 0:
-            rows["m0"].set_ylabel(f"{entry.note.score} score (higher = keep)")
-    sizes = manifest["parameters"]
-    figure.suptitle(
-        f"{manifest['model']['source']}  ·  {manifest['method']['name']}  · "
-        f" {sizes['before'] / 1e6:.1f} M → {sizes['after'] / 1e6:.1f} M parameters"
-        f" ({100 * sizes['ratio']:.1f} % removed)"
-    )
+def overview(manifest: dict[str, Any], path: Path) -> Path:
+    """The picture of what every layer kept, in light colours."""
+    drawing = picture_of(manifest, Kept.of(manifest))
+    figure = Figure(figsize=(drawing.width / PIXELS, drawing.height / PIXELS), dpi=2 * PIXELS)
+    figure.set_facecolor(light("surface"))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.set_axis_off()
+    for mark in drawing.marks:
+        _paint(axes, mark)
     return _written(figure, path)
 
 
-def block_influence(axes: Axes, manifest: dict[str, Any]) -> None:
-    """One bar a layer; low bars are redundant layers, edited ones are filled."""
-    kind, scores = next(iter(manifest["redundancy"].items()))
-    edited = read_log(manifest).layers
-    layers = [int(layer) for layer in scores]
-    axes.bar(
-        layers, list(scores.values()), color=[KEPT if layer in edited else LEFT for layer in layers]
-    )
-    axes.set_yscale("log")
-    axes.set_xlabel("decoder layer")
-    axes.set_ylabel(
-        "block influence\n(low = redundant)" if kind == "bi" else "angular distance / π"
-    )
-    axes.set_xticks(layers[:: max(1, len(layers) // 32)])
-    axes.margins(x=0.01)
-    axes.legend(
-        handles=[Patch(color=KEPT, label="edited"), Patch(color=LEFT, label="untouched")],
-        loc="upper right",
-        frameon=False,
-        ncols=2,
-    )
-
-
-def rank_map(axes: Axes, manifest: dict[str, Any]) -> None:
-    """The share of its groups that every matrix kept, layer by layer; 1 stands for a matrix that
-    stays dense.
-    """
-    shares = {
-        told.path: (told.rank or 0) / len(entry.note.singular_values or [1])
-        for entry in read_log(manifest)
-        if (told := entry.edit.summary()).rank is not None
-    }
-    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in shares))
-    grid = [[1.0] * manifest["model"]["num_layers"] for _ in names]
-    for path, share in shares.items():
-        grid[names.index(path.rsplit(".", 1)[-1])][layer_of(path)] = share
-    image = axes.imshow(grid, aspect="auto", vmin=0, vmax=1, cmap="cividis")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlabel("decoder layer")
-    axes.figure.colorbar(image, ax=axes, label="share of groups kept (1 = dense)")
-
-
-def kept_groups(axes: Axes, entry: Entry) -> None:
-    """Score against singular value of every group of one matrix."""
-    note, path = entry.note, entry.edit.summary().path
-    scores, sigmas = note.scores or [], note.singular_values or []
-    kept = set(note.kept or ())
-    for color, chosen in (
-        (LEFT, [k for k in range(len(scores)) if k not in kept]),
-        (KEPT, sorted(kept)),
-    ):
-        axes.scatter(
-            [sigmas[k] for k in chosen],
-            [max(scores[k], 1e-12) for k in chosen],
-            s=9,
-            color=color,
-            alpha=0.85,
-            linewidths=0,
+def _paint(axes: Axes, mark: Mark) -> None:
+    """One mark of a drawing; the axes' units are its pixels."""
+    if isinstance(mark, Box):
+        place, colour = (mark.x, mark.y), light(mark.colour)
+        axes.add_patch(Rectangle(place, mark.width, mark.height, color=colour, linewidth=0))
+    elif isinstance(mark, Cross):
+        ends = [mark.x - mark.size / 2, mark.x + mark.size / 2]
+        low, high = mark.y - mark.size / 2, mark.y + mark.size / 2
+        for way in ([low, high], [high, low]):
+            axes.plot(ends, way, color=light("muted"), linewidth=0.8)
+    else:
+        axes.text(
+            mark.x,
+            mark.y,
+            mark.text.replace("$", r"\$"),
+            fontsize=mark.size * NARROWER * POINTS / PIXELS,
+            color=light(mark.colour),
+            ha={"start": "left", "middle": "center", "end": "right"}[mark.anchor],
+            va="baseline",
+            weight="bold" if mark.bold else "normal",
         )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("singular value σ")
-    axes.set_title(
-        f"{path.removeprefix('model.')}: kept {len(kept)} of {len(scores)} groups",
-        fontsize=9,
-    )
 
 
 def spectra(
@@ -165,7 +104,7 @@ def _written(figure: Figure, path: Path) -> Path:
     """The picture in its file, whole or not at all."""
     try:
         with whole_file(path) as scratch:
-            figure.savefig(scratch, dpi=140, format=path.suffix.lstrip("."))
+            figure.savefig(scratch, dpi=max(140, figure.dpi), format=path.suffix.lstrip("."))
     finally:
         pyplot.close(figure)
     return path
@@ -177,10 +116,3 @@ def _energy(values: list[float]) -> list[float]:
         running += value * value
         shares.append(running / total)
     return shares
-
-
-def _spread(items: list[Any], count: int) -> list[Any]:
-    """`count` items from the whole range of a list."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

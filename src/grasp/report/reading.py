@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp.core.edits import Entry, read_log
+from grasp.core.edits import EditLog, Entry, place_of, read_log
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.results import KIND, Results
 from grasp.errors import CheckpointError
 from grasp.report.bounds import LIMITS, bounded, shortened
+from grasp.report.kept import Kept, part_of_axis
+from grasp.report.old_shapes import part_of
 
 ALLOWED = (
     "a checkpoint (a directory with grasp.json), a results file (of grasp eval, bench, compare or"
@@ -50,7 +52,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's manifest (`raw`), and its parts that are drawn."""
+    """A checkpoint's manifest (`raw`), and its parts that are drawn. `edited`: the layers that an
+    edit touched, `dropped` those that are no more. `losses`: what each edit is expected to cost, by
+    layer and part of the layer, nats a token; none where one does not say it.
+    """
 
     path: Path
     raw: Mapping[str, Any] = field(repr=False)
@@ -65,6 +70,9 @@ class Checkpoint:
     redundancy: Mapping[int, float]
     matrices: tuple[Matrix, ...]
     dropped: tuple[int, ...]
+    edited: frozenset[int]
+    kept: Kept = field(repr=False)
+    losses: tuple[tuple[int, str, float], ...]
     prediction: Mapping[str, float]
     recovery: tuple[Mapping[str, float], ...]
     seconds: Mapping[str, float]
@@ -77,11 +85,6 @@ class Checkpoint:
     def ratio(self) -> float:
         """Share of all parameters that is gone."""
         return 1 - self.after / self.before
-
-    @property
-    def edited(self) -> set[int]:
-        """The layers that an edit touched."""
-        return {matrix.layer for matrix in self.matrices} | set(self.dropped)
 
     @classmethod
     def read(cls, directory: Path) -> Checkpoint:
@@ -127,6 +130,9 @@ class Checkpoint:
             {int(layer): float(score) for layer, score in redundancy.items()},
             tuple(_matrix(entry) for entry in log if entry.edit.summary().rank is not None),
             tuple(log.gone),
+            frozenset(log.layers),
+            Kept.of(found),
+            _losses(log),
             prediction,
             tuple(
                 {
@@ -147,11 +153,25 @@ class Checkpoint:
         return checkpoint
 
 
+def _losses(log: EditLog) -> tuple[tuple[int, str, float], ...]:
+    found = []
+    for entry in log:
+        told, loss = entry.edit.summary(), entry.note.predicted_loss
+        if loss is None:
+            return ()
+        place = place_of(told.path)
+        part = "whole layer"
+        if place is not None or told.axis:
+            part = part_of(place[1]) if place is not None else part_of_axis(told.axis)
+        layers = entry.edit.layers
+        found += [(layer, part, loss / len(layers)) for layer in layers]
+    return tuple(found)
+
+
 def _matrix(entry: Entry) -> Matrix:
     told, note = entry.edit.summary(), entry.note
-    parts = told.path.split(".")
-    place = next((number for number, part in enumerate(parts) if part.isdigit()), -1)
-    if place < 0:
+    place = place_of(told.path)
+    if place is None:
         raise ValueError(f"{told.path}: names no layer")
     scores, values = tuple(note.scores or ()), tuple(note.singular_values or ())
     kept, loss = tuple(note.kept or ()), note.predicted_loss
@@ -166,8 +186,7 @@ def _matrix(entry: Entry) -> Matrix:
         )
     return Matrix(
         told.path,
-        int(parts[place]),
-        ".".join(parts[place + 1 :]),
+        *place,
         told.rank or 0,
         len(values),
         kept,

@@ -38,6 +38,7 @@ from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, code_of, contents, describe_model, versions
 from grasp.core.records import Calibration, Statistics
 from grasp.core.runner import Resident, Runner
+from grasp.core.shapes import Shapes
 from grasp.data.calibration import calibrate
 from grasp.data.stream import check_lengths
 from grasp.errors import RecipeError
@@ -47,7 +48,7 @@ from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.keywords import keywords
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
-from grasp.report.card import model_card
+from grasp.report.card import model_card, picture_for
 from grasp.stages.enough import calibration_notes
 from grasp.stages.redundancy import describe_redundancy
 
@@ -133,6 +134,7 @@ def _compress(
     decoder.progress = progress
     _check(chosen, decoder, out, calibration)
     before, original = decoder.num_parameters(), describe_model(decoder)
+    shapes = Shapes.of(decoder)
     clock.lap("load")
 
     data = draw(decoder, calibration)
@@ -171,6 +173,7 @@ def _compress(
         },
         "redundancy": redundancy,
         "edits": log.to_json(),
+        "layers": shapes.beside(Shapes.of(decoder)),
         "prediction": log.prediction(stats.loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "versions": versions(),
@@ -179,7 +182,7 @@ def _compress(
     }
     manifest = {name: value for name, value in manifest.items() if value is not None}
     if out is not None:
-        save(decoder, out, manifest, model_card(manifest, name_of(out)))
+        save(decoder, out, manifest, model_card(manifest, name_of(out)), picture_for(manifest))
     for note in notes:
         logger.warning(note)
     return Compression(decoder, log, manifest, before, after, out)

@@ -38,7 +38,7 @@ from grasp.errors import RecipeError
 from grasp.recipes.keywords import keywords
 from grasp.recipes.model import ModelSource
 from grasp.recipes.quantization import QuantizationRecipe
-from grasp.report.card import model_card
+from grasp.report.card import model_card, picture_for
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ def quantize(
         "seconds": clock.laps,
     }
     if out is not None:
-        save(decoder, Path(out), manifest, model_card(manifest, name_of(Path(out))))
+        card = model_card(manifest, name_of(Path(out)))
+        save(decoder, Path(out), manifest, card, picture_for(manifest))
     return Quantization(decoder, manifest, None if out is None else Path(out))
 
 

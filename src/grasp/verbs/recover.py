@@ -42,7 +42,7 @@ from grasp.core.fields import PathLike, checked
 from grasp.core.models import load_model
 from grasp.core.progress import Progress, silent
 from grasp.core.provenance import versions
-from grasp.report.card import model_card
+from grasp.report.card import model_card, picture_for
 
 logger = logging.getLogger(__name__)
 
@@ -171,17 +171,14 @@ def _save(
             place,
         )
     decoder = load_model(str(place), device="cpu", trust_remote_code=trust_remote_code)
-    log = read_log(manifest)
-    if recipe.keep_adapter:
-        save(
-            decoder,
-            out,
-            manifest,
-            model_card(manifest, name_of(out)),
-            lambda folder: write_adapter(
-                decoder, recipe, log, done.state, folder / "adapter", name_of(out)
-            ),
-        )
-        return
-    bring_back(decoder, recipe, log, done.state)
-    save(decoder, out, manifest, model_card(manifest, name_of(out)))
+    log, draw = read_log(manifest), picture_for(manifest)
+
+    def beside(folder: Path) -> None:
+        draw(folder)
+        if recipe.keep_adapter:
+            adapter = folder / "adapter"
+            write_adapter(decoder, recipe, log, done.state, adapter, name_of(out))
+
+    if not recipe.keep_adapter:
+        bring_back(decoder, recipe, log, done.state)
+    save(decoder, out, manifest, model_card(manifest, name_of(out)), beside)

@@ -63,7 +63,7 @@ def verify(
             progress("megabytes compared", done // MEGABYTE, max(total, done) // MEGABYTE)
 
     found = differences(place, seal, manifest, count)
-    notes = tuple(one for one in found if one.file == FOR_PEOPLE)
+    notes = tuple(one for one in found if one.file in FOR_PEOPLE)
     return Verification(
         place, len(seal.files), done, tuple(one for one in found if one not in notes), notes
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grasp.core.edits.base import Edit, Summary, Undo, layer_of, trial
+from grasp.core.edits.base import Edit, Summary, Undo, layer_of, place_of, trial
 from grasp.core.edits.drop import Drop
 from grasp.core.edits.factorize import Factorize
 from grasp.core.edits.kinds import KINDS, from_spec
@@ -30,6 +30,7 @@ __all__ = [
     "from_spec",
     "layer_of",
     "noted",
+    "place_of",
     "read_log",
     "trial",
 ]

@@ -28,8 +28,9 @@ Undo = Callable[[], None]
 class Summary:
     """An edit for people. `what`: its kind, one of many that are counted; `text`: in one line.
 
-    `path`, `rank`, `pivoted`: of a matrix that became low-rank. `gone`: decoder layers that are no
-    more.
+    `path`, `rank`, `pivoted`: of a matrix that became low-rank. `axis`, `left`, `of`: of a layer
+    that became narrower, how many are left of how many; `of` None where that is not known. `gone`:
+    decoder layers that are no more.
     """
 
     what: str
@@ -37,6 +38,9 @@ class Summary:
     path: str = ""
     rank: int | None = None
     pivoted: bool = False
+    axis: str = ""
+    left: int = 0
+    of: int | None = None
     gone: tuple[int, ...] = ()
 
 
@@ -102,4 +106,12 @@ def trial(decoder: Decoder, edit: Edit) -> Iterator[None]:
 
 def layer_of(path: str) -> int:
     """3 of `model.layers.3.mlp.up_proj`; -1 of a path outside the layers."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
+    place = place_of(path)
+    return -1 if place is None else place[0]
+
+
+def place_of(path: str) -> tuple[int, str] | None:
+    """(3, "mlp.up_proj") of `model.layers.3.mlp.up_proj`; None of a path outside the layers."""
+    parts = path.split(".")
+    place = next((number for number, part in enumerate(parts) if part.isdigit()), None)
+    return None if place is None else (int(parts[place]), ".".join(parts[place + 1 :]))

@@ -22,6 +22,7 @@ class _Spec(Struct):
     layer: Index
     axis: str
     left: Annotated[int, Meta(ge=0)]
+    of: Annotated[int, Meta(ge=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Narrow(Edit):
     "value_dims", numbers of value heads, counted along all of them (kv_heads x head_dim), which go
     from v and from o. `keep`: which, rising. `numbers`: what the narrower matrices hold, by path
     inside the layer (out, in), and biases by path + ".bias"; those not named keep what they held.
+    `of`: how many there were, for people; a log from before it was kept does not say.
 
     Where the model's code cannot do with a smaller width, what is left out is 0 on the way, and
     not stored (`NarrowLinear`).
@@ -42,6 +44,7 @@ class Narrow(Edit):
     keep: Tensor | None = field(repr=False)
     numbers: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     left: int = -1
+    of: int | None = None
 
     kind: ClassVar[str] = "narrow"
     carried: ClassVar[bool] = True
@@ -95,7 +98,7 @@ class Narrow(Edit):
 
     def spec(self) -> dict[str, Any]:
         place = {"edit": self.kind, "layer": self.layer, "axis": self.axis}
-        return place | {"left": self.left}
+        return place | {"left": self.left} | ({} if self.of is None else {"of": self.of})
 
     def tensors(self) -> dict[str, Tensor]:
         return {**({} if self.keep is None else {"keep": self.keep}), **self.numbers}
@@ -103,12 +106,14 @@ class Narrow(Edit):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Narrow:
         numbers = {name: tensor for name, tensor in tensors.items() if name != "keep"}
-        return cls(spec["layer"], spec["axis"], tensors.get("keep"), numbers, spec["left"])
+        keep, left, of = tensors.get("keep"), spec["left"], spec.get("of")
+        return cls(spec["layer"], spec["axis"], keep, numbers, left, of)
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
     def summary(self) -> Summary:
-        text = f"layer {self.layer}: {self.left} {self.axis.replace('_', ' ')} left"
-        return Summary("narrowed layers", text)
+        of = "" if self.of is None else f" of {self.of}"
+        text = f"layer {self.layer}: {self.left}{of} {self.axis.replace('_', ' ')} left"
+        return Summary("narrowed layers", text, axis=self.axis, left=self.left, of=self.of)
