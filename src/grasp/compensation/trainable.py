@@ -44,7 +44,7 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
         for place in log.places or range(len(decoder.stack)):
             decoder.stack[place].requires_grad_(True)
     elif not recipe.keep_adapter:
-        for path in log.trainable():
+        for path in log.trainable(decoder.family):
             model.get_parameter(path).requires_grad_(True)
     for parameter in trained.parameters():
         if parameter.requires_grad:
@@ -54,7 +54,7 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
 
 def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
-    if log.trainable():
+    if log.trainable(decoder.family):
         if recipe.train == "lora" and not _targets(decoder, recipe, log):
             raise RecipeError(
                 f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so"
@@ -85,7 +85,9 @@ def settled(decoder: Decoder, recipe: Recipe, log: EditLog) -> Recipe:
     trained = (
         decoder.num_parameters()
         if recipe.train == "layers"
-        else sum(decoder.model.get_parameter(path).numel() for path in log.trainable())
+        else sum(
+            decoder.model.get_parameter(path).numel() for path in log.trainable(decoder.family)
+        )
     )
     few = recipe.train == "lora" or trained < decoder.num_parameters() / 10
     return replace(recipe, learning_rate=1e-3 if few else 1e-4)
@@ -125,7 +127,9 @@ def _targets(decoder: Decoder, recipe: Recipe, log: EditLog) -> list[str]:
         for name, _ in layer.named_modules()
         if name in names
     )
-    trained = {path.rpartition(".")[0] for path in log.trainable()} | log.ranks().keys()
+    trained = {
+        path.rpartition(".")[0] for path in log.trainable(decoder.family)
+    } | log.ranks().keys()
     return [path for path in paths if recipe.keep_adapter or path not in trained]
 
 

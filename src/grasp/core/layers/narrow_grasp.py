@@ -117,7 +117,9 @@ def narrow_like(
         device,
         old.weight.dtype,
     )
-    new.of = record_of(old)
+    # narrowed again: the record of the narrower one says it all
+    again = new.is_plain and bool(getattr(old, "is_plain", False))
+    new.of = old.of if again else record_of(old)  # type: ignore[assignment]
     return new
 
 
