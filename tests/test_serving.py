@@ -554,6 +554,11 @@ def more_rank(config):
     next(record for record in structure.values() if "rank" in record)["rank"] += 1
 
 
+def fewer_heads(config):
+    record = {"kind": "narrow", "rows": 8, "columns": 128, "scattered": True}
+    config["quantization_config"]["structure"]["model.layers.0.self_attn.v_proj"] = record
+
+
 def dense_again(path):
     """The tensors of a dense model under a config that names ranks."""
     tensors = {
@@ -587,6 +592,10 @@ FAULTS = {
     "dense where the config says low rank": (
         dense_again,
         r"weight has the shape \(.*config\.json asks for",
+    ),
+    "fewer heads": (
+        lambda p: rewrite(p, fewer_heads),
+        r"v_proj' lost KV groups or value dimensions.*use transformers",
     ),
     "truncated file": (cut, "(?i)incomplete|invalid|header|covered"),
     "newer format": (

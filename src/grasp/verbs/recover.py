@@ -36,7 +36,6 @@ from grasp.compensation.training import (
 )
 from grasp.core.checkpoint import save
 from grasp.core.destination import name_of
-from grasp.core.edits import read_log
 from grasp.core.extras import need
 from grasp.core.fields import PathLike, checked
 from grasp.core.models import load_model
@@ -171,7 +170,6 @@ def _save(
             place,
         )
     decoder = load_model(str(place), device="cpu", trust_remote_code=trust_remote_code)
-    log = read_log(manifest)
     if recipe.keep_adapter:
         save(
             decoder,
@@ -179,9 +177,9 @@ def _save(
             manifest,
             model_card(manifest, name_of(out)),
             lambda folder: write_adapter(
-                decoder, recipe, log, done.state, folder / "adapter", name_of(out)
+                decoder, recipe, done.state, folder / "adapter", name_of(out)
             ),
         )
         return
-    bring_back(decoder, recipe, log, done.state)
+    bring_back(decoder, recipe, done.state)
     save(decoder, out, manifest, model_card(manifest, name_of(out)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,13 +50,20 @@ def settle(decoder: Decoder) -> None:
     ]
     if any(module is None for *_, module in modules):
         return
-    for old, new in zip(decoder.stack, built, strict=True):
-        for path, module in old.named_modules():
-            for name in settings(module).keys() & set(WIDTHS):
-                setattr(module, name, getattr(new.get_submodule(path), name))
+    copy_widths(decoder.stack, built)
     for layer, name, module in modules:
         layer.set_submodule(name, module)
     setattr(decoder.config, entry, features(modules[-1][2])[0])
+
+
+def copy_widths(layers: Iterable[nn.Module], built: Iterable[nn.Module]) -> None:
+    """Give the modules of `layers` the MLP widths that they note in layers `built` from a config:
+    they come out so when the model is loaded.
+    """
+    for old, new in zip(layers, built, strict=True):
+        for path, module in old.named_modules():
+            for name in settings(module).keys() & set(WIDTHS):
+                setattr(module, name, getattr(new.get_submodule(path), name))
 
 
 def filled(new: Any, old: Any) -> Any:

@@ -66,10 +66,7 @@ class NarrowLinear(nn.Linear):
         if self.in_places is not None:
             input = input.index_select(-1, self.in_places)
         output = linear(input, self.weight, self.bias)  # ..., rows
-        if self.out_places is None:
-            return output
-        whole = output.new_zeros(*output.shape[:-1], self.out_features)
-        return whole.index_copy(-1, self.out_places.long(), output)
+        return scattered(output, self.out_places, self.out_features)
 
     def record(self) -> dict[str, Any]:
         """How to place it, unfilled, before weights are read (`structure_grasp`)."""
@@ -94,6 +91,14 @@ class NarrowLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" rows={self.rows}, columns={self.columns}, bias={self.bias is not None}"
         )
+
+
+def scattered(output: Tensor, places: Tensor | None, width: int) -> Tensor:
+    """y (..., rows) at its `places` among `width` zeros; y itself where there are no places."""
+    if places is None:
+        return output
+    whole = output.new_zeros(*output.shape[:-1], width)
+    return whole.index_copy(-1, places.long(), output)
 
 
 def narrow_like(
