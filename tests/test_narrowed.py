@@ -14,6 +14,7 @@ from conftest import FAMILY_ROWS, LAYERS, MANIFEST, build
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grasp
+from grasp.compensation.least_squares import pairs_of
 from grasp.core.axes import width_entry
 from grasp.core.checkpoint import save
 from grasp.core.decoder import Decoder
@@ -397,6 +398,19 @@ def test_recovered(name, train, tmp_path, tokenizer, text_file):
         }[train]
     )
     assert all(20 in new[key].shape for key in put)
+
+
+def test_pairs_on_narrowed_matrices_have_no_closed_form_start(caplog):
+    """The dense model gives outputs of another shape: they stay as they are, and it is said."""
+    decoder, steps = Decoder(build("llama")), [channels(Decoder(build("llama")), 1, 20)]
+    steps[0].apply(decoder)
+    steps += [pair(decoder, 1, role, pivot=False) for role in ("o", "up", "down")]
+    for edit in steps[1:]:
+        edit.apply(decoder)
+    log = EditLog([Entry(edit) for edit in steps], LAYERS)
+    found = pairs_of(decoder, Decoder(build("llama")), log)
+    assert [one.path for one in found] == ["model.layers.1.self_attn.o_proj"]
+    assert "2 pairs are of narrowed matrices" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
