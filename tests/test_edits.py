@@ -34,6 +34,7 @@ from grasp.core.edits import (
 )
 from grasp.core.edits.cuts import cuts, sizes_of
 from grasp.core.edits.log import checked_entries
+from grasp.core.families import FAMILIES
 from grasp.core.layers.modeling_grasp import GraspConfig
 from grasp.core.layers.structure_grasp import structure_of
 from grasp.core.linalg import pivoted
@@ -191,11 +192,16 @@ def test_saved_loaded_generated_from_and_repeated(make, name, tmp_path):
     log = EditLog([Entry(edit, Note(), 7)], 4)
     entries = checked_entries(Path("x"), log.to_json(), "")
     [read] = read_log({"edits": entries, "model": {"num_layers": 4}})
-    assert (read.edit.spec(), read.edit.layers, read.edit.summary(), read.edit.trainable()) == (
+    assert (
+        read.edit.spec(),
+        read.edit.layers,
+        read.edit.summary(),
+        read.edit.trainable(decoder.family),
+    ) == (
         edit.spec(),
         edit.layers,
         edit.summary(),
-        edit.trainable(),
+        edit.trainable(decoder.family),
     )
     if edit.tensors():
         with pytest.raises(GraspError, match="read from a log"):
@@ -353,7 +359,7 @@ def test_logs_of_older_checkpoints_are_read():
         log.gone == [1] and log.left == [0, 2, 3, 4] and log.places == [2] and log.layers == {1, 3}
     )
     assert log.ranks() == {"model.layers.2.mlp.up_proj": 2}
-    assert log.trainable() == [
+    assert log.trainable(FAMILIES[0]) == [
         "model.layers.2.mlp.up_proj.weight",
         "model.layers.2.mlp.up_proj.weight_in",
     ]

@@ -70,7 +70,13 @@ def run(
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize(
     "kinds",
-    [("pair",) * 3, ("pivoted",) * 3, ("pair", "dense", "pivoted"), ("dense", "pivoted", "pair")],
+    [
+        ("pair",) * 3,
+        ("pivoted",) * 3,
+        ("dense",) * 3,
+        ("pair", "dense", "pivoted"),
+        ("dense", "pivoted", "pair"),
+    ],
     ids=" ".join,
 )
 def test_split_by_outputs(kinds, devices):

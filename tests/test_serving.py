@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize
+from grasp.core.edits import Factorize, Narrow
+from grasp.core.edits.cuts import sizes_of
 from grasp.core.linalg import pivoted
 from grasp.core.models import embedded_model
 
@@ -51,9 +52,11 @@ WIDER = {
 METHODS = {"grasp": {"num_layers": 2, "retain_ratio": 0.5}, "grasp-fisher": {"ratio": 0.15}}
 BOTH = {
     "grasp": {"layers": (1,), "retain_ratio": 0.5},
-    "grasp-fisher": {"layers": ("0", "2", "3"), "ratio": 0.1},
+    "grasp-fisher": {"layers": ("0", "2"), "ratio": 0.05},
 }
-"""Pairs in one layer, pivoted pairs in the others."""
+"""Pairs in one layer, pivoted pairs in two, of which one is narrowed; one is narrowed and dense."""
+LEFT = {2: (2, 3), 3: (1, 2)}
+"""Layer -> which part of its MLP's channels is left, in every tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def tiny(tmp_path_factory, tokenizer):
     def make(family, method="both"):
         out = folder / f"{family}-{method}"
         if out not in found:
-            model = build_wide(family)
+            model = narrowed(build_wide(family))
             if method == "both":
                 model = grasp.compress(model, method="grasp", **options, **BOTH["grasp"]).model
                 grasp.compress(model, out, method="grasp-fisher", **options, **BOTH["grasp-fisher"])
@@ -81,6 +84,15 @@ def tiny(tmp_path_factory, tokenizer):
         return found[out]
 
     return make
+
+
+def narrowed(model):
+    """With fewer channels in the MLPs of two layers, each of its own width."""
+    decoder = Decoder(model)
+    for layer, (part, whole) in LEFT.items():
+        count = sizes_of(decoder, layer).channels
+        Narrow(layer, "channels", torch.arange(count * part // whole)).apply(decoder)
+    return decoder.model
 
 
 @torch.no_grad()
@@ -137,7 +149,7 @@ def served(llm, prompts, steps):
 
 def test_every_family_gives_the_same_tokens(tiny, family):
     """Fused q/k/v and gate/up, biases, tied embeddings, Conv1D, matrices stored as one, pairs and
-    pivoted pairs.
+    pivoted pairs, MLPs of three widths.
     """
     path, expected = tiny(family)
     with engine(path) as llm:
@@ -189,7 +201,7 @@ def test_kinds_mixed_in_one_fused_linear(tmp_path, tokenizer):
     ],
 )
 def test_few_bits_are_served(tiny, tmp_path, made, bits):
-    """A checkpoint of `grasp quantize`: dense matrices, pairs and pivoted pairs."""
+    """A checkpoint of `grasp quantize`: dense matrices, narrowed ones, pairs and pivoted pairs."""
     grasp.quantize(tiny(*made.split("-", 1))[0], tmp_path / "few", bits=bits)
     expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
     with engine(tmp_path / "few") as llm:
@@ -231,8 +243,10 @@ def test_sixteen_bits(tiny, method):
 
 
 def test_two_devices_give_the_same_tokens(tiny, tmp_path):
-    """Tensor parallelism for real: two processes, every factor split as docs/serving.md says."""
-    path, expected = tiny("llama", "grasp-fisher")
+    """Tensor parallelism for real: two processes, every factor and every narrowed MLP split as
+    docs/serving.md says.
+    """
+    path, expected = tiny("llama")
     code = TWO.format(path=str(path), prompts=PROMPTS)
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -537,7 +551,12 @@ def cut(path):
 
 def more_rank(config):
     structure = config["quantization_config"]["structure"]
-    next(iter(structure.values()))["rank"] += 1
+    next(record for record in structure.values() if "rank" in record)["rank"] += 1
+
+
+def fewer_heads(config):
+    record = {"kind": "narrow", "rows": 8, "columns": 128, "scattered": True}
+    config["quantization_config"]["structure"]["model.layers.0.self_attn.v_proj"] = record
 
 
 def dense_again(path):
@@ -573,6 +592,10 @@ FAULTS = {
     "dense where the config says low rank": (
         dense_again,
         r"weight has the shape \(.*config\.json asks for",
+    ),
+    "fewer heads": (
+        lambda p: rewrite(p, fewer_heads),
+        r"v_proj' lost KV groups or value dimensions.*use transformers",
     ),
     "truncated file": (cut, "(?i)incomplete|invalid|header|covered"),
     "newer format": (

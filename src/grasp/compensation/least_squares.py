@@ -15,6 +15,7 @@ way.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from grasp.core.layer import matrix_in
 from grasp.core.progress import Progress
 from grasp.data.rows import Collate, Rows, read_by_model
 from grasp.errors import NumericsError
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1e-4
 """e, as a share of the mean diagonal of sum z z': directions that the text hardly uses stay as they
@@ -48,15 +51,28 @@ class Pair:
 
 
 def pairs_of(decoder: Decoder, teacher: Decoder, log: EditLog) -> list[Pair]:
-    """Every pair, in order of use. `log`: the edits that made the decoder of the teacher."""
-    found, origin, ranks = [], log.left, log.ranks()
+    """Every pair, in order of use. `log`: the edits that made the decoder of the teacher.
+
+    Pairs on narrowed matrices are left out, with a notice: the teacher's are of another shape.
+    """
+    found, others, origin, ranks = [], 0, log.left, log.ranks()
     for index, layer in enumerate(decoder.stack):
         dense = teacher.layer(origin[index]).linears
         for _, name in decoder.family.matrices:
             path = f"{decoder.family.layers}.{index}.{name}"
             module: Any = matrix_in(layer, name)
-            if ranks.get(path) and module.weight.numel():
-                found.append(Pair(path, index, module, dense[name].weight))
+            if not ranks.get(path) or not module.weight.numel():
+                continue
+            if (module.out_features, module.in_features) != dense[name].shape:
+                others += 1
+                continue
+            found.append(Pair(path, index, module, dense[name].weight))
+    if others:
+        logger.warning(
+            "least squares: %d pairs are of narrowed matrices, whose outputs the dense model does"
+            " not give; they start as they are",
+            others,
+        )
     return found
 
 

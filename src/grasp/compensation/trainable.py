@@ -1,17 +1,19 @@
 """Which parameters are trained, and how they come back into a checkpoint.
 
-    factors   what edits put there: the two factors of every low-rank pair
+    factors   what edits put there: the two factors of every low-rank pair, and narrowed matrices
     layers    every parameter of the layers that an edit touched; of a model with layers removed
               and nothing else, of all that are left
-    lora      a peft adapter on every dense matrix of the decoder layers; pairs, which are thin
-              already, are trained as they are, so that everything merges exactly and no rank
-              changes. With `keep_adapter` pairs get an adapter too, and nothing is merged
+    lora      a peft adapter on every dense matrix of the decoder layers, narrowed ones too; pairs,
+              which are thin already, are trained as they are, so that everything merges exactly
+              and no rank changes. With `keep_adapter` pairs get an adapter too, and nothing is
+              merged
 
 What is trained is kept in float32, whatever the rest is in.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from grasp.compensation.recipe import Recipe
 from grasp.core.decoder import Decoder
 from grasp.core.edits import EditLog
+from grasp.core.layer import is_dense
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.errors import NumericsError, RecipeError
 
@@ -39,13 +42,15 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     check_trainable(decoder, recipe, log)
     # each factor gets memory of its own below; products are shared only where no gradient is
     fuse(model, together=False)
-    trained = wrap(decoder, recipe, log) if recipe.train == "lora" else model
+    adapted = _targets(decoder, recipe) if recipe.train == "lora" else []
+    trained = wrap(decoder, recipe) if recipe.train == "lora" else model
     if recipe.train == "layers":
         for place in log.places or range(len(decoder.stack)):
             decoder.stack[place].requires_grad_(True)
     elif not recipe.keep_adapter:
-        for path in log.trainable():
-            model.get_parameter(path).requires_grad_(True)
+        for path in log.trainable(decoder.family):
+            if path.rpartition(".")[0] not in adapted:
+                model.get_parameter(path).requires_grad_(True)
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.detach().float().clone()
@@ -54,8 +59,8 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
 
 def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
-    if log.trainable():
-        if recipe.train == "lora" and not _targets(decoder, recipe, log):
+    if log.trainable(decoder.family):
+        if recipe.train == "lora" and not _targets(decoder, recipe):
             raise RecipeError(
                 f"--train lora: every matrix of {decoder.source} is a low-rank pair already, so"
                 " none is left to put an adapter on; use --train factors, which trains them, or"
@@ -85,17 +90,19 @@ def settled(decoder: Decoder, recipe: Recipe, log: EditLog) -> Recipe:
     trained = (
         decoder.num_parameters()
         if recipe.train == "layers"
-        else sum(decoder.model.get_parameter(path).numel() for path in log.trainable())
+        else sum(
+            decoder.model.get_parameter(path).numel() for path in log.trainable(decoder.family)
+        )
     )
     few = recipe.train == "lora" or trained < decoder.num_parameters() / 10
     return replace(recipe, learning_rate=1e-3 if few else 1e-4)
 
 
-def wrap(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
+def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     """`decoder.model` with fresh LoRA adapters."""
     from peft import LoraConfig, get_peft_model
 
-    targets = _targets(decoder, recipe, log)
+    targets = _targets(decoder, recipe)
     transposed = bool(targets) and not isinstance(
         decoder.model.get_submodule(targets[0]), nn.Linear
     )
@@ -109,27 +116,28 @@ def wrap(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(recipe.seed)
-    wrapped = get_peft_model(decoder.model, config)
+    with warnings.catch_warnings():
+        # of GPT-2's Conv1D some may be linears now, and peft finds out by itself
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        wrapped = get_peft_model(decoder.model, config)
     torch.random.set_rng_state(state)
     return wrapped
 
 
-def _targets(decoder: Decoder, recipe: Recipe, log: EditLog) -> list[str]:
+def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
     """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept
-    those that edits put there too.
+    the pairs too.
     """
     names = {name for _, name in decoder.family.matrices}
-    paths = (
+    return [
         f"{decoder.family.layers}.{index}.{name}"
         for index, layer in enumerate(decoder.stack)
-        for name, _ in layer.named_modules()
-        if name in names
-    )
-    trained = {path.rpartition(".")[0] for path in log.trainable()} | log.ranks().keys()
-    return [path for path in paths if recipe.keep_adapter or path not in trained]
+        for name, module in layer.named_modules()
+        if name in names and (recipe.keep_adapter or is_dense(module))
+    ]
 
 
-def bring_back(decoder: Decoder, recipe: Recipe, log: EditLog, state: Mapping[str, Tensor]) -> None:
+def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
     """Put the trained `state` into the checkpoint it was trained from, as that was stored; adapters
     are merged.
 
@@ -137,7 +145,7 @@ def bring_back(decoder: Decoder, recipe: Recipe, log: EditLog, state: Mapping[st
     """
     fuse(decoder.model, together=False)
     if recipe.train == "lora":
-        wrapped: Any = wrap(decoder, recipe, log)
+        wrapped: Any = wrap(decoder, recipe)
         _fill(wrapped, state)
         decoder.model = wrapped.merge_and_unload(safe_merge=True)
     else:
@@ -150,7 +158,6 @@ def bring_back(decoder: Decoder, recipe: Recipe, log: EditLog, state: Mapping[st
 def write_adapter(
     decoder: Decoder,
     recipe: Recipe,
-    log: EditLog,
     state: Mapping[str, Tensor],
     folder: Path,
     base: str,
@@ -158,7 +165,7 @@ def write_adapter(
     """The trained `state` as a peft adapter for the checkpoint `base`. The decoder is wrapped in it
     afterwards.
     """
-    wrapped: Any = wrap(decoder, recipe, log)
+    wrapped: Any = wrap(decoder, recipe)
     _fill(wrapped, state)
     wrapped.peft_config["default"].base_model_name_or_path = base
     wrapped.save_pretrained(folder, save_embedding_layers=False)

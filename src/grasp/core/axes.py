@@ -41,6 +41,15 @@ with its rows of every role.
 """
 
 
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
+"""Under which names a configuration gives the inner width of the MLPs."""
+
+
+def width_entry(config: Any) -> str:
+    """That of them under which this one does."""
+    return next((name for name in WIDTHS if getattr(config, name, None) is not None), WIDTHS[-1])
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How long the axes of one layer are. `of(config)`: those of every layer as it was built; of a
@@ -57,14 +66,8 @@ class Sizes:
     def of(cls, config: Any) -> Sizes:
         """The sizes that a text model's configuration gives, under whatever names."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        channels = next(
-            (
-                size
-                for name in ("intermediate_size", "ffn_dim", "n_inner")
-                if (size := getattr(config, name, None)) is not None
-            ),
-            4 * hidden,  # GPT-2's, where n_inner is not set
-        )
+        # GPT-2's, where n_inner is not set
+        channels = getattr(config, width_entry(config), None) or 4 * hidden
         return cls(
             hidden,
             heads,

@@ -9,11 +9,15 @@ config lists that run along the layers and are cut with them, or not at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from grasp.core.layers.reading_grasp import record_of
+
+if TYPE_CHECKING:
+    from grasp.core.decoder import Decoder
 
 INDEX = ("layer_idx", "layer_id", "layer_number", "layer_num")
 """Attributes that hold the layer's own index."""
@@ -50,6 +54,14 @@ def layers_differ(
                         f"'{place}.{name}' is {None if other is None else tuple(other.shape)}, not"
                         f" {tuple(tensor.shape)}"
                     )
+
+
+def built_layers(decoder: Decoder, config: Any) -> Any:
+    """The decoder layers as the model's class makes them of `config`, without memory (meta
+    device).
+    """
+    with torch.device("meta"):
+        return type(decoder.model)(config).get_submodule(decoder.family.layers)
 
 
 def settings(module: nn.Module) -> dict[str, Any]:

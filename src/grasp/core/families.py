@@ -95,6 +95,10 @@ class Family:
             f" {', '.join(roles for roles, _ in self.matrices)}"
         )
 
+    def holding(self, role: str) -> tuple[str, ...]:
+        """The paths inside the layer of matrices that hold a role: one, or none."""
+        return tuple(path for roles, path in self.matrices if role in roles.split("+"))
+
     def rows(self, role: str, sizes: Sizes, units: Sequence[int] | None = None) -> Tensor:
         """Which rows (out) of the matrix at `path(role)` are the role's: int64, in the order of the
         role's own axis. `units`: of these heads or channels only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,6 +82,11 @@ def is_quantized(module: nn.Module) -> bool:
     carries.
     """
     return type(module).__name__ == "QuantizedLinear"
+
+
+def is_narrow(record: dict[str, Any]) -> bool:
+    """True for the record of an ordinary linear that only became smaller."""
+    return record["kind"] == "narrow" and not record.keys() & {"scattered", "gathered", "of"}
 
 
 def is_dense(module: nn.Module) -> bool:

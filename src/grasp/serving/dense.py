@@ -1,15 +1,19 @@
-"""Dense: an ordinary checkpoint of the original architecture. Every pair is multiplied out, so it
-loads anywhere and is no smaller.
+"""Dense: an ordinary checkpoint of the original architecture, which loads anywhere. Every pair is
+multiplied out; MLPs of fewer channels are filled up to the widest that is left, so it is smaller
+where all of them lost some.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from grasp.core.axes import Sizes
 from grasp.core.checkpoint import MAX_SHARD_SIZE
 from grasp.core.decoder import Decoder
 from grasp.core.edits.ordinary import multiply_out
+from grasp.core.edits.widening import is_narrowed, widest, widths
 from grasp.core.layer import is_low_rank
+from grasp.core.layers.structure_grasp import structure_of
 
 NO_SMALLER = (
     "the low-rank matrices are multiplied out, so they are as large as in the model before"
@@ -17,11 +21,36 @@ NO_SMALLER = (
 )
 
 
-def dense_parameters(decoder: Decoder) -> int:
-    """Numbers the model will store once its pairs are multiplied out."""
-    pairs = [module for module in decoder.model.modules() if is_low_rank(module)]
-    return decoder.num_parameters() + sum(
-        m.in_features * m.out_features - m.weight.numel() - m.weight_in.numel() for m in pairs
+def notes(decoder: Decoder) -> tuple[str, ...]:
+    """What becomes of the pairs and of narrowed layers, for people."""
+    pairs = any(is_low_rank(module) for module in decoder.model.modules())
+    found, layers = ([NO_SMALLER] if pairs else []), widths(decoder)
+    if not layers:
+        return tuple(found)
+    there, own = widest(decoder, layers), Sizes.of(decoder.config)
+    channels = {sizes.channels for sizes in layers.values()}
+    if len(channels) > 1:
+        found.append(
+            f"the MLPs have {min(channels)} to {max(channels)} channels, and the architecture has"
+            f" one number for all: they are filled up with zeros to {max(channels)}"
+        )
+    found.append(
+        f"an MLP kept all {own.channels} channels, so the MLPs are as large as before compression"
+        if there.channels == own.channels
+        else f"the MLPs are smaller than before compression: {there.channels} channels of"
+        f" {own.channels}"
+    )
+    if _lost_heads(decoder):
+        found.append("KV groups and value dimensions that went are zeros again")
+    return tuple(found)
+
+
+def _lost_heads(decoder: Decoder) -> bool:
+    """Whether a matrix outside the MLPs is narrow."""
+    mlp = {path for _, path in decoder.family.mlp}
+    return any(
+        is_narrowed(record) and decoder.locate(path)[1] not in mlp
+        for path, record in structure_of(decoder.model).items()
     )
 
 

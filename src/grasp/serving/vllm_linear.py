@@ -2,8 +2,9 @@
 multiplied by vLLM's own kernels.
 
 vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or
-dense, at any rank; families that store them as one matrix (Phi-3, GPT-2) have one pair for all. A
-linear with nothing of ours is left to vLLM.
+dense, at any rank; families that store them as one matrix (Phi-3, GPT-2) have one pair for all.
+An MLP may have fewer channels than the config says (`narrowing`). A linear with nothing of ours is
+left to vLLM.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from grasp.core.layers.modeling_grasp import NAMES, GraspConfig
+from grasp.serving import narrowing
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
 
-SERVED = ("low-rank", "quantized")
-"""Kinds of modules that vLLM runs by way of this file."""
 TENSORS = (
     "weight",
     "weight_in",
@@ -48,12 +48,7 @@ class LowRankConfig(QuantizationConfig):
     def __init__(self, structure: dict[str, Any]):
         super().__init__()
         self.transposed = False
-        for path, record in structure.items():
-            if record["kind"] not in SERVED or (record.get("of") or record)["kind"] not in SERVED:
-                raise ValueError(
-                    f"config.json: '{path}' is of the kind '{record['kind']}', which the plug-in"
-                    f" for vLLM does not know; it serves {', '.join(SERVED)}; use transformers"
-                )
+        narrowing.check(structure)
         self.structure = dict(structure)
 
     @classmethod
@@ -62,16 +57,11 @@ class LowRankConfig(QuantizationConfig):
         said = GraspConfig(**{key: value for key, value in config.items() if key != "quant_method"})
         return cls(said.structure)
 
-    def pair(self, path: str) -> dict[str, Any]:
-        """The record of the low-rank pair at `path`, in whatever bits; {} where it is dense."""
-        record = self.structure.get(path, {})
-        pair = record.get("of") or {} if record.get("kind") == "quantized" else record
-        return dict(pair)
-
-    def bits(self, path: str) -> dict[str, Any]:
-        """The record of how `path` is quantized; {} where it is not."""
-        record = self.structure.get(path, {})
-        return dict(record) if record.get("kind") == "quantized" else {}
+    def of(self, path: str, kind: str) -> narrowing.Record:
+        """The record of this kind of the matrix at `path`: how it is a pair, narrow or quantized;
+        {} where it is not.
+        """
+        return narrowing.kinds(self.structure.get(path)).get(kind, {})
 
     @classmethod
     def get_name(cls) -> str:
@@ -94,6 +84,9 @@ class LowRankConfig(QuantizationConfig):
     ) -> None:
         # vLLM transposes its weights, for they used to be Conv1D
         self.transposed = getattr(hf_config, "model_type", "") == "gpt2"
+        if hf_config is not None:
+            text = hf_config.get_text_config(decoder=True)
+            narrowing.check_axes(self.structure, text.model_type)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.structure = hf_to_vllm_mapper.apply_dict(self.structure)
@@ -112,7 +105,7 @@ class LowRankConfig(QuantizationConfig):
 
 class LowRankMethod(LinearMethodBase):
     """One linear of vLLM, made of the matrices at `paths` (one, or one for each stacked matrix), at
-    least one of them low-rank or in few bits.
+    least one of them low-rank, narrow or in few bits.
     """
 
     def __init__(self, paths: list[str], config: LowRankConfig):
@@ -132,6 +125,13 @@ class LowRankMethod(LinearMethodBase):
         the checkpoint to its part.
         """
         whole, index = _split(layer, output_partition_sizes)
+        narrow = [self.config.of(path, "narrow") for path in self.paths]
+        if any(narrow):
+            whole = narrowing.outputs(self.paths, narrow, whole)
+            input_size = narrow[0].get("columns", input_size)
+            input_size_per_partition, output_partition_sizes = self._shares(
+                layer, whole, input_size
+            )
         start = (
             layer.tp_rank * input_size_per_partition if isinstance(layer, RowParallelLinear) else 0
         )
@@ -151,10 +151,24 @@ class LowRankMethod(LinearMethodBase):
             place.weight_loader = partial(self._load, layer, name)
             layer.register_parameter(name, place)
 
+    def _shares(self, layer: Any, whole: list[int], inputs: int) -> tuple[int, list[int]]:
+        """What is left of the inputs and of each stacked matrix's outputs on one device; the layer
+        is told, for its bias and its name. Raises `ValueError` where it does not divide.
+        """
+        columns = layer.tp_size if isinstance(layer, ColumnParallelLinear) else 1
+        rows = layer.tp_size if isinstance(layer, RowParallelLinear) else 1
+        local = [narrowing.share(self.paths[0], size, columns) for size in whole]
+        layer.input_size, layer.output_size = inputs, sum(whole)
+        layer.input_size_per_partition = narrowing.share(self.paths[0], inputs, rows)
+        layer.output_size_per_partition, layer.output_partition_sizes = sum(local), local
+        if hasattr(layer, "output_sizes"):
+            layer.output_sizes = list(whole)
+        return layer.input_size_per_partition, local
+
     def _part(
         self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range
     ) -> Part:
-        pair, bits = self.config.pair(path), self.config.bits(path)
+        pair, bits = self.config.of(path, "low-rank"), self.config.of(path, "quantized")
         return Part(
             path,
             out_features,

@@ -6,8 +6,8 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
     3. write model, config, tokenizer and a README that says how to run it; the directory appears
        when it is whole
 
-    dense      safetensors of the original architecture, pairs multiplied out: loads anywhere, no
-               smaller
+    dense      safetensors of the original architecture, pairs multiplied out, MLPs of one width:
+               loads anywhere; no smaller, but by what all MLPs lost
     onnx       one graph with a key-value cache, pairs kept
     openvino   a model with its own cache and tokenizer, pairs kept
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits.ordinary import strip_quantization_marks
+from grasp.core.edits.widening import dense_parameters
 from grasp.core.extras import need
 from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
@@ -54,7 +55,8 @@ class Format:
 
 FORMATS = {
     "dense": Format(
-        "ordinary checkpoint, pairs multiplied out", (None, "float32", "bfloat16", "float16")
+        "ordinary checkpoint, pairs multiplied out, MLPs of one width",
+        (None, "float32", "bfloat16", "float16"),
     ),
     "onnx": Format("for onnxruntime, pairs kept", ("float32", "float16"), ("onnx", "onnxscript")),
     "openvino": Format(
@@ -120,12 +122,12 @@ def export(
     check_savable(decoder)
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
-    after = dense.dense_parameters(decoder) if format == "dense" else before
+    after = dense_parameters(decoder) if format == "dense" else before
     check_destination(
         out, after * decoder.model.dtype.itemsize + int(SPARE_GRAPH if format != "dense" else 0)
     )
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
-    notes = _notes(format, pairs)
+    notes = _notes(decoder, format, pairs)
     said = answer(decoder)
     with whole(out) as folder:
         how = _write(decoder, folder, format, "int8" if weights else kind)
@@ -234,7 +236,9 @@ def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str,
     compare(said, heard, ROUNDED if kind == "int8" else 10 * digits_of(getattr(torch, kind)), out)
 
 
-def _notes(format: str, pairs: int) -> tuple[str, ...]:
+def _notes(decoder: Decoder, format: str, pairs: int) -> tuple[str, ...]:
+    if format == "dense" and (found := dense.notes(decoder)):
+        return found
     if not pairs:
         what = (
             "the dense export is a copy"
@@ -242,7 +246,7 @@ def _notes(format: str, pairs: int) -> tuple[str, ...]:
             else "the export is as large as the model"
         )
         return (f"the model has no low-rank matrix: {what}",)
-    return (dense.NO_SMALLER,) if format == "dense" else ()
+    return ()
 
 
 def _card(
@@ -269,8 +273,7 @@ def _card(
         )
     before, after = sizes
     rows.append(
-        "| parameters |"
-        f" {after:,}{f' ({before:,} in the low-rank checkpoint)' if before != after else ''} |"
+        f"| parameters | {after:,}{f' ({before:,} in the checkpoint)' if before != after else ''} |"
     )
     head = [
         "---",

@@ -36,7 +36,6 @@ from grasp.compensation.training import (
 )
 from grasp.core.checkpoint import save
 from grasp.core.destination import name_of
-from grasp.core.edits import read_log
 from grasp.core.extras import need
 from grasp.core.fields import PathLike, checked
 from grasp.core.models import load_model
@@ -171,14 +170,13 @@ def _save(
             place,
         )
     decoder = load_model(str(place), device="cpu", trust_remote_code=trust_remote_code)
-    log, draw = read_log(manifest), picture_for(manifest)
+    draw = picture_for(manifest)
 
     def beside(folder: Path) -> None:
         draw(folder)
         if recipe.keep_adapter:
-            adapter = folder / "adapter"
-            write_adapter(decoder, recipe, log, done.state, adapter, name_of(out))
+            write_adapter(decoder, recipe, done.state, folder / "adapter", name_of(out))
 
     if not recipe.keep_adapter:
-        bring_back(decoder, recipe, log, done.state)
+        bring_back(decoder, recipe, done.state)
     save(decoder, out, manifest, model_card(manifest, name_of(out)), beside)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # reading a log of edits needs no torch
     from torch import Tensor
 
     from grasp.core.decoder import Decoder
+    from grasp.core.families import Family
 
 Undo = Callable[[], None]
 """Makes the model what it was before the edit, the very modules and weights."""
@@ -54,8 +55,6 @@ class Edit(ABC):
     kind: ClassVar[str]
     carried: ClassVar[bool] = False
     """Whether it leaves a module of ours, so that a checkpoint carries our files."""
-    served: ClassVar[bool] = True
-    """Whether vLLM serves what it leaves."""
     schema: ClassVar[type[Struct]]
     """What `spec` holds beside "edit"; checked wherever a log is read."""
 
@@ -85,8 +84,20 @@ class Edit(ABC):
     def layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that it touches."""
 
-    def trainable(self) -> tuple[str, ...]:
-        """Paths of the parameters that it put there, which a training afterwards may adjust."""
+    @property
+    def served(self) -> bool:
+        """Whether vLLM serves what it leaves."""
+        return True
+
+    @property
+    def mlp_width(self) -> int | None:
+        """Channels that its layer's MLP has left, where that is all that it changed; else None."""
+        return None
+
+    def trainable(self, family: Family) -> tuple[str, ...]:
+        """Paths of the parameters that it put into a model of `family`, which a training afterwards
+        may adjust.
+        """
         return ()
 
     @abstractmethod

@@ -60,7 +60,7 @@ def cuts(decoder: Decoder, layer: int, axis: str, keep: Tensor) -> list[Cut]:
         )
     units = keep.tolist()
     if axis == CHANNELS:
-        roles = [role for role in ("gate", "up") if _has(decoder, role)]
+        roles = [role for role in ("gate", "up") if family.holding(role)]
         rows = _rows(decoder, sizes, dict.fromkeys(roles, units))
         columns = family.columns("down", sizes, units)
         found = [Cut(path, rows=places) for path, places in rows.items()]
@@ -121,10 +121,6 @@ def _of_values(decoder: Decoder, layer: int, sizes: Sizes, keep: Tensor) -> list
         Cut(path, rows=rows, scattered=True),
         Cut(family.path("o"), columns=columns, gathered=True),
     ]
-
-
-def _has(decoder: Decoder, role: str) -> bool:
-    return any(role in roles.split("+") for roles, _ in decoder.family.matrices)
 
 
 def _rows(decoder: Decoder, sizes: Sizes, units: dict[str, list[int]]) -> dict[str, Tensor]:

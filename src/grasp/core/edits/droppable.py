@@ -10,9 +10,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from grasp.core.building import INDEX, layers_differ
+from grasp.core.building import INDEX, built_layers, layers_differ
 from grasp.core.decoder import Decoder
 from grasp.core.edits.placing import renumber, sync
 from grasp.errors import ModelError, RecipeError
@@ -53,7 +51,7 @@ def check_droppable(decoder: Decoder, layers: Iterable[int]) -> None:
         _sync_config(config.get_text_config(decoder=True), position, len(decoder.stack) - number)
     kept = [layer for position, layer in enumerate(decoder.stack) if position not in gone]
     try:
-        built = _built(decoder, config)
+        built = built_layers(decoder, config)
     except Exception as failure:  # whatever a model's class may raise
         if not _can_be_built(decoder):
             return  # a class of its own kind: the proof after the saving has the last word
@@ -76,15 +74,9 @@ def check_droppable(decoder: Decoder, layers: Iterable[int]) -> None:
         )
 
 
-def _built(decoder: Decoder, config: Any) -> Any:
-    """The decoder layers as `config` gives them, without memory (meta device)."""
-    with torch.device("meta"):
-        return type(decoder.model)(config).get_submodule(decoder.family.layers)
-
-
 def _can_be_built(decoder: Decoder) -> bool:
     try:
-        return len(_built(decoder, decoder.model.config)) > 0
+        return len(built_layers(decoder, decoder.model.config)) > 0
     except Exception:
         return False
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grasp.core.decoder import Decoder
+    from grasp.core.families import Family
 
 
 class _Spec(Struct):
@@ -103,7 +104,7 @@ class Factorize(Edit):
     def layers(self) -> tuple[int, ...]:
         return (layer_of(self.path),)
 
-    def trainable(self) -> tuple[str, ...]:
+    def trainable(self, family: Family) -> tuple[str, ...]:
         return (f"{self.path}.weight", f"{self.path}.weight_in") if self.rank else ()
 
     def summary(self) -> Summary:

@@ -21,6 +21,7 @@ from grasp.core.edits.kinds import from_spec, schema_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from grasp.core.families import Family
     from grasp.core.records import Attribution
 
 Number = Annotated[int, Meta(ge=0)]
@@ -114,9 +115,9 @@ class EditLog(Sequence[Entry]):
         """Where the layers are now that an edit touched, and that are left."""
         return [place for place, layer in enumerate(self.left) if layer in self.layers]
 
-    def trainable(self) -> list[str]:
+    def trainable(self, family: Family) -> list[str]:
         """Paths of the parameters that edits put there, in the model as it was saved."""
-        return self._now(path for entry in self for path in entry.edit.trainable())
+        return self._now(path for entry in self for path in entry.edit.trainable(family))
 
     def ranks(self) -> dict[str, int]:
         """The rank of every low-rank matrix, by its path in the model as it was saved."""
@@ -131,8 +132,14 @@ class EditLog(Sequence[Entry]):
 
     @property
     def carried(self) -> bool:
-        """Whether the model holds modules of ours."""
-        return any(entry.edit.carried for entry in self)
+        """Whether the model holds modules of ours. Where all that is left of them are MLPs of one
+        width in every layer, it is an ordinary model of that width (`widths.settle`).
+        """
+        left = set(self.left)
+        edits = [one.edit for one in self if one.edit.carried and left & set(one.edit.layers)]
+        widths = {layer: edit.mlp_width for edit in edits for layer in edit.layers}
+        ordinary = left <= widths.keys() and len(set(widths.values())) == 1
+        return bool(edits) and not (ordinary and None not in (edit.mlp_width for edit in edits))
 
     @property
     def served(self) -> bool:

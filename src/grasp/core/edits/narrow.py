@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grasp.core.decoder import Decoder
+    from grasp.core.families import Family
+
+ROLES = {
+    "channels": ("gate", "up", "down"),
+    "kv_groups": ("q", "k", "v", "o"),
+    "value_dims": ("v", "o"),
+}
+"""Axis -> whose matrices become narrower, in a family that has them."""
 
 
 class _Spec(Struct):
@@ -48,7 +56,6 @@ class Narrow(Edit):
 
     kind: ClassVar[str] = "narrow"
     carried: ClassVar[bool] = True
-    served: ClassVar[bool] = False
     schema: ClassVar[type[Struct]] = _Spec
 
     def __post_init__(self) -> None:
@@ -112,6 +119,18 @@ class Narrow(Edit):
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
+
+    @property
+    def served(self) -> bool:
+        return self.axis == "channels"
+
+    @property
+    def mlp_width(self) -> int | None:
+        return self.left if self.axis == "channels" else None
+
+    def trainable(self, family: Family) -> tuple[str, ...]:
+        paths = (path for role in ROLES.get(self.axis, ()) for path in family.holding(role))
+        return tuple(f"{family.layers}.{self.layer}.{path}.weight" for path in dict.fromkeys(paths))
 
     def summary(self) -> Summary:
         of = "" if self.of is None else f" of {self.of}"

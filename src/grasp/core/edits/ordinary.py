@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from grasp.core.axes import width_entry
 from grasp.core.decoder import Decoder
-from grasp.core.edits.placing import sync
-from grasp.core.layer import is_low_rank, is_quantized
+from grasp.core.edits.placing import stored, sync
+from grasp.core.edits.widening import whole, widened, widest, widths
+from grasp.core.edits.widths import copy_widths
+from grasp.core.layer import is_quantized
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.layers.modeling_grasp import plain_class
 from grasp.core.layers.quantized_grasp import QuantizedLinear
@@ -25,32 +28,40 @@ def multiply_out(decoder: Decoder) -> int:
     """Put dense matrices in the place of all low-rank pairs, products taken in float32 and kept in
     the pair's dtype; returns how many.
 
-    The model is then one of its original class, with nothing of grasp in it. Layers that were
-    dropped stay dropped.
+    Narrowed layers get one width, that of the widest, filled up with zeros; heads and value
+    dimensions that went are zeros again. The model is then one of its original class, with nothing
+    of grasp in it. Layers that were dropped stay dropped.
     """
-    model = decoder.model
-    kinds = {path: record["kind"] for path, record in structure_of(model).items()}
-    if odd := next((path for path, kind in kinds.items() if kind != "low-rank"), None):
+    model, structure = decoder.model, structure_of(decoder.model)
+    kinds = {path: record["kind"] for path, record in structure.items()}
+    if odd := next((path for path in kinds if kinds[path] not in ("low-rank", "narrow")), None):
         raise ModelError(
             f"'{odd}' is of the kind '{kinds[odd]}', which has no place in an ordinary model; load"
             " the checkpoint with `import grasp`, or with trust_remote_code=True"
         )
-    pairs = {path: module for path, module in model.named_modules() if is_low_rank(module)}
+    layers = widths(decoder)
+    there = widest(decoder, layers) if layers else None
+    ours = {path: model.get_submodule(path) for path in structure}
     model.__class__ = plain_class(type(model))
     strip_quantization_marks(model)
+    if there is not None:
+        setattr(decoder.config, width_entry(decoder.config), there.channels)
     with torch.device("meta"):
         # says which kind of module stood there: GPT-2 stores its matrices (in, out)
         original = type(model)(model.config)
-    for path, pair in pairs.items():
-        dense, dtype = original.get_submodule(path), pair.weight.dtype
-        pair.joint = None
-        product = pair.float().product().to(dtype)
-        stored = product if isinstance(dense, nn.Linear) else product.T.contiguous()
-        dense.weight = nn.Parameter(stored, requires_grad=False)
-        if pair.bias is not None:
-            dense.bias = nn.Parameter(pair.bias.to(dtype), requires_grad=False)
+    for path, module in ours.items():
+        dense, (matrix, bias) = original.get_submodule(path), whole(module)
+        if there is not None:
+            place, name = decoder.locate(path)
+            here = layers[decoder.kept[place]]
+            matrix, bias = widened(decoder.family, name, matrix, bias, here, there)
+        dense.weight = nn.Parameter(stored(dense, matrix), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(path, dense)
-    return len(pairs)
+    if there is not None:
+        copy_widths(decoder.stack, original.get_submodule(decoder.family.layers))
+    return sum(kind == "low-rank" for kind in kinds.values())
 
 
 def strip_quantization_marks(model: Any) -> None:
@@ -83,8 +94,8 @@ def dequantize(decoder: Decoder) -> None:
         for name in old.shapes:
             dense = old.dequantized(name)
             getattr(new, name).copy_(dense if isinstance(new, nn.Linear) else dense.T)
-        for name in ("bias", "places"):
-            if getattr(old, name) is not None:
+        for name in ("bias", "places", "in_places", "out_places"):
+            if getattr(old, name, None) is not None:
                 getattr(new, name).copy_(getattr(old, name))
         decoder.model.set_submodule(path, new.eval())
     fuse(decoder.model)

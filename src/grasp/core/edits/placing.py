@@ -9,11 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from grasp.core.axes import WIDTHS
 from grasp.core.building import INDEX
 from grasp.core.decoder import Decoder
 from grasp.core.edits.base import Undo
+from grasp.core.edits.widths import settle
+from grasp.core.layer import is_dense
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.layers.modeling_grasp import GraspConfig, carry_code, plain_class
+from grasp.core.layers.reading_grasp import record_of
 from grasp.core.layers.structure_grasp import structure_of
 
 
@@ -43,7 +47,9 @@ def put(decoder: Decoder, modules: Mapping[str, nn.Module]) -> Undo:
 
 
 def remember(decoder: Decoder) -> Undo:
-    """What brings back the model's class, its config and the list of layers as they are now."""
+    """What brings back the model's class, its config, the list of layers and what became narrow in
+    them (`widths.settle` puts others there) as they are now.
+    """
     model, layers, kept = decoder.model, list(decoder.stack), list(decoder.kept)
     kind = type(model)
     configs = [model.config, *([] if decoder.config is model.config else [decoder.config])]
@@ -52,8 +58,14 @@ def remember(decoder: Decoder) -> Undo:
         (module, name, getattr(module, name))
         for layer in layers
         for module in layer.modules()
-        for name in INDEX
+        for name in (*INDEX, *WIDTHS)
         if isinstance(getattr(module, name, None), int)
+    ]
+    narrow = [
+        (layer, path, module)
+        for layer in layers
+        for path, module in layer.named_modules()
+        if record_of(module) is not None and is_dense(module)
     ]
 
     def restore() -> None:
@@ -66,6 +78,8 @@ def remember(decoder: Decoder) -> Undo:
             del stack[:]
             stack.extend(layers)
         decoder.kept[:] = kept
+        for layer, path, module in narrow:
+            layer.set_submodule(path, module)
         for module, name, index in indices:
             setattr(module, name, index)
 
@@ -83,8 +97,9 @@ def renumber(decoder: Decoder) -> None:
 
 def sync(decoder: Decoder) -> None:
     """Keep what the config says of the structure equal to the model: it is what a loader rebuilds
-    the model from.
+    the model from. What can be said without a record of ours is (`widths.settle`).
     """
+    settle(decoder)
     model = decoder.model
     structure = structure_of(model)
     if structure:

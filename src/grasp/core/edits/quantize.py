@@ -56,7 +56,7 @@ class Quantize(Edit):
         with torch.no_grad():
             for key, value in self.numbers.items():
                 getattr(new, key).copy_(value)
-            for key in ("bias", "places"):
+            for key in ("bias", "places", "in_places", "out_places"):
                 if getattr(old, key, None) is not None:
                     getattr(new, key).copy_(getattr(old, key))
         try:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grasp.core.decoder import Decoder
+    from grasp.core.families import Family
 
 
 class _Spec(Struct):
@@ -37,7 +38,6 @@ class Replace(Edit):
 
     kind: ClassVar[str] = "replace"
     carried: ClassVar[bool] = True
-    served: ClassVar[bool] = False
     schema: ClassVar[type[Struct]] = _Spec
 
     @property
@@ -107,10 +107,14 @@ class Replace(Edit):
         return cls(spec["path"], spec["last"], tensors.get("weight"), tensors.get("bias"))
 
     @property
+    def served(self) -> bool:
+        return False
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return tuple(range(self.first, self.last + 1))
 
-    def trainable(self) -> tuple[str, ...]:
+    def trainable(self, family: Family) -> tuple[str, ...]:
         return (f"{self.path}.weight", f"{self.path}.bias")
 
     def summary(self) -> Summary:

@@ -66,10 +66,7 @@ class NarrowLinear(nn.Linear):
         if self.in_places is not None:
             input = input.index_select(-1, self.in_places)
         output = linear(input, self.weight, self.bias)  # ..., rows
-        if self.out_places is None:
-            return output
-        whole = output.new_zeros(*output.shape[:-1], self.out_features)
-        return whole.index_copy(-1, self.out_places.long(), output)
+        return scattered(output, self.out_places, self.out_features)
 
     def record(self) -> dict[str, Any]:
         """How to place it, unfilled, before weights are read (`structure_grasp`)."""
@@ -96,6 +93,14 @@ class NarrowLinear(nn.Linear):
         )
 
 
+def scattered(output: Tensor, places: Tensor | None, width: int) -> Tensor:
+    """y (..., rows) at its `places` among `width` zeros; y itself where there are no places."""
+    if places is None:
+        return output
+    whole = output.new_zeros(*output.shape[:-1], width)
+    return whole.index_copy(-1, places.long(), output)
+
+
 def narrow_like(
     old: nn.Module,
     rows: int,
@@ -117,7 +122,9 @@ def narrow_like(
         device,
         old.weight.dtype,
     )
-    new.of = record_of(old)
+    # narrowed again: the record of the narrower one says it all
+    again = new.is_plain and bool(getattr(old, "is_plain", False))
+    new.of = old.of if again else record_of(old)  # type: ignore[assignment]
     return new
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from .reading_grasp import SCHEMES, features, record_of
+from .narrow_grasp import scattered
+from .reading_grasp import SCHEMES, check_kept, features, record_of
 
 FEW_TOKENS = 8
 """Up to so many tokens the CPU's own kernels for whole-number weights are faster than a dense
@@ -41,10 +42,13 @@ class QuantizedLinear(nn.Linear):
 
     `scheme`: "int8" and "int4" round the weights; "int8-dynamic" also rounds the input of each
     product to 8 bits, one scale a token. `rank` is None for a dense matrix; `pivoted` and `places`
-    are as in `LowRankLinear`. `replaced` is the class it stands for.
+    are as in `LowRankLinear`; `rows`, `columns`, `in_places` and `out_places` as in `NarrowLinear`.
+    `replaced` is the class it stands for.
     """
 
     places: Any  # int32 (out_features), or None
+    in_places: Any  # int32 (columns), or None
+    out_places: Any  # int32 (rows), or None
     of: dict[str, Any] | None = None  # record of the module that this one replaced
 
     def __init__(
@@ -59,6 +63,8 @@ class QuantizedLinear(nn.Linear):
         replaced: type[nn.Module] = nn.Linear,
         device: Any = None,
         dtype: Any = None,
+        rows: int | None = None,
+        columns: int | None = None,
     ):
         nn.Module.__init__(self)
         self.in_features = in_features
@@ -67,11 +73,15 @@ class QuantizedLinear(nn.Linear):
         self.pivoted = pivoted
         self.scheme, self.group_size, self.replaced = scheme, group_size, replaced
         self.packed: dict[str, tuple[Tensor, Tensor]] = {}
-        rows = out_features - (rank or 0) if pivoted else out_features
+        self.rows = out_features if rows is None else rows
+        self.columns = in_features if columns is None else columns
         self.shapes = (
-            {"weight": (rows, in_features)}
+            {"weight": (self.rows, self.columns)}
             if rank is None
-            else {"weight": (rows, rank), "weight_in": (rank, in_features)}
+            else {
+                "weight": (out_features - rank if pivoted else out_features, rank),
+                "weight_in": (rank, in_features),
+            }
         )
         for name, shape in self.layout().items():
             kind = (
@@ -84,15 +94,18 @@ class QuantizedLinear(nn.Linear):
                 nn.Parameter(torch.empty(shape, device=device, dtype=kind), requires_grad=False),
             )
         vector = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+            nn.Parameter(torch.empty(self.rows, device=device, dtype=dtype), requires_grad=False)
             if bias
             else None
         )
         self.register_parameter("bias", vector)
-        self.register_buffer(
-            "places",
-            torch.empty(out_features, device=device, dtype=torch.int32) if pivoted else None,
-        )
+        for name, length in (
+            ("places", out_features if pivoted else None),
+            ("in_places", self.columns if self.columns < in_features else None),
+            ("out_places", self.rows if self.rows < out_features else None),
+        ):
+            empty = None if length is None else torch.empty(length, device=device, dtype=torch.int)
+            self.register_buffer(name, empty)
 
     def layout(self) -> dict[str, tuple[int, int]]:
         """Shape of every stored tensor of the matrices."""
@@ -108,11 +121,13 @@ class QuantizedLinear(nn.Linear):
     def num_parameters(self) -> int:
         """Numbers that the matrices and the bias stand for, however few bits each takes."""
         return sum(rows * columns for rows, columns in self.shapes.values()) + (
-            0 if self.bias is None else self.out_features
+            0 if self.bias is None else self.rows
         )
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) -> y (..., out_features)."""
+        if self.in_places is not None:
+            input = input.index_select(-1, self.in_places)
         if self.rank is None:
             output = self.times("weight", input)
         else:
@@ -120,7 +135,8 @@ class QuantizedLinear(nn.Linear):
             output = self.times("weight", inner)
             if self.places is not None:
                 output = torch.cat((inner, output), dim=-1).index_select(-1, self.places)
-        return output if self.bias is None else output + self.bias
+        output = output if self.bias is None else output + self.bias
+        return scattered(output, self.out_places, self.out_features)
 
     def times(self, name: str, input: Tensor) -> Tensor:
         """x (..., columns) -> Wx (..., rows) for the matrix `name`."""
@@ -242,6 +258,9 @@ class QuantizedLinear(nn.Linear):
                 raise ValueError(
                     f"'{path}.{name}' holds non-finite numbers; the checkpoint is damaged"
                 )
+        for name, width in (("in_places", self.in_features), ("out_places", self.out_features)):
+            if getattr(self, name) is not None:
+                check_kept(f"{path}.{name}", getattr(self, name), width)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.packed = {}
@@ -305,6 +324,8 @@ def quantized_like(
         type(old),
         device,
         dtype,
+        getattr(old, "rows", None),
+        getattr(old, "columns", None),
     )
     new.of = record_of(old)
     return new
