@@ -58,7 +58,7 @@ def test_smollm2_sizes():
     )
     assert model.num_parameters() == 134_515_008
     assert Grasp(num_layers=9, retain_ratio=0.1).plan(model).parameters == 105_776_640
-    ranks = uniform({linear.name: linear.shape for linear in model.linears(0)}, 0.1).ranks
+    ranks = uniform({linear.name: linear.shape for linear in model.linears(0)}, 0.1).sizes
     assert (ranks["self_attn.q_proj"], ranks["self_attn.k_proj"], ranks["mlp.up_proj"]) == (
         28,
         14,
@@ -100,7 +100,7 @@ def test_a_budget_is_met_to_within_one_rank(sizes, num_layers, share, retain, mu
         layer: {f"{layer}.{n}": size for n, size in enumerate(sizes)} for layer in range(num_layers)
     }
     full = sum(
-        saved(shape, uniform(shapes[layer], retain, multiple).ranks[path])
+        saved(shape, uniform(shapes[layer], retain, multiple).sizes[path])
         for layer in shapes
         for path, shape in shapes[layer].items()
     )
@@ -110,19 +110,19 @@ def test_a_budget_is_met_to_within_one_rank(sizes, num_layers, share, retain, mu
     removed = sum(
         saved(shapes[layer][path], rank)
         for layer in shapes
-        for path, rank in found.allocation.ranks.items()
+        for path, rank in found.allocation.sizes.items()
         if path in shapes[layer]
     )
     assert removed == found.removed >= target
     slack = [
-        min(sum(shape) * multiple, saved(shape, found.allocation.ranks[path]))
+        min(sum(shape) * multiple, saved(shape, found.allocation.sizes[path]))
         for shape, path in (
             (shape, path)
             for layer in shapes
             for path, shape in shapes[layer].items()
-            if found.allocation.ranks.get(path) is not None
+            if found.allocation.sizes.get(path) is not None
         )
-        if saved(shape, found.allocation.ranks[path])
+        if saved(shape, found.allocation.sizes[path])
     ]
     assert removed == target or removed - target < max(slack)
     assert not for_budget(list(shapes), shapes, full + 1, retain, multiple).reached

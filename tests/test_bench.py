@@ -18,12 +18,13 @@ from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.models import load_model
 from grasp.core.results import Result, Results
+from grasp.core.stepping import Stepper
 from grasp.errors import RecipeError
 from grasp.evaluation import bench as benching
 from grasp.evaluation import hardware, peak, speed
 from grasp.evaluation.bench import bench, ratios, roofline, speeds
 from grasp.evaluation.hardware import kernels, low_rank_products, read_bandwidth, step_bytes
-from grasp.evaluation.speed import TURN, Runner, Timing, decode_speed, take_turns
+from grasp.evaluation.speed import TURN, Timing, decode_speed, take_turns
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_it_decodes_what_generate_decodes(family, fixed, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     model = Decoder(build(family))
     with torch.no_grad():
-        runner = Runner(model, 2, 6, 5, compile=fixed)
+        runner = Stepper(model, 2, 6, 5, compile=fixed)
         expected = model.model.generate(
             runner.ids,
             attention_mask=torch.ones_like(runner.ids),
@@ -99,7 +100,7 @@ def test_models_take_turns(monkeypatch):
             return [1.0] * steps
 
     models = {name: Decoder(build("llama"), source=name) for name in "ab"}
-    monkeypatch.setattr(speed, "Runner", lambda model, *_: Counting(model.source))
+    monkeypatch.setattr(speed, "Stepper", lambda model, *_: Counting(model.source))
     seen = []
     timings = take_turns(
         models,

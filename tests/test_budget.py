@@ -8,21 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp.stages.budget import (
+    All,
+    OneOf,
     Options,
     allocate,
     cheapest,
+    fixed,
+    gone,
     in_shares,
-    options,
     parameters,
     pivoted_parameters,
+    tails,
     total_loss,
 )
+from grasp.stages.budget import options as options_of
 
 SHAPES = [(5, 4), (3, 6), (4, 4), (2, 9), (7, 3)]
 COSTS = {"pair": parameters, "pivoted": pivoted_parameters}
 
 problems = given(seed=st.integers(0, 999), cost=st.sampled_from(list(COSTS)))
 some = settings(max_examples=8, deadline=None)
+
+
+def options(shape, losses, *rest):
+    """The options of a matrix whose groups, best first, cost these losses when dropped."""
+    return options_of(shape, tails(losses), *rest)
 
 
 def problem(seed: int, cost: str = "pair", count: int = 3) -> dict[str, Options]:
@@ -52,7 +62,7 @@ def squares(count: int, size: int = 24, seed: int = 2) -> dict[str, Options]:
 
 def choices(offer: Options) -> list[tuple[float, float, int | None]]:
     """(cost, loss, rank) of all that a matrix offers, dense last."""
-    ranked = zip(offer.costs.tolist(), offer.losses.tolist(), offer.ranks.tolist(), strict=True)
+    ranked = zip(offer.costs.tolist(), offer.losses.tolist(), offer.sizes.tolist(), strict=True)
     return [*ranked, (offer.dense, 0.0, None)]
 
 
@@ -122,7 +132,7 @@ def test_exact_at_the_vertices_of_the_hull(seed, cost):
     offers = problem(seed, cost)
     points = everything(offers)
     for budget in itertools.accumulate((length for length, _ in segments(offers)), initial=0.0):
-        assert measured(offers, allocate(offers, budget).ranks)[1] == pytest.approx(
+        assert measured(offers, allocate(offers, budget).sizes)[1] == pytest.approx(
             optimum(points, budget), abs=1e-12
         )
 
@@ -138,7 +148,7 @@ def test_near_the_best_at_every_budget(seed, cost):
     edge = max(length for length, _ in segments(offers))
     before = float("inf")
     for budget in map(float, range(0, int(dense(offers)) + 3, 3)):
-        price, loss = measured(offers, allocate(offers, budget).ranks)
+        price, loss = measured(offers, allocate(offers, budget).sizes)
         assert price <= budget
         assert (
             optimum(points, budget) - 1e-12
@@ -154,7 +164,7 @@ def test_near_the_best_at_every_budget(seed, cost):
 def test_what_is_left_over_buys_no_further_step(seed, cost):
     offers = problem(seed, cost, count=6)
     for budget in torch.linspace(0, dense(offers), 7).tolist():
-        ranks = allocate(offers, budget).ranks
+        ranks = allocate(offers, budget).sizes
         spare = budget - measured(offers, ranks)[0]
         for path, offer in offers.items():
             costs = [price for price, _, _ in choices(offer)]
@@ -168,19 +178,21 @@ def test_ranks_cross_between_matrices():
     """
     rich = options((20, 20), torch.full((20,), 9.0))
     poor = options((20, 20), torch.full((20,), 1.0))
-    assert allocate({"rich": rich, "poor": poor}, 400.0).ranks == {"rich": None, "poor": 0}
+    assert allocate({"rich": rich, "poor": poor}, 400.0).sizes == {"rich": None, "poor": 0}
 
 
 def test_matrices_of_no_consequence_are_paid_last():
     offers = {"dead": options((6, 6), torch.zeros(6)), "alive": options((6, 6), torch.ones(6))}
-    assert allocate(offers, 36.0).ranks == {"dead": 0, "alive": None}
+    assert allocate(offers, 36.0).sizes == {"dead": 0, "alive": None}
 
 
 @pytest.mark.parametrize("share", [1.0, 1.5])
 def test_everything_stays_dense_where_the_budget_allows_it(share):
     offers = problem(3)
-    assert allocate(offers, share * dense(offers)).ranks == dict.fromkeys(offers)
-    assert in_shares([offers], share * dense(offers)).ranks == dict.fromkeys(offers)
+    assert allocate(offers, share * dense(offers)).sizes == dict.fromkeys(offers)
+    assert in_shares(offers, [All(tuple(offers))], share * dense(offers)).sizes == dict.fromkeys(
+        offers
+    )
 
 
 def test_the_cheapest_allocation():
@@ -192,7 +204,7 @@ def test_the_cheapest_allocation():
         for name in "ab"
     }
     assert cheapest(offers) == 14.0
-    assert allocate(offers, 14.0).ranks == {"a": 0, "b": 0}
+    assert allocate(offers, 14.0).sizes == {"a": 0, "b": 0}
 
 
 def test_a_dense_matrix_cheaper_than_rank_0_is_the_cheapest():
@@ -203,15 +215,15 @@ def test_a_dense_matrix_cheaper_than_rank_0_is_the_cheapest():
         )
     }
     assert cheapest(offers) == 1.0
-    assert allocate(offers, 1.0).ranks == {"m": None}
+    assert allocate(offers, 1.0).sizes == {"m": None}
 
 
 @pytest.mark.parametrize("cost", COSTS)
 def test_options_are_the_ranks_cheaper_than_dense(cost):
     groups = torch.tensor([5.0, 3.0, 2.0, 1.0])
     found = options((6, 4), groups, COSTS[cost])
-    assert found.ranks.tolist() == {"pair": [0, 1, 2], "pivoted": [0, 1, 2, 3]}[cost]
-    assert found.losses.tolist() == [11.0, 6.0, 3.0, 1.0][: len(found.ranks)]
+    assert found.sizes.tolist() == {"pair": [0, 1, 2], "pivoted": [0, 1, 2, 3]}[cost]
+    assert found.losses.tolist() == [11.0, 6.0, 3.0, 1.0][: len(found.sizes)]
     assert (
         found.costs.tolist() == {"pair": [0.0, 10.0, 20.0], "pivoted": [0.0, 9.0, 16.0, 21.0]}[cost]
     )
@@ -227,7 +239,7 @@ def test_rank_multiple(multiple):
         f"m{i}": options((24, 30), 0.8 ** torch.arange(24) / (1 + i), parameters, multiple)
         for i in range(4)
     }
-    ranks = allocate(offers, dense(offers) / 2).ranks.values()
+    ranks = allocate(offers, dense(offers) / 2).sizes.values()
     assert all(rank is None or rank % multiple == 0 for rank in ranks) and any(ranks)
 
 
@@ -236,11 +248,11 @@ def test_units_do_not_matter(scale):
     """Seconds, bytes, nats or bits: the same ranks."""
     offers = squares(4)
     scaled = {
-        path: Options(o.ranks, o.losses * scale, o.costs / scale, o.dense / scale)
+        path: Options(o.sizes, o.losses * scale, o.costs / scale, o.dense / scale, o.seen * scale)
         for path, o in offers.items()
     }
     assert (
-        allocate(scaled, 0.4 * dense(scaled)).ranks == allocate(offers, 0.4 * dense(offers)).ranks
+        allocate(scaled, 0.4 * dense(scaled)).sizes == allocate(offers, 0.4 * dense(offers)).sizes
     )
 
 
@@ -261,10 +273,9 @@ def test_nothing_dropped_loses_nothing():
 @pytest.mark.parametrize("size", [1, 4])
 def test_shares_stay_within_the_budget(share, size):
     offers = squares(8)
-    parts = [dict(list(offers.items())[i : i + size]) for i in range(0, 8, size)]
-    assert measured(offers, in_shares(parts, share * dense(offers)).ranks)[0] <= share * dense(
-        offers
-    )
+    parts = [All(tuple(list(offers)[i : i + size])) for i in range(0, 8, size)]
+    found = in_shares(offers, parts, share * dense(offers))
+    assert measured(offers, found.sizes)[0] <= share * dense(offers)
 
 
 @pytest.mark.parametrize(("share", "size"), [(0.3, 1), (0.77, 1), (0.77, 4)])
@@ -272,7 +283,8 @@ def test_shares_are_equal_to_within_one_step(share, size):
     """Every part spends its share, give or take one step of one of its matrices."""
     offers = squares(20)
     parts = [dict(list(offers.items())[i : i + size]) for i in range(0, 20, size)]
-    ranks = in_shares(parts, share * dense(offers)).ranks
+    choices = [All(tuple(part)) for part in parts]
+    ranks = in_shares(offers, choices, share * dense(offers)).sizes
     for part in parts:
         price = measured(part, {path: ranks[path] for path in part})[0]
         assert abs(price - share * dense(part)) <= max(
@@ -289,4 +301,61 @@ def test_shares_stay_within_the_budget_where_rank_0_costs_something():
         (4, 64), torch.ones(4), lambda _shape, rank: 1024.0 if rank is None else 16.0 + 112 * rank
     )
     offers = {"tall": tall, "wide": wide}
-    assert measured(offers, in_shares([{"tall": tall}, {"wide": wide}], 480.0).ranks)[0] <= 480.0
+    assert measured(offers, in_shares(offers, ["tall", "wide"], 480.0).sizes)[0] <= 480.0
+
+
+# --- choices
+
+
+def ways(offers, choice):
+    """Every way to fill a choice: size by component."""
+    if isinstance(choice, str):
+        sizes = [size for cost, _, size in choices(offers[choice]) if cost < float("inf")]
+        return [{choice: size} for size in sizes]
+    if isinstance(choice, OneOf):
+        return [one for way in choice.ways for one in ways(offers, way)]
+    parts = itertools.product(*(ways(offers, part) for part in choice.parts))
+    return [{name: size for one in each for name, size in one.items()} for each in parts]
+
+
+@some
+@problems
+def test_one_of_two_ways_to_make_the_same_numbers_smaller(seed, cost):
+    """Against every allocation there is: within the budget, and at the best of all where that is a
+    corner of what can be had; nearly so elsewhere.
+    """
+    offers = problem(seed, cost, count=3)
+    whole = offers["m0"].dense + offers["m1"].dense
+    sizes = torch.arange(1, 4)
+    losses = torch.tensor([3.0, 2.0, 1.0]).double() / (1 + seed % 5)
+    offers["narrow"] = Options(sizes, losses, sizes * whole / 4, whole, losses)
+    offers["gone"] = gone(2.5)
+    one = OneOf(("gone", OneOf(("narrow", All(("m0", "m1"))))))
+    choice = All((one, "m2"))
+    points = [measured(offers, each) for each in ways(offers, choice)]
+    assert cheapest(offers, choice) == min(price for price, _ in points)
+    before = float("inf")
+    for share in torch.linspace(0, 1, 9).tolist():
+        budget = share * (whole + offers["m2"].dense)
+        found = allocate(offers, budget, choice)
+        assert found.sizes.keys() in [each.keys() for each in ways(offers, choice)]
+        price, loss = measured(offers, found.sizes)
+        assert price <= budget + 1e-9 and loss >= optimum(points, budget + 1e-9) - 1e-9
+        assert total_loss(offers, found) == pytest.approx(loss)
+        assert loss <= before + 1e-9
+        before = loss
+    assert allocate(offers, whole + offers["m2"].dense, choice).sizes["m2"] is None
+
+
+def test_a_leap_does_not_waste_the_budget():
+    """A layer that goes frees far more than is asked for: its matrices at low ranks lose less."""
+    offers = {"gone": gone(1.6), "m": options((20, 20), torch.full((20,), 0.1))}
+    offers["other"] = options((20, 20), torch.full((20,), 10.0))
+    found = allocate(offers, 700.0, All((OneOf(("gone", "m")), "other")))
+    assert "gone" not in found.sizes and found.sizes["other"] is None and found.sizes["m"] > 0
+
+
+def test_what_cannot_be_smaller_only_costs():
+    offers = {"m": options((4, 4), torch.ones(4)), "rest": fixed(5.0)}
+    assert cheapest(offers) == 5.0
+    assert allocate(offers, 9.0).sizes == {"m": 0, "rest": None}

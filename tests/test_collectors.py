@@ -20,6 +20,7 @@ from grasp.errors import NumericsError
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputNorms
 from grasp.stages.statistics import AngularDistance, GroupGrad, Similarity, WeightGrad
+from grasp.stages.sublayers import LayerLosses
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3"]
 MASKS = {
@@ -48,6 +49,7 @@ COLLECTORS = {
     Curvatures: lambda decoder: Curvatures(paths(decoder)),
     InputCurvatures: lambda decoder: InputCurvatures(paths(decoder)),
     InputNorms: lambda decoder: InputNorms(paths(decoder)),
+    LayerLosses: lambda decoder: LayerLosses(decoder.family),
 }
 """Class -> how to make one for a model."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
@@ -83,6 +85,7 @@ def flat(table):
         found |= {
             f"{key} {name}": torch.as_tensor(part, dtype=torch.float64)
             for name, part in parts.items()
+            if part is not None
         }
     return found
 

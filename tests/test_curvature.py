@@ -302,7 +302,7 @@ def test_metric_groups_are_the_svd_of_the_whitened_matrix(short, more, seed):
     xs = numbers(30, short, seed=seed + 1)
     ds = numbers(30, tall, seed=seed + 2)
     near, middle = xs.T @ xs, ds.T @ ds
-    expand, squares, contract = metric_groups(weight, near, weight.T @ middle @ weight)
+    expand, squares, contract = metric_groups(near, weight.T @ middle @ weight)
     u, s, vh = torch.linalg.svd(root(middle) @ weight @ root(near), full_matrices=False)
     assert torch.allclose(squares, s.square(), rtol=1e-8, atol=1e-9 * float(s[0] ** 2))
     assert torch.allclose((weight @ expand) @ contract, weight, atol=1e-9)

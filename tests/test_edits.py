@@ -364,7 +364,7 @@ def test_logs_of_older_checkpoints_are_read():
         "model.layers.2.mlp.up_proj.weight_in",
     ]
     assert log.counts() == {"layers dropped": 1, "low-rank matrices": 1}
-    assert log.prediction(1.0) is None and log.carried and log.served
+    assert log.rises() is None and log.carried and log.served
     assert read_log({"edits": log.to_json(), "model": {"num_layers": 5}}).to_json() == log.to_json()
 
 

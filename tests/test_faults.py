@@ -145,7 +145,7 @@ MISTAKES = {
     "--method grasp-fisher --ratio 0.1 --retain-ratio 0.1": [
         "--method grasp-fisher",
         "one of",
-        "got both",
+        "got --ratio and --retain-ratio",
     ],
     "--method grasp-fisher --ratio nan": ["--ratio nan", "at least 0 and below 1"],
     "--method grasp-fisher --ratio 0.1 --layers 7": ["--layers 7", "0 to 3"],

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import threading
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.errors import GraspError, RecipeError
-from grasp.methods import make, size
-from grasp.stages import latency
 from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING, over_cores
-from grasp.stages.latency import Latency
 from grasp.verbs.compress import predict
 
 
@@ -29,9 +25,10 @@ def data(calibration):
 
 
 def run(data, model=None, **fields):
-    return grasp.compress(
-        build("llama") if model is None else model, method="grasp-fisher", data=data, **fields
-    )
+    """By ranks alone; tests/test_structure_parts.py has the other parts."""
+    model = build("llama") if model is None else model
+    options = {"parts": "ranks"} | fields
+    return grasp.compress(model, method="grasp-fisher", data=data, **options)
 
 
 def edits(result):
@@ -61,7 +58,9 @@ def stored(result, paths):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_the_prediction_is_half_the_trace(name, calibration):
-    """1/2 tr(D M X M') over all matrices: M, what was taken from W; X and D, by plain hooks."""
+    """1/2 tr(D M X M') over all matrices: M, what was taken from W; X and D, by plain hooks. Of
+    text that was not seen, more is expected.
+    """
     model = build(name)
     sums = brute_force(model, calibration.ids, all_paths(Decoder(model)))
     result = run(calibration, model, ratio=0.2)
@@ -81,9 +80,12 @@ def test_the_prediction_is_half_the_trace(name, calibration):
             )
             / 2
         )
-        assert edit["note"]["predicted_loss"] == pytest.approx(lost, rel=1e-2, abs=1e-9), path
+        assert edit["note"]["seen_loss"] == pytest.approx(lost, rel=1e-2, abs=1e-9), path
+        assert edit["note"]["predicted_loss"] >= edit["note"]["seen_loss"] * (1 - 1e-3)
         total, undamped = total + lost, undamped + float((d @ change @ x @ change.T).trace()) / 2
-    assert result.manifest["prediction"]["loss_rise"] == pytest.approx(total, rel=1e-3)
+    told = result.manifest["prediction"]
+    assert told["seen_rise"] == pytest.approx(total, rel=1e-3)
+    assert told["loss_rise"] >= total
     assert 0.6 * total < undamped < total
 
 
@@ -99,7 +101,7 @@ def test_predictions_rise_with_the_ratio_and_equal_the_manifest(calibration):
     ladder = [0.01, 0.1, 0.3, 0.5]
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
-    found = predict(model, ladder, data=calibration, ratio=0.1)
+    found = predict(model, ladder, data=calibration, ratio=0.1, parts="ranks")
     assert list(found.rises) == ladder and list(found.rises.values()) == sorted(
         found.rises.values()
     )
@@ -439,8 +441,8 @@ def test_projections_and_exclude(fields, roles, data):
 
 
 @pytest.mark.parametrize("multiple", [4, 16])
-def test_rank_multiple(multiple, data):
-    result = run(data, ratio=0.3, rank_multiple=multiple)
+def test_rank_multiple(multiple, calibration):
+    result = run(calibration, ratio=0.3, rank_multiple=multiple)
     assert {rank % multiple for rank in ranks(result).values()} == {0} and any(
         ranks(result).values()
     )
@@ -473,88 +475,6 @@ def test_a_bfloat16_model(data):
     assert {p.dtype for p in narrow.model.parameters()} == {torch.bfloat16}
     rises = [result.manifest["prediction"]["loss_rise"] for result in (wide, narrow)]
     assert rises[1] == pytest.approx(rises[0], rel=0.1)
-
-
-# --- the budget of time
-
-
-class Staircase:
-    """Pretends that a pair takes time by whole eights of its rank, a dense matrix by its size."""
-
-    calls: tuple = ()
-
-    def __init__(self, device, dtype, pivoted):
-        type(self).calls += ((device.type, dtype, pivoted),)
-
-    def __call__(self, shape, rank):
-        return float(shape[0] * shape[1] if rank is None else -(-rank // 8) * 8 * sum(shape)) * 1e-9
-
-
-@pytest.fixture
-def staircase(monkeypatch):
-    monkeypatch.setattr(Staircase, "calls", ())
-    monkeypatch.setattr(size, "Latency", Staircase)
-    return Staircase(torch.device("cpu"), torch.float32, True)
-
-
-def test_a_budget_of_time(staircase, data):
-    """The share is of the matrices' time, and every pair fills the step it stands on."""
-    result = run(data, ratio=0.4, budget="latency")
-    assert staircase.calls[-1] == ("cpu", torch.float32, True)
-    shapes = {
-        linear.path: linear.shape
-        for layer in Decoder(build("llama")).layers()
-        for linear in layer.linears.values()
-    }
-    dense = sum(staircase(shape, None) for shape in shapes.values())
-    spent = sum(staircase(shape, ranks(result).get(path)) for path, shape in shapes.items())
-    assert 0.6 * dense - 8 * 80e-9 < spent <= 0.6 * dense
-    assert {rank % 8 for rank in ranks(result).values()} == {0}
-
-
-def test_a_share_of_the_time_is_not_a_share_of_the_parameters(staircase, data):
-    """Nine tenths of the time can go, though the matrices are not nine tenths of the model."""
-    assert ranks(run(data, ratio=0.9, budget="latency"))
-
-
-def test_time_is_measured_while_nothing_else_runs(monkeypatch, data):
-    busy, before = {}, set(threading.enumerate())
-
-    class Watching(Staircase):
-        def __call__(self, shape, rank):
-            busy.setdefault(
-                shape, any("Pool" in one.name for one in set(threading.enumerate()) - before)
-            )
-            return super().__call__(shape, rank)
-
-    monkeypatch.setattr(size, "Latency", Watching)
-    run(data, ratio=0.4, budget="latency")
-    assert busy and not any(busy.values())
-
-
-@pytest.mark.parametrize("pivoted", [True, False])
-@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (3, 2), (1, 5)])
-def test_times_are_measured(shape, pivoted, monkeypatch):
-    monkeypatch.setattr(latency, "COLD_BYTES", 10_000)
-    clock = Latency(torch.device("cpu"), torch.float32, pivoted)
-    times = torch.tensor([clock(shape, rank) for rank in range(min(shape))])
-    assert (
-        bool(times.isfinite().all() and (times[1:] > 0).all() and (times.diff() >= 0).all())
-        and float(times[0]) >= 0
-    )
-    assert 0 < clock(shape, None) < 1 and clock(shape, None) == clock(shape, None)
-
-
-def test_a_measured_budget(monkeypatch, data):
-    monkeypatch.setattr(latency, "COLD_BYTES", 10_000)
-    result = run(data, retain_ratio=0.5, budget="latency", projections=("down",))
-    assert (
-        ranks(result)
-        and make("grasp-fisher", {"ratio": 0.5, "budget": "latency"})
-        .plan(result.decoder)
-        .parameters
-        is None
-    )
 
 
 # --- how it runs
@@ -628,7 +548,7 @@ def test_nothing_left_to_choose(data):
 
 WRONG = {
     "none was given": {},
-    "got both": {"ratio": 0.2, "retain_ratio": 0.2},
+    "got --ratio and --retain-ratio": {"ratio": 0.2, "retain_ratio": 0.2},
     "--ratio 1: must be at least 0 and below 1": {"ratio": 1},
     "--ratio nan": {"ratio": float("nan")},
     "--retain-ratio -0.5: must be at least 0": {"retain_ratio": -0.5},

@@ -41,6 +41,7 @@ RUNS = {
     "per sample": {"method": "grasp", "num_layers": 2, "score": "taylor-per-sample"},
     "angular": {"method": "grasp", "num_layers": 1, "angular": True},
     "grasp-fisher": {"method": "grasp-fisher", "ratio": 0.2},
+    "two rounds": {"ratio": 0.2, "rounds": 2, "width_multiple": 4},
     "shortgpt": {"method": "shortgpt", "num_layers": 2},
 }
 of_every_run = pytest.mark.parametrize("name", RUNS)
@@ -63,7 +64,11 @@ class Stop:
     def __init__(self, monkeypatch, blocks: float = math.inf, edits: float = math.inf):
         self.blocks, self.edits, self.at = 0, 0, (blocks, edits)
         show, take = Resident._block, journals.Journal.record
-        makers = [(Grasp, "_replacement"), (GraspFisher, "replacement")]
+        makers = [
+            (Grasp, "_replacement"),
+            (GraspFisher, "replacement"),
+            (GraspFisher, "narrower"),
+        ]
         self.made = []
 
         def block(runner, number):
@@ -85,7 +90,8 @@ class Stop:
 
     def counted(self, make):
         def made(*arguments):
-            self.made.append(next(one for one in arguments if hasattr(one, "path")).path)
+            named = next(one for one in arguments if hasattr(one, "path") or hasattr(one, "where"))
+            self.made.append(named.path if hasattr(named, "path") else named.where.name)
             return make(*arguments)
 
         return made

@@ -33,7 +33,7 @@ class Scaled(LowRank):
         else:
             near, far = torch.eye(len(weight)).double(), (weight * squares) @ weight.mT
             weight = weight.mT
-        expand, values, contract = metric_groups(weight, near, far)
+        expand, values, contract = metric_groups(near, far)
         return Groups(values.float(), scratch.hold(expand), scratch.hold(contract))
 
 
@@ -70,8 +70,8 @@ def test_what_rounding_down_leaves_is_planned_to_the_number(budget, storage, cal
 def test_rounded_down():
     """`int(m n share / (m + n))`, also where that is whole; at least the least that there is."""
     shapes = {"a": (32, 48), "b": (16, 16), "c": (3, 2)}
-    offers = {path: options(shape, torch.ones(min(shape))) for path, shape in shapes.items()}
+    offers = {path: options(shape, torch.zeros(min(shape) + 1)) for path, shape in shapes.items()}
     for share in (0.0, 0.125, 0.5, 10 * 80 / (32 * 48), 0.999):
-        assert rounded_down(offers, share).ranks == {
+        assert rounded_down(offers, share).sizes == {
             path: int(m * n * share / (m + n) + 1e-9) for path, (m, n) in shapes.items()
         }, share

@@ -326,6 +326,7 @@ def test_the_config_says_how_each_matrix_is_stored(storage, calibration, tmp_pat
         tmp_path,
         method="grasp-fisher",
         ratio=0.2,
+        parts="ranks",
         storage=storage,
         data=calibration,
     )

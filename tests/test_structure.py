@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "data": "core data errors",
     "stages": "core data stages errors",
     "methods": (
-        "core data stages methods.base methods.plugin methods.scope methods.size methods.low_rank"
-        " errors"
+        "core data stages methods.base methods.components methods.costs methods.low_rank"
+        " methods.parts"
+        " methods.plugin methods.scope methods.size methods.structure errors"
     ),
     "evaluation": "core data evaluation errors",
     "report": "core data report errors",

@@ -156,7 +156,7 @@ def test_its_plan_counts_bytes_and_passes(calibration):
 @pytest.mark.parametrize(
     ("message", "fields"),
     [
-        ("--method svd-llm: say how much .*--ratio, --retain-ratio; none", {}),
+        ("--method svd-llm: say how much .*--ratio, --retain-ratio, --speedup; none", {}),
         ("--ratio 0.99: cannot be reached", {"ratio": 0.99}),
         ("--allocation: not a flag of --method svd-llm", {"ratio": 0.2, "allocation": "global"}),
     ],

@@ -5,6 +5,7 @@ more memory than the blocks need.
 import copy
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from grasp.data.stream import stream_of
 from grasp.data.text import read_source, read_text
 from grasp.errors import DataError, GraspError
 from grasp.evaluation.generation import greedy
-from grasp.stages.enough import only_pydoc, too_few
+from grasp.stages.enough import only_pydoc, too_few, with_few_tokens
 from grasp.verbs.compress import predict
 
 BOS = 256
@@ -479,6 +480,20 @@ def test_too_few_tokens_are_told_as_they_were_measured(samples, told):
     """The measurements of docs/fisher.md, smollm2: 576 columns."""
     note = too_few(samples * 512, 512, 576)
     assert (told in note and "--num-samples 57 at --seq-len 512" in note) if told else note == ""
+
+
+def test_few_tokens_for_a_size_are_told_by_the_forecast():
+    """With N tokens the rises are about T + c / N and T - c / N: the number that is named has the
+    gap that is allowed.
+    """
+    data = grasp.Calibration(torch.zeros(32, 512, dtype=torch.long), "text")
+    [few] = with_few_tokens((), data, 0.36, 0.18)
+    assert "16,384 calibration tokens" in few and "0.36" in few and "0.18" in few
+    blocks = int(re.search(r"--num-samples ([\d,]+)", few)[1].replace(",", ""))
+    gap = 0.18 * 32 / blocks
+    assert gap / (0.27 + gap / 2) == pytest.approx(1 / 3, rel=0.05)
+    assert with_few_tokens((), data, 0.36, 0.30) == with_few_tokens((), data, 0.012, 0.001) == ()
+    assert with_few_tokens((few,), data, 0.9, 0.1) == (few,)
 
 
 def test_few_tokens_and_the_default_text_are_noted(model_directory, text_file, tmp_path, caplog):

@@ -41,7 +41,7 @@ class Recipe:
 
     train: str = flag(
         "factors",
-        "What is trained: the factors of the low-rank matrices; all of the layers that hold them"
+        "What is trained: the factors of low-rank matrices and narrowed ones; all of their layers"
         " (of a model with layers removed: all that are left); or LoRA adapters on every matrix,"
         " merged at the end.",
         words=TRAIN,

@@ -113,3 +113,14 @@ def ask_for_gradient(parameter: nn.Parameter, undo: ExitStack) -> None:
     parameter.requires_grad_(True)
     parameter.grad = None
     undo.callback(parameter.register_post_accumulate_grad_hook(forget).remove)
+
+
+def ask_for_gradients_at(layer: Layer, undo: ExitStack) -> None:
+    """Let gradients reach the input of `layer`, whether or not any weight asks for one."""
+
+    def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not hidden.requires_grad:
+            hidden.requires_grad_(True)
+
+    undo.callback(layer.module.register_forward_pre_hook(ask, with_kwargs=True).remove)

@@ -35,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Share = Annotated[float, Meta(ge=0, lt=1)]
+Speedup = Annotated[float, Meta(gt=1, le=1_000)]
 NumSamples = Annotated[int, Meta(ge=1, le=1_000_000)]
 NumTokens = Annotated[int, Meta(ge=1, le=1 << 24)]
 SeqLen = Annotated[int, Meta(ge=2, le=1 << 24)]
@@ -140,10 +141,11 @@ def check_fields(record: Any) -> None:
     """
     kind: Any = type(record)
     for one in declared(kind).values():
-        value = getattr(record, one.name)
-        if one.words and value is not None and value not in one.words:
-            raise RecipeError(f"{one.flag} {shortened(value)}: {_of(one.words, value)}")
-        object.__setattr__(record, one.name, check(one.name, value, one.kind))
+        value = check(one.name, getattr(record, one.name), one.kind)
+        for word in value if isinstance(value, tuple) else (value,):
+            if one.words and word is not None and word not in one.words:
+                raise RecipeError(f"{one.flag} {shortened(word)}: {_of(one.words, word)}")
+        object.__setattr__(record, one.name, value)
 
 
 def _of(words: tuple[Any, ...], value: Any) -> str:

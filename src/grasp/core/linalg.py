@@ -93,12 +93,11 @@ def symmetric_roots(
 
 
 def metric_groups(
-    weight: Float[Tensor, "tall short"],
     near: Float[Tensor, "short short"],
     far: Float[Tensor, "short short"],
 ) -> tuple[Float[Tensor, "short k"], Float[Tensor, "k"], Float[Tensor, "k short"]]:
-    """Singular groups of a matrix in a metric, from statistics of its shorter side only: (expand,
-    squares, contract).
+    """Singular groups of a matrix W (tall, short) in a metric, from statistics of its shorter side
+    only: (expand, squares, contract).
 
     Let `near` = X, `far` = W' D W. With K = X^½ W' D W X^½ = V diag(squares) V', the singular value
     decomposition D^½ W X^½ = U diag(sqrt(squares)) V' gives W = sum_k (W X^½ v_k)(v_k' X^-½): the

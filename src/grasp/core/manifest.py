@@ -64,6 +64,9 @@ class _Prediction(Struct):
     loss_before: float
     loss_rise: float
     perplexity_ratio: float
+    seen_rise: float | UnsetType = UNSET
+    low: float | UnsetType = UNSET
+    high: float | UnsetType = UNSET
 
 
 class _Recipe(Struct):

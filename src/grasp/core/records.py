@@ -38,6 +38,11 @@ class Calibration:
         return self.ids.shape[1]
 
     @property
+    def num_tokens(self) -> int:
+        """Those that are real."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    @property
     def ids_hash(self) -> str:
         """sha256 of the token ids (and of the mask, if any): two runs with equal hashes saw the
         same tokens.
@@ -134,7 +139,8 @@ class Curvature:
     sum xx', `far` = W' (sum dd') W, both (in, in); wide `near` = sum dd', `far` = W (sum xx') W',
     both (out, out). `input_square` = sum |x|^2, `gradient_square` = sum |d|^2. X is summed over
     `input_tokens`, D over `gradient_tokens`. Matrices that read the same input share one tensor.
-    After forward passes alone the sums of d are a scalar 0.
+    After forward passes alone the sums of d are a scalar 0. `inputs` = sum xx' (in, in) of a wide
+    matrix where that was asked for; `far` is a scalar 0 then. Sums over disjoint tokens add up.
     """
 
     near: Tensor
@@ -143,6 +149,18 @@ class Curvature:
     gradient_square: float
     input_tokens: int
     gradient_tokens: int
+    inputs: Tensor | None = None
+
+    def __add__(self, other: Curvature) -> Curvature:
+        return Curvature(
+            self.near + other.near,
+            self.far + other.far,
+            self.input_square + other.input_square,
+            self.gradient_square + other.gradient_square,
+            self.input_tokens + other.input_tokens,
+            self.gradient_tokens + other.gradient_tokens,
+            None if self.inputs is None or other.inputs is None else self.inputs + other.inputs,
+        )
 
 
 @dataclass(frozen=True)
@@ -192,8 +210,8 @@ class Attribution:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The rank of every matrix to replace, by path. None: stays dense, since its two factors would
-    not be smaller.
+    """The size of every component that was chosen, by name: the rank of a matrix, the channels of
+    an MLP. None: it stays as it is.
     """
 
-    ranks: Mapping[str, int | None]
+    sizes: Mapping[str, int | None]

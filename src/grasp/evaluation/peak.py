@@ -20,7 +20,7 @@ import torch
 from grasp.core.children import end_with_parent, run_child
 from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
-from grasp.evaluation.speed import Runner
+from grasp.core.stepping import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(asked["threads"])
     before = resident_peak()
     model = load_model(asked["source"], device=asked["device"], dtype=asked["dtype"])
-    runner = Runner(model, *asked["shape"])
+    runner = Stepper(model, *asked["shape"])
     runner.prefill()
     runner.decode(asked["shape"][2])
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resident_peak()

@@ -1,27 +1,20 @@
-"""Prefill and decode, timed: a loop of our own around the model's forward, the models taken in turn
-so that noise hits all alike.
-
-`generate()` is not used for timing: its logits processors and stopping rules cost time that is not
-the model's. The loop asks of the model what a greedy `generate()` asks, and no more: the whole
-prompt once, logits of its last position; then one token a row and step, with the cache. A step ends
-when the host knows the token.
+"""Prefill and decode, timed: the models taken in turn so that noise hits all alike. What one model
+does in its turn is in `grasp.core.stepping`.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from grasp.core.cache import cache_bytes, new_cache
+from grasp.core.cache import cache_bytes
 from grasp.core.decoder import Decoder
 from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
+from grasp.core.stepping import Stepper
 
 TURN = 8
 """Decode steps of one model before it is the next one's turn: neighbours in time meet the same
@@ -45,64 +38,6 @@ class Timing:
         return [seconds for turn in self.turns for seconds in turn]
 
 
-class Runner:
-    """One model with its prompt (batch_size, prompt_len) of random tokens and its cache, to be
-    stepped by hand.
-
-    With `compile`, its forward under `torch.compile` with a cache of fixed size: one graph for the
-    prompt, one for the steps.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch_size: int,
-        prompt_len: int,
-        new_tokens: int,
-        compile: bool = False,
-    ):
-        ids = torch.randint(
-            decoder.config.vocab_size,
-            (batch_size, prompt_len),
-            generator=torch.Generator().manual_seed(0),
-        )
-        self.decoder, self.ids = decoder, ids.to(decoder.device)
-        self.forward: Any = decoder.model
-        self.cache: Any = None
-        self.fixed = compile
-        if compile:
-            self.cache = new_cache(decoder, prompt_len + new_tokens)
-            self._step(self.ids[:, :1])  # sets the cache up outside the graphs
-            self.forward = torch.compile(decoder.model.forward, dynamic=False)
-
-    def prefill(self) -> float:
-        """Read the prompt with an empty cache. Returns the seconds until the first token."""
-        if self.fixed:
-            self.cache.reset()
-        else:
-            self.cache = new_cache(self.decoder)
-        begin = time.perf_counter()
-        self.token = self._step(self.ids)
-        return time.perf_counter() - begin
-
-    def decode(self, steps: int) -> list[float]:
-        """So many steps on. Returns the seconds of each."""
-        seconds = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            self.token = self._step(self.token)
-            seconds.append(time.perf_counter() - begin)
-        return seconds
-
-    def _step(self, ids: Tensor) -> Tensor:
-        logits = self.forward(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        ).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        token.tolist()  # waits for the device
-        return token
-
-
 @torch.no_grad()
 def take_turns(
     models: Mapping[str, Decoder],
@@ -120,7 +55,7 @@ def take_turns(
     task = f"timing, batch size {batch_size}"
     progress(task, 0, rounds + 1)
     runners = {
-        name: Runner(model, batch_size, prompt_len, new_tokens, compile)
+        name: Stepper(model, batch_size, prompt_len, new_tokens, compile)
         for name, model in models.items()
     }
     timings = {name: Timing() for name in models}

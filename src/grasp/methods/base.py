@@ -85,9 +85,9 @@ class Method(ABC):
 
     def predict(
         self, runner: Runner, stats: Statistics, ratios: Sequence[float]
-    ) -> dict[float, float]:
-        """Ratio -> expected rise of the loss in nats a token, for the ratios that can be reached.
-        Changes nothing.
+    ) -> dict[float, tuple[float, float]]:
+        """Ratio -> rise of the loss to expect on text that was not seen, and on the calibration
+        text, in nats a token, for the ratios that can be reached. Changes nothing.
         """
         raise NotImplementedError
 

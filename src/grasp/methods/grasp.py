@@ -123,7 +123,7 @@ class Grasp(LayerMethod):
         gradients = 4 * sum(math.prod(linear.shape) for linear in linears) if sweeps else 0
         parameters, num_edits = None, len(linears)
         if self.threshold_ratio is None:
-            ranks = (allocation or self._uniform(linears)).ranks
+            ranks = (allocation or self._uniform(linears)).sizes
             num_edits = sum(ranks[linear.path] is not None for linear in linears)
             parameters = decoder.num_parameters() - sum(
                 saved(linear.shape, ranks[linear.path]) for linear in linears
@@ -243,9 +243,9 @@ class Grasp(LayerMethod):
             allocation = self._uniform(linears)
         if allocation is not None:
             for linear in linears:
-                if allocation.ranks[linear.path] is None:
+                if allocation.sizes[linear.path] is None:
                     _stays_dense(linear)
-            linears = [linear for linear in linears if allocation.ranks[linear.path] is not None]
+            linears = [linear for linear in linears if allocation.sizes[linear.path] is not None]
         if not linears:
             return
         groups: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -264,7 +264,7 @@ class Grasp(LayerMethod):
             moments = dict(runner.sweep([GroupGrad(groups)], task)[GroupGrad.name])
         for linear in linears:
             known, grad = groups.pop(linear.path, None), grads.pop(linear.path, None)
-            rank = None if allocation is None else allocation.ranks[linear.path]
+            rank = None if allocation is None else allocation.sizes[linear.path]
             make = partial(
                 self._replacement, runner, linear, rank, known, grad, moments.get(linear.path)
             )

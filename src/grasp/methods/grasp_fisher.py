@@ -5,17 +5,24 @@ The paper scores a singular group by the first-order change of the loss, which i
 trained model, and drops the second-order term. Here that term is the score:
 
 1. One sweep collects, for every matrix W, X = E[xx'] of its inputs and D = E[dd'] of the loss
-   gradients at its outputs.
+   gradients at its outputs, in two halves of the text.
 2. The singular value decomposition of D^½ W X^½ gives groups {D^-½ u_k, sigma_k, v_k' X^-½}.
-   Dropping group k costs sigma_k^2 / 2 nats a token: one unit for all matrices, and the losses add
-   up.
-3. One Lagrange multiplier picks the rank of every matrix, or "dense", for the lowest total loss
-   within the budget. `ratio` is the only dial.
-4. The kept groups are stored as a pivoted pair, `rank^2` numbers smaller than two thin matrices and
-   the same map (arXiv 2501.19090).
+   Dropping group k costs sigma_k^2 / 2 nats a token. So does, in its own way, dropping a channel of
+   an MLP, the others standing in for it (Optimal Brain Surgeon): one unit for all, and the losses
+   add up.
+3. What was chosen on one half is judged on the other: that gives the loss to expect of unseen text.
+4. One Lagrange multiplier picks the rank of every matrix and the width of every MLP, for the lowest
+   expected loss within the budget. `ratio` is the only dial.
+5. A narrower MLP is smaller dense matrices. The kept groups are stored as a pivoted pair, `rank^2`
+   numbers smaller than two thin matrices and the same map (arXiv 2501.19090).
 
-Every piece can be switched alone (`basis`, `score`, `allocation`, `storage`), and `layers="bi"`
-goes back to the paper's choice of layers.
+Every piece can be switched alone (`parts`, `basis`, `score`, `allocation`, `storage`), and
+`layers="bi"` goes back to the paper's choice of layers.
+
+Near it: OBD-LLM (arXiv 2604.00821) has the same basis, with one rank for all; IO-SVD (2605.15626)
+and GFWSVD (2505.17974) are close to it; LLM Surgeon (2312.17244) prunes rows and columns in the
+same metric; MoDeGPT (2408.09632) and A3 (2505.12942) decompose functional parts. Ours: one currency
+and one budget for all of these, the forecast, and serving what comes of it.
 """
 
 from __future__ import annotations
@@ -32,21 +39,22 @@ from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.fields import flag
 from grasp.core.layer import Linear
-from grasp.core.records import Allocation, Statistics
+from grasp.core.records import Statistics
 from grasp.core.scratch import Scratch
-from grasp.methods.low_rank import LowRank, Problem, square_bytes
 from grasp.methods.size import STORAGES, STORED
-from grasp.stages.basis import BASES, Groups, groups
+from grasp.methods.structure import Structure
+from grasp.stages.basis import BASES, Groups, groups, judged
 from grasp.stages.curvature import Curvatures
+from grasp.stages.forecast import forecast, halves
 from grasp.stages.statistics import WeightGrad
 
-SCORES, ALLOCATIONS = ("magnitude", "taylor", "random"), ("uniform", "per-layer", "global")
+SCORES = ("magnitude", "taylor", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraspFisher(LowRank):
-    """Keep the singular groups that the loss's second-order term depends on, under one budget for
-    all matrices.
+class GraspFisher(Structure):
+    """Keep the ranks and MLP channels that the loss's second-order term depends on, under one
+    budget for the whole model.
     """
 
     name: ClassVar[str] = "grasp-fisher"
@@ -60,19 +68,25 @@ class GraspFisher(LowRank):
         " taylor or random.",
         words=SCORES,
     )
-    allocation: str = flag(
-        "global",
-        "Ranks: uniform (one share for all), per-layer (one share a layer) or global (one budget).",
-        words=ALLOCATIONS,
-    )
 
     def metric(self, paths: Sequence[str], scratch: Scratch) -> list[Collector]:
         curvatures = [Curvatures(paths, scratch)] if self.basis != "plain" else []
         return [*curvatures, *([WeightGrad(paths)] if self.score == "taylor" else [])]
 
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
-        curvature = stats.tables.get(Curvatures.name, {}).get(linear.path)
+        curvature = None if self.basis == "plain" else halves(stats, linear.path).whole
         return groups(linear.weight, curvature, self.basis, scratch)
+
+    def expected(self, linear: Linear, seen: Tensor, stats: Statistics) -> Tensor:
+        """Decomposed on each half of the blocks, and judged on both."""
+        if not self.predicts:
+            return seen
+        gaps = []
+        for chooser, judge in halves(stats, linear.path).pairs:
+            found = groups(linear.weight, chooser, self.basis, Scratch())
+            seen_too, out = (judged(found, linear.weight, one).cpu() for one in (chooser, judge))
+            gaps.append((seen_too, out))
+        return forecast(seen, gaps)
 
     def losses(self, linear: Linear, found: Groups, stats: Statistics, seed: int) -> Tensor:
         """In the Fisher basis by magnitude: nats a token."""
@@ -86,14 +100,11 @@ class GraspFisher(LowRank):
         generator = torch.Generator().manual_seed(number)
         return torch.rand(found.squares.shape, generator=generator)
 
-    def ranks(self, problem: Problem, spend: float) -> Allocation:
-        return problem.solve(self.allocation, spend)
-
     def planned_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
         return self.most_parameters(decoder, linears)
 
-    def sums_bytes(self, linears: Sequence[Linear]) -> int:
-        squares = 2 * square_bytes(linears) if self.basis != "plain" else 0
+    def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
+        squares = super().sums_bytes(decoder, linears) if self.basis != "plain" else 0
         gradients = sum(4 * linear.shape[0] * linear.shape[1] for linear in linears)
         return squares + (gradients if self.score == "taylor" else 0)
 

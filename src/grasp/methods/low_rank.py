@@ -13,11 +13,11 @@ Scope: grasp.methods.scope. Size and storage: grasp.methods.size.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,41 +31,15 @@ from grasp.core.linalg import balanced, pivoted
 from grasp.core.records import Allocation, Attribution, Statistics
 from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
-from grasp.methods.base import Plan, ratio_unreachable
+from grasp.errors import RecipeError
+from grasp.methods.base import Plan
+from grasp.methods.components import Component, Problem
+from grasp.methods.costs import Costs, numbers_of
 from grasp.methods.scope import Scope
 from grasp.methods.size import Size
 from grasp.stages import budget as budgets
 from grasp.stages.basis import Groups, over_cores
 from grasp.stages.statistics import Similarity
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the budget chooses from: for every matrix its groups, the losses (k,) they cost when
-    dropped, and its options.
-    """
-
-    linears: list[Linear]
-    groups: Mapping[str, Groups]
-    losses: Mapping[str, Tensor]
-    offers: Mapping[str, budgets.Options]
-
-    @property
-    def dense(self) -> float:
-        """What the matrices cost as they are."""
-        return sum((offer.dense for offer in self.offers.values()), 0.0)
-
-    def solve(self, allocation: str, budget: float) -> Allocation:
-        """Ranks within `budget`: "global", "per-layer" (the same share of every layer) or "uniform"
-        (of every matrix).
-        """
-        if allocation == "global":
-            return budgets.allocate(self.offers, budget)
-        parts: dict[Any, dict[str, budgets.Options]] = {}
-        for linear in self.linears:
-            part = linear.layer if allocation == "per-layer" else linear.path
-            parts.setdefault(part, {})[linear.path] = self.offers[linear.path]
-        return budgets.in_shares(list(parts.values()), budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +75,12 @@ class LowRank(Scope, Size):
         """What dropping each group (k,) costs."""
         return found.squares / 2
 
+    def expected(self, linear: Linear, seen: Tensor, stats: Statistics) -> Tensor:
+        """What to expect at every rank (k + 1,) on text that was not seen, where the groups cost
+        `seen` on the calibration text.
+        """
+        return seen
+
     def ranks(self, problem: Problem, spend: float) -> Allocation:
         """The rank of every matrix: the same share for all.
 
@@ -113,23 +93,26 @@ class LowRank(Scope, Size):
 
     def planned_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
         """What the model will hold, or the most where that is not known to the number."""
-        if self.retain_ratio is None or self.budget == "latency":
+        if self.retain_ratio is None or self.unit == "latency":
             return self.most_parameters(decoder, linears)
-        cost = self.cost(decoder)
+        costs, numbers = self.costs(decoder), numbers_of(self.storage == "pivoted")
         offers = {
             linear.path: budgets.options(
-                linear.shape, torch.zeros(min(linear.shape)), cost, self.rank_multiple
+                linear.shape,
+                torch.zeros(min(linear.shape) + 1),
+                costs.of(linear.path),
+                self.rank_multiple,
             )
             for linear in linears
         }
-        ranks = budgets.rounded_down(offers, self.retain_ratio).ranks
+        ranks = budgets.rounded_down(offers, self.retain_ratio).sizes
         saved = sum(
-            self.numbers(linear.shape, None) - self.numbers(linear.shape, ranks[linear.path])
+            numbers(linear.shape, None) - numbers(linear.shape, ranks[linear.path])
             for linear in linears
         )
         return decoder.num_parameters() - int(saved)
 
-    def sums_bytes(self, linears: Sequence[Linear]) -> int:
+    def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         """What the sums of `metric` take at most."""
         return 2 * square_bytes(linears)
 
@@ -150,7 +133,7 @@ class LowRank(Scope, Size):
             self.planned_parameters(decoder, linears),
             int(not backward),
             int(backward),
-            self.sums_bytes(linears) + groups_bytes(linears),
+            self.sums_bytes(decoder, linears) + groups_bytes(linears),
             len(linears),
         )
 
@@ -160,77 +143,111 @@ class LowRank(Scope, Size):
         return [Similarity(), *(self.metric(paths, self._scratch(decoder)) if paths else ())]
 
     def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
-        yield from self.replacements(runner, self.pose(runner, stats))
+        costs = self.costs(runner.decoder)
+        problem = self.pose(runner, stats, costs)
+        yield from self.replacements(runner, problem, self.target(costs, problem))
 
     def predict(
         self, runner: Runner, stats: Statistics, ratios: Sequence[float]
-    ) -> dict[float, float]:
-        problem, found = self.pose(runner, stats), {}
+    ) -> dict[float, tuple[float, float]]:
+        costs, found = self.costs(runner.decoder), {}
+        problem = self.pose(runner, stats, costs)
         for ratio in ratios:
-            at = dataclasses.replace(self, ratio=ratio, retain_ratio=None)
-            spend = at.spend(runner.decoder, problem.dense)
-            if spend >= budgets.cheapest(problem.offers):
-                found[ratio] = budgets.total_loss(problem.offers, at.ranks(problem, spend))
+            at = dataclasses.replace(
+                self, ratio=ratio, retain_ratio=None, speedup=None, budget=self.unit
+            )
+            spend = at.spend(costs, problem.dense)
+            if spend >= problem.least:
+                sizes = at.ranks(problem, spend)
+                found[ratio] = (
+                    budgets.total_loss(problem.offers, sizes),
+                    budgets.total_seen(problem.offers, sizes),
+                )
         return found
 
-    def pose(self, runner: Runner, stats: Statistics) -> Problem:
-        """Decompose every matrix that may be edited, and say what each of its ranks costs and
-        loses.
-        """
-        decoder = runner.decoder
-        linears = self.linears(decoder, self.chosen_layers(decoder, stats))
-        scratch, cost = self._scratch(decoder), self.cost(decoder)
-        for shape in {linear.shape for linear in linears}:
-            cost(shape, None)  # a measured cost is measured now, while nothing else runs
+    def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:
+        """What the budget chooses from: of every matrix that may be edited, its ranks."""
+        linears = self.linears(runner.decoder, self.chosen_layers(runner.decoder, stats))
+        ranks = self.decomposed(runner, stats, linears, costs)
+        layers: dict[int, list[str]] = {}
+        for linear in linears:
+            layers.setdefault(linear.layer, []).append(linear.path)
+        per_layer = tuple(budgets.All(tuple(paths)) for paths in layers.values())
+        return Problem(ranks, budgets.All(per_layer), per_layer, tuple(ranks))
 
-        def decompose(linear: Linear) -> tuple[Groups, Tensor]:
+    def decomposed(
+        self, runner: Runner, stats: Statistics, linears: Sequence[Linear], costs: Costs
+    ) -> dict[str, Component]:
+        """Decompose matrices, and say what each of their ranks costs and loses."""
+        decoder = runner.decoder
+        scratch = self._scratch(decoder)
+        for linear in linears:
+            for rank in (None, 0):  # time is measured now, while nothing else runs
+                costs.of(linear.path)(linear.shape, rank)
+
+        def decompose(linear: Linear) -> tuple[Groups, Tensor, Tensor]:
             with runner.holding(linear.layer):
                 found = self.groups(linear, stats, scratch)
-                return found, self.losses(linear, found, stats, runner.data.seed)
+                lost = self.losses(linear, found, stats, runner.data.seed)
+                seen = budgets.tails(lost.sort(descending=True).values)
+                return found, lost, self.expected(linear, seen, stats)
 
-        found, losses, offers = {}, {}, {}
+        components = {}
         decoder.progress("decomposing", 0, len(linears))
-        for linear, (one, lost) in zip(linears, over_cores(decompose, linears), strict=True):
-            found[linear.path], losses[linear.path] = one, lost
-            best_first = lost.sort(descending=True).values
-            offers[linear.path] = budgets.options(
-                linear.shape, best_first, cost, self.rank_multiple
+        for linear, (found, lost, expected) in zip(
+            linears, over_cores(decompose, linears), strict=True
+        ):
+            seen = budgets.tails(lost.sort(descending=True).values)
+            cost = costs.of(linear.path)
+            offer = budgets.options(linear.shape, expected, cost, self.rank_multiple, seen)
+            make = partial(self.replacement, linear, found, lost, expected)
+            components[linear.path] = Component(linear.layer, offer, make, matrices=(linear.path,))
+            decoder.progress("decomposing", len(components), len(linears))
+        return components
+
+    def target(self, costs: Costs, problem: Problem) -> float:
+        """What the components may cost together. Raises `RecipeError` where they cannot."""
+        spend, least = self.spend(costs, problem.dense), problem.least
+        if spend < least * (1 - 1e-9) and self.share is not None:
+            largest = self.share * (problem.dense - least) / (problem.dense - spend)
+            raise self.unreachable(largest, f"--budget {self.unit}, all as small as can be")
+        if spend < least * (1 - 1e-9):
+            most = math.ceil(1e4 * least / problem.dense) / 1e4
+            raise RecipeError(
+                f"--retain-ratio {self.retain_ratio}: cannot be reached; the least reachable is"
+                f" {most} (all as small as can be)"
             )
-            decoder.progress("decomposing", len(found), len(linears))
-        return Problem(linears, found, losses, offers)
+        return spend
 
-    def replacements(self, runner: Runner, problem: Problem) -> Iterator[Step]:
+    def replacements(self, runner: Runner, problem: Problem, spend: float) -> Iterator[Step]:
         """The edits that meet the budget. A problem posed once serves any number of budgets."""
-        spend = self.spend(runner.decoder, problem.dense)
-        least = budgets.cheapest(problem.offers)
-        if spend < least * (1 - 1e-9) and self.ratio is not None:
-            largest = self.ratio * (problem.dense - least) / (problem.dense - spend)
-            hint = f"--budget {self.budget}, all matrices at rank 0"
-            raise ratio_unreachable(self.ratio, largest, hint)
-        ranks = self.ranks(problem, spend).ranks
-        for linear in problem.linears:
-            rank = ranks[linear.path]
-            if rank is not None:
-                with runner.holding(linear.layer):
-                    make = partial(self.replacement, linear, problem, rank)
-                    made = runner.once(linear.path, make)
-                yield made
+        yield from carried_out(runner, problem, self.ranks(problem, spend))
 
-    def replacement(self, linear: Linear, problem: Problem, rank: int) -> Step:
+    def replacement(
+        self, linear: Linear, found: Groups, losses: Tensor, expected: Tensor, rank: int
+    ) -> Step:
         """The pair that holds the best `rank` groups of a matrix."""
-        found, losses = problem.groups[linear.path], problem.losses[linear.path]
         kept = losses.argsort(descending=True, stable=True)[:rank].sort().values
         left, right = found.pair(linear.weight, kept)
         dropped = torch.ones(len(losses), dtype=torch.bool).index_fill(0, kept, False)
-        loss = float(losses[dropped].double().sum()) if self.predicts else None
-        note = noted(Attribution(linear.path, self.score, losses, found.squares.sqrt()), kept, loss)
+        seen = float(losses[dropped].double().sum()) if self.predicts else None
+        loss = float(expected[rank]) if self.predicts else None
+        scored = Attribution(linear.path, self.score, losses, found.squares.sqrt())
         factors = balanced(left, right) if self.storage == "pair" else pivoted(left, right)
-        return Step(Factorize(linear.path, *factors), note)
+        return Step(Factorize(linear.path, *factors), noted(scored, kept, loss, seen))
 
     def _scratch(self, decoder: Decoder) -> Scratch:
         """A place for the sums, and later for the groups' vectors."""
         linears = self.linears(decoder, self.possible_layers(decoder))
         return Scratch.for_bytes(groups_bytes(linears), decoder.device, self.scratch)
+
+
+def carried_out(runner: Runner, problem: Problem, sizes: Allocation) -> Iterator[Step]:
+    """The edits of all that becomes smaller."""
+    for name, component, size in problem.taken(sizes):
+        with runner.holding(component.layer):
+            made = runner.once(name, partial(component.make, size))
+        yield made
 
 
 def square_bytes(linears: Sequence[Linear]) -> int:

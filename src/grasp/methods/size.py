@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grasp.core.decoder import Decoder
-from grasp.core.fields import RankMultiple, Share, flag
+from grasp.core.fields import RankMultiple, Share, Speedup, flag
 from grasp.core.layer import Linear
 from grasp.errors import RecipeError
 from grasp.methods.base import Method, check_rank_multiple, ratio_unreachable
-from grasp.stages import budget as budgets
+from grasp.methods.costs import BUDGETS, Costs, Storage, Time
 from grasp.stages.latency import Latency
 
-BUDGETS, STORAGES = ("params", "bytes", "latency"), ("pivoted", "pair")
+STORAGES = ("pivoted", "pair")
 STORED = "How a product is stored: pivoted (rank² fewer numbers) or pair (two thin matrices)."
 
 
@@ -28,10 +28,13 @@ class Size(Method):
     retain_ratio: Share | None = flag(
         None, "Instead of --ratio: share of the chosen matrices' parameters to keep."
     )
+    speedup: Speedup | None = flag(
+        None, "Instead of --ratio: times faster, e.g. 1.3, as measured here (--budget latency)."
+    )
     budget: str = flag(
         "params",
-        "What the share is of: params, bytes, or latency (decode time measured here, of the chosen"
-        " matrices).",
+        "What the ratio is a share of: params, bytes, or latency (half decode time, half prefill"
+        " time, measured here).",
         words=BUDGETS,
     )
     storage: str = flag("pair", STORED, words=STORAGES)
@@ -43,68 +46,80 @@ class Size(Method):
         super().__post_init__()
         given = [
             name
-            for name, value in (("--ratio", self.ratio), ("--retain-ratio", self.retain_ratio))
+            for name, value in (
+                ("--ratio", self.ratio),
+                ("--retain-ratio", self.retain_ratio),
+                ("--speedup", self.speedup),
+            )
             if value is not None
         ]
         if len(given) != 1:
-            said = "got both" if given else "none was given"
+            said = f"got {' and '.join(given)}" if given else "none was given"
             raise RecipeError(
                 f"--method {self.name}: say how much to compress with one of --ratio,"
-                f" --retain-ratio; {said}"
+                f" --retain-ratio, --speedup; {said}"
             )
+
+    @property
+    def share(self) -> float | None:
+        """What is to be removed, of the whole model in the budget's unit."""
+        return self.ratio if self.speedup is None else 1 - 1 / self.speedup
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts, one of `BUDGETS`."""
+        return self.budget if self.speedup is None else "latency"
 
     def check_size(self, decoder: Decoder, linears: Sequence[Linear]) -> None:
         """Raise `RecipeError` where these matrices, all that may be edited, cannot meet the
         size.
         """
         check_rank_multiple(self.rank_multiple, linears)
-        if self.ratio is None or self.budget == "latency":
+        if self.share is None or self.unit == "latency":
             return
-        cost = self.cost(decoder)
-        saved = sum(cost(linear.shape, None) - cost(linear.shape, 0) for linear in linears)
-        largest = saved / (
-            decoder.num_parameters() if self.budget == "params" else decoder.num_bytes()
+        costs = self.costs(decoder)
+        largest = self.most_saved(decoder, linears, costs) / costs.whole
+        if self.share > largest:
+            hint = "all chosen matrices as small as can be; take more --layers or --projections"
+            raise self.unreachable(largest, hint)
+
+    def most_saved(self, decoder: Decoder, linears: Sequence[Linear], costs: Costs) -> float:
+        """What these matrices save where they are as small as can be, in the budget's unit."""
+        at = [(costs.of(linear.path), linear.shape) for linear in linears]
+        return sum((cost(shape, None) - cost(shape, 0) for cost, shape in at), 0.0)
+
+    def unreachable(self, largest: float, hint: str) -> RecipeError:
+        """The error for a size beyond `largest`, the most of the whole model that can go."""
+        if self.speedup is None:
+            assert self.ratio is not None
+            return ratio_unreachable(self.ratio, largest, hint)
+        most = int(1e3 / (1 - largest)) / 1e3 if largest < 1 else math.inf
+        return RecipeError(
+            f"--speedup {self.speedup}: cannot be reached; the largest reachable is {most} ({hint})"
         )
-        if self.ratio > largest:
-            hint = "all chosen matrices at rank 0; take more --layers or --projections"
-            raise ratio_unreachable(self.ratio, largest, hint)
 
-    def cost(self, decoder: Decoder) -> budgets.Cost:
-        """What a matrix costs at a rank, in the unit of the budget."""
-        if self.budget == "latency":
-            return Latency(decoder.device, decoder.dtype, self.storage == "pivoted")
-        size = self.numbers
-        if self.budget == "params":
-            return size
-        width = decoder.dtype.itemsize
-        places = 4 if self.storage == "pivoted" else 0
-        return lambda shape, rank: (
-            width * size(shape, rank) + (0 if rank is None else places * shape[0])
-        )
+    def costs(self, decoder: Decoder) -> Costs:
+        """What parts of the model cost, in the unit of the budget. Time is measured now, on the
+        model as it is.
+        """
+        pivoted = self.storage == "pivoted"
+        if self.unit == "latency":
+            return Time(Latency(decoder, pivoted))
+        return Storage.of_model(decoder, self.unit == "bytes", pivoted)
 
-    @property
-    def numbers(self) -> budgets.Cost:
-        """How many numbers a matrix takes at a rank."""
-        return budgets.pivoted_parameters if self.storage == "pivoted" else budgets.parameters
-
-    def spend(self, decoder: Decoder, dense: float) -> float:
-        """What the chosen matrices may cost together, which cost `dense` now."""
+    def spend(self, costs: Costs, dense: float) -> float:
+        """What the parts that may be smaller may cost together, which cost `dense` now."""
         if self.retain_ratio is not None:
             return self.retain_ratio * dense
-        assert self.ratio is not None
-        whole = {
-            "params": decoder.num_parameters(),
-            "bytes": decoder.num_bytes(),
-            "latency": dense,
-        }[self.budget]
-        return dense - self.ratio * whole
+        assert self.share is not None
+        return dense - self.share * costs.whole
 
     def most_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
         """The most that the model will hold; None where it follows from times not yet measured."""
         total, sizes = decoder.num_parameters(), sum(math.prod(linear.shape) for linear in linears)
         gone = (
-            self.ratio
-            if self.ratio is not None
+            self.share
+            if self.share is not None
             else (1 - (self.retain_ratio or 0.0)) * sizes / total
         )
-        return None if self.budget == "latency" else math.floor((1 - gone) * total)
+        return None if self.unit == "latency" else math.floor((1 - gone) * total)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.core.collector import Collector
+from grasp.core.decoder import Decoder
 from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.scratch import Scratch
@@ -47,5 +48,5 @@ class SVDLLM(LowRank):
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
         return groups(linear.weight, stats[InputCurvatures.name][linear.path], "input", scratch)
 
-    def sums_bytes(self, linears: Sequence[Linear]) -> int:
+    def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         return square_bytes(linears)

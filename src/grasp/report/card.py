@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -181,17 +182,36 @@ def _edited(manifest: dict[str, Any], kept: Kept) -> list[str]:
             "| storage | pivoted pairs: rank² fewer numbers than two thin matrices, the same map |"
         )
     if "prediction" in manifest:
-        rise = manifest["prediction"]["loss_rise"]
-        factor = manifest["prediction"]["perplexity_ratio"]
-        rows.append(
-            f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token,"
-            f" perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
-        )
+        rows += _expected(manifest["prediction"])
     rows += [f"| note | {note} |" for note in manifest.get("notes", ())]
     others = {
         one.what for one in log.summaries() if one.rank is None and not one.axis and not one.gone
     }
     return rows + [f"| {what} | {log.counts()[what]} |" for what in sorted(others)]
+
+
+def _expected(told: dict[str, float]) -> list[str]:
+    """What the method expects of unseen text, and on the calibration text; older checkpoints tell
+    the latter alone.
+    """
+    rise, factor = told["loss_rise"], told["perplexity_ratio"]
+    if not told.keys() >= {"low", "high", "seen_rise"}:
+        return [
+            f"| predicted, on the calibration text itself | loss + {rise:.3f} nats a token,"
+            f" perplexity × {factor:.3f}; other text loses more, the more so the fewer the tokens |"
+        ]
+    low, high, seen = (_factor(told[name]) for name in ("low", "high", "seen_rise"))
+    return [
+        f"| expected, on unseen text like the calibration text | loss + {rise:.3f} nats a token,"
+        f" perplexity × {factor:.3f} (likely {low:.3f} to {high:.3f}) |",
+        f"| predicted, on the calibration text itself | loss + {told['seen_rise']:.3f} nats a"
+        f" token, perplexity × {seen:.3f} |",
+    ]
+
+
+def _factor(rise: float) -> float:
+    """Of the perplexity."""
+    return math.exp(rise) if rise < 700 else math.inf
 
 
 def _use(manifest: dict[str, Any], out: str) -> list[str]:

@@ -90,7 +90,7 @@ def for_budget(
     for count, layer in enumerate(layers):
         if removed >= to_remove:
             return Budget(count, Allocation(ranks), removed, True)
-        full = dict(uniform(shapes[layer], retain_ratio, multiple).ranks)
+        full = dict(uniform(shapes[layer], retain_ratio, multiple).sizes)
         if removed + _gain(shapes[layer], full) > to_remove:
             full = _fill(
                 shapes[layer], full, removed + _gain(shapes[layer], full) - to_remove, multiple

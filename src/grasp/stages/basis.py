@@ -83,9 +83,40 @@ def groups(
             near = _damped(curvature.near, tokens, damping, near)
         if basis == "fisher" or of_far is inputs:
             tokens, damping, square = of_far
-            far = curvature.far.to(weight) / tokens + damping * square / tokens / tall * gram
-    expand, squares, contract = metric_groups(weight, near, far)
+            far = far_of(curvature, weight if is_tall else weight.mT).to(weight) / tokens
+            far = far + damping * square / tokens / tall * gram
+    expand, squares, contract = metric_groups(near, far)
     return Groups(squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
+
+
+def far_of(curvature: Curvature, weight: Float[Tensor, "out in"]) -> Float[Tensor, "short short"]:
+    """`curvature.far`, also where X itself was collected in its stead: W X W' of a wide matrix."""
+    if curvature.inputs is None:
+        return curvature.far
+    return weight @ curvature.inputs.to(weight) @ weight.mT
+
+
+def judged(
+    found: Groups, weight: Float[Tensor, "out in"], judge: Curvature
+) -> Float[Tensor, "k_and_1"]:
+    """What the groups cost where other tokens judge: `tail[r] = 1/2 tr(D M X M')` with the X and D
+    of `judge`, undamped, and M = sum of the groups from r on; nats a token, float64.
+
+    With M = L R this is the sum of (L'DL) o (R X R') from row and column r on, of which the longer
+    side of W is in L'DL = expand' (W'DW) expand alone.
+    """
+    inputs, gradients = max(judge.input_tokens, 1), max(judge.gradient_tokens, 1)
+    expand, contract = found.expand.double(), found.contract.double()
+    weight = weight.to(expand)
+    near, far = judge.near.to(expand), far_of(judge, weight).to(expand)
+    products = (expand.mT @ far @ expand) * (contract @ near @ contract.mT)
+    return suffix_sums(products) / (2 * inputs * gradients)
+
+
+def suffix_sums(products: Float[Tensor, "k k"]) -> Float[Tensor, "k_and_1"]:
+    """The sum of a symmetric matrix from row and column r on, for r = 0 to k."""
+    rows = 2 * products.triu(1).sum(1) + products.diagonal()
+    return torch.cat([rows.flip(0).cumsum(0).flip(0), rows.new_zeros(1)])
 
 
 def _damped(total: Tensor, tokens: int, damping: float, identity: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
-"""Stage 2c, one budget for all matrices: the ranks with the lowest total loss that fit it.
+"""Stage 2c, one budget for all that may become smaller: the sizes with the lowest total loss that
+fit it.
 
-Every matrix offers options: a rank below break-even, or dense. Options cost something (parameters,
-bytes, seconds) and lose something (nats of loss); losses of different matrices add up. A multiplier
-says what a unit of cost is worth; each matrix then takes its best option by itself, and bisection
-finds the multiplier that meets the budget (Lagrange; Everett 1963). What is left over goes to the
-best single ranks.
+A component (a matrix, the channels of an MLP, a layer) offers options: sizes below the whole, or
+itself as it is. Options cost something (parameters, bytes, time) and lose something (nats a token);
+losses of different components add up. Some components are about the same numbers, so only one of
+them can be made smaller: a `Choice` says which go together. A multiplier says what a unit of cost
+is worth; every component then takes its best option by itself, and bisection finds the multiplier
+that meets the budget (Lagrange; Everett 1963). What is left over goes to the best single steps.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +26,25 @@ from grasp.core.records import Allocation
 
 Cost = Callable[[tuple[int, int], int | None], float]
 """What a matrix (out, in) costs at a rank, or dense (None). Must not fall as the rank grows."""
+
+
+class Costs(Protocol):
+    """The costs of a model's parts, in one unit that does not change while the model is edited."""
+
+    @property
+    def whole(self) -> float:
+        """Of the whole model."""
+
+    def of(self, path: str, spread: bool = False) -> Cost:
+        """Of the matrix at `path` at a shape and rank; `spread`: narrower, it keeps its width to
+        the outside.
+        """
+
+    def layer(self, index: int, heads: float = 1.0, channels: float = 1.0) -> float:
+        """Of a layer beside its matrices, where these shares of its heads and channels are left."""
+
+    def beside(self, biases: int, places: int) -> float:
+        """Of so many biases, and of places: which of its rows or columns a matrix with gaps has."""
 
 
 def parameters(shape: tuple[int, int], rank: int | None) -> float:
@@ -37,85 +61,191 @@ def pivoted_parameters(shape: tuple[int, int], rank: int | None) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """What one matrix offers: `ranks` rising, the `losses` and `costs` of each, and the cost of
-    staying dense (loss 0).
+    """What one component offers: `sizes` rising (ranks of a matrix, channels of an MLP), what each
+    loses and costs, and the cost `dense` of staying as it is (loss 0), infinite where it cannot.
+
+    `losses` are those to go by, on text that was not seen; `seen` those on the calibration text.
     """
 
-    ranks: Int[Tensor, "options"]
+    sizes: Int[Tensor, "options"]
     losses: Float[Tensor, "options"]
     costs: Float[Tensor, "options"]
     dense: float
+    seen: Float[Tensor, "options"]
+
+
+@dataclass(frozen=True)
+class All:
+    """Components, or choices of them, that are there at once."""
+
+    parts: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Ways to make the same numbers smaller: one of them is taken, and costs the same dense."""
+
+    ways: tuple[Choice, ...]
+
+
+Choice: TypeAlias = "str | All | OneOf"
+"""A component's name, or several."""
 
 
 def options(
-    shape: tuple[int, int], group_losses: Tensor, cost: Cost = parameters, multiple: int = 1
+    shape: tuple[int, int],
+    tail: Tensor,
+    cost: Cost = parameters,
+    multiple: int = 1,
+    seen: Tensor | None = None,
 ) -> Options:
-    """The options of a matrix whose groups, best first, cost `group_losses` (k,) each when dropped.
+    """The options of a matrix (out, in) that loses `tail[r]` (k + 1,) at rank r; on the calibration
+    text `seen[r]`, the same if not given.
 
     Ranks are multiples of `multiple` that are cheaper than dense.
     """
-    losses = group_losses.double().clamp_min(0).cpu()
-    # tail[r]: loss at rank r
-    tail = torch.cat([losses.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     dense = cost(shape, None)
     ranks = list(range(0, len(tail), multiple))
     costs = torch.tensor([cost(shape, r) for r in ranks], dtype=torch.float64)
     keep = costs < dense * (1 - 1e-9)
     keep[0] = True
     chosen = torch.tensor(ranks)[keep]
-    return Options(chosen, tail[chosen], costs[keep], dense)
+    seen = tail if seen is None else seen
+    return Options(chosen, tail.double()[chosen], costs[keep], dense, seen.double()[chosen])
 
 
-def cheapest(offers: Mapping[str, Options]) -> float:
-    """The least the matrices can cost together."""
-    return sum((min(float(offer.costs[0]), offer.dense) for offer in offers.values()), 0.0)
+def fixed(cost: float) -> Options:
+    """Of what only costs, and is never smaller."""
+    none = torch.zeros(0, dtype=torch.float64)
+    return Options(none.long(), none, none, cost, none)
 
 
-def allocate(offers: Mapping[str, Options], budget: float) -> Allocation:
-    """Ranks of least total loss whose total cost is at most `budget`, which must be at least
-    `cheapest(offers)`.
+def gone(loss: float, cost: float = 0.0) -> Options:
+    """Of a way to leave something out altogether: it has one size, 0, and cannot stay."""
+    one = torch.zeros(1, dtype=torch.float64)
+    return Options(one.long(), one + loss, one + cost, math.inf, one + loss)
+
+
+def only(offer: Options, size: int) -> Options:
+    """The same component at one of its sizes and no other."""
+    at = offer.sizes == size
+    return Options(offer.sizes[at], offer.losses[at], offer.costs[at], math.inf, offer.seen[at])
+
+
+def tails(losses: Float[Tensor, "k"]) -> Float[Tensor, "k_and_1"]:
+    """What is lost at each size where the parts, best first, cost `losses` each when dropped: at
+    size r all from r on, in float64.
+    """
+    losses = losses.double().clamp_min(0).cpu()
+    return torch.cat([losses.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+
+
+def all_of(offers: Mapping[str, Options]) -> Choice:
+    """Every component by itself."""
+    return All(tuple(offers))
+
+
+@singledispatch
+def names(choice: Choice) -> Iterator[str]:
+    """The components of a choice."""
+    raise TypeError(choice)
+
+
+@names.register
+def _(choice: str) -> Iterator[str]:
+    yield choice
+
+
+@names.register
+def _(choice: All) -> Iterator[str]:
+    for part in choice.parts:
+        yield from names(part)
+
+
+@names.register
+def _(choice: OneOf) -> Iterator[str]:
+    for way in choice.ways:
+        yield from names(way)
+
+
+def cheapest(offers: Mapping[str, Options], choice: Choice | None = None) -> float:
+    """The least the components can cost together."""
+    return _best(all_of(offers) if choice is None else choice, offers, math.inf).cost
+
+
+def dense(offers: Mapping[str, Options], choice: Choice | None = None) -> float:
+    """What the components cost as they are."""
+    return _best(all_of(offers) if choice is None else choice, offers, 0.0).cost
+
+
+def allocate(
+    offers: Mapping[str, Options], budget: float, choice: Choice | None = None
+) -> Allocation:
+    """Sizes of least total loss whose total cost is at most `budget`, which must be at least
+    `cheapest(offers, choice)`. Components that were not chosen are left out.
 
     Exact where the budget is a vertex of the convex hull of what can be had; elsewhere at most one
-    step of one matrix away.
+    step of one component away.
     """
-    if sum(offer.dense for offer in offers.values()) <= budget:
-        return Allocation(dict.fromkeys(offers))
+    choice = all_of(offers) if choice is None else choice
+    whole = _best(choice, offers, 0.0)
+    if whole.cost <= budget:
+        return Allocation(whole.sizes)
     low, high = 0.0, 1.0
-    while _spent(offers, _best(offers, high)) > budget and high < 1e30:
+    while _best(choice, offers, high).cost > budget and high < 1e30:
         low, high = high, high * 10
     for _ in range(100):
         middle = (low + high) / 2 if low else high / 10
-        if _spent(offers, _best(offers, middle)) > budget:
+        if _best(choice, offers, middle).cost > budget:
             low = middle
         else:
             high = middle
         if high < 1e-30 or high - low <= 1e-12 * high:
             break
-    return Allocation(_fill(offers, _best(offers, high), budget))
+    best = _best(choice, offers, high)
+    found = Allocation(_fill(offers, best.sizes, budget))
+    # another way of the same numbers may have been a leap that leaves much of the budget
+    leapt = best.sizes.keys() - _best(choice, offers, low).sizes.keys()
+    rest = without(choice, leapt) if leapt else None
+    if rest is None or _best(rest, offers, math.inf).cost > budget:
+        return found
+    other = allocate(offers, budget, rest)
+    return min(found, other, key=lambda one: total_loss(offers, one))
 
 
-def in_shares(parts: Sequence[Mapping[str, Options]], budget: float) -> Allocation:
+def without(choice: Choice, names: Collection[str]) -> Choice | None:
+    """A choice without the ways that need one of these components; None where nothing is left."""
+    if isinstance(choice, str):
+        return None if choice in names else choice
+    if isinstance(choice, All):
+        parts = tuple(without(part, names) for part in choice.parts)
+        return None if None in parts else All(tuple(part for part in parts if part is not None))
+    ways = (without(way, names) for way in choice.ways)
+    left = tuple(way for way in ways if way is not None)
+    return OneOf(left) if left else None
+
+
+def in_shares(offers: Mapping[str, Options], parts: Sequence[Choice], budget: float) -> Allocation:
     """The same share of its dense cost for every part; within a part as in `allocate`. What is left
-    over buys at most a rank a matrix.
+    over buys at most a step a component.
     """
-    dense = [sum(offer.dense for offer in part.values()) for part in parts]
-    least = [cheapest(part) for part in parts]
+    whole = [dense(offers, part) for part in parts]
+    least = [cheapest(offers, part) for part in parts]
 
     def asked(share: float) -> list[float]:
-        return [max(share * cost, floor) for cost, floor in zip(dense, least, strict=True)]
+        return [max(share * cost, floor) for cost, floor in zip(whole, least, strict=True)]
 
-    low, high = 0.0, budget / max(sum(dense), 1e-30)
+    low, high = 0.0, budget / max(sum(whole), 1e-30)
     # some parts cannot go down to their share: the others pay for them
     if sum(asked(high)) > budget:
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if sum(asked(middle)) <= budget else (low, middle)
         high = low
-    ranks: dict[str, int | None] = {}
+    sizes: dict[str, int | None] = {}
     for part, cost in zip(parts, asked(high), strict=True):
-        ranks.update(allocate(part, cost).ranks)
-    whole = {path: offer for part in parts for path, offer in part.items()}
-    return Allocation(_fill(whole, ranks, budget, most=1))
+        sizes.update(allocate(offers, cost, part).sizes)
+    return Allocation(_fill(offers, sizes, budget, most=1))
 
 
 def rounded_down(offers: Mapping[str, Options], share: float) -> Allocation:
@@ -127,71 +257,118 @@ def rounded_down(offers: Mapping[str, Options], share: float) -> Allocation:
         for path, offer in offers.items()
     }
     return Allocation(
-        {path: int(offers[path].ranks[max(fit, 1) - 1]) for path, fit in fits.items()}
+        {path: int(offers[path].sizes[max(fit, 1) - 1]) for path, fit in fits.items()}
     )
 
 
 def total_loss(offers: Mapping[str, Options], allocation: Allocation) -> float:
-    """The predicted loss, in the unit of the options."""
-    ranks = allocation.ranks
+    """The loss to expect, in the unit of the options."""
+    return _total(offers, allocation, "losses")
+
+
+def total_seen(offers: Mapping[str, Options], allocation: Allocation) -> float:
+    """The loss on the calibration text itself."""
+    return _total(offers, allocation, "seen")
+
+
+def _total(offers: Mapping[str, Options], allocation: Allocation, name: str) -> float:
     return sum(
         (
-            float(offer.losses[_place(offer, ranks[path])])
-            for path, offer in offers.items()
-            if ranks[path] is not None
+            float(getattr(offers[path], name)[_place(offers[path], size)])
+            for path, size in allocation.sizes.items()
+            if size is not None
         ),
         0.0,
     )
 
 
-def _best(offers: Mapping[str, Options], multiplier: float) -> dict[str, int | None]:
-    """Every matrix's own choice if a unit of cost is worth `multiplier`; of equals the cheaper."""
-    chosen: dict[str, int | None] = {}
-    for path, offer in offers.items():
-        values = offer.losses + multiplier * offer.costs
-        place = int(values.argmin())
-        chosen[path] = (
-            None if float(values[place]) > multiplier * offer.dense else int(offer.ranks[place])
-        )
-    return chosen
+@dataclass(frozen=True)
+class _Taken:
+    """What was taken of a choice: size by component, and what it costs and loses together."""
+
+    sizes: dict[str, int | None]
+    cost: float
+    loss: float
+
+    def worth(self, multiplier: float) -> tuple[float, float]:
+        """What it loses where a unit of cost is worth `multiplier`; of equals the cheaper."""
+        if math.isinf(multiplier):
+            return self.cost, self.loss
+        return self.loss + multiplier * self.cost, self.cost
 
 
-def _spent(offers: Mapping[str, Options], ranks: Mapping[str, int | None]) -> float:
-    return sum(
-        offer.dense if ranks[path] is None else float(offer.costs[_place(offer, ranks[path])])
-        for path, offer in offers.items()
+@singledispatch
+def _best(choice: Choice, offers: Mapping[str, Options], multiplier: float) -> _Taken:
+    """The best of a choice if a unit of cost is worth `multiplier`: 0 asks for the least loss, so
+    for all as it is, infinity for the least cost.
+    """
+    raise TypeError(choice)
+
+
+@_best.register
+def _(choice: str, offers: Mapping[str, Options], multiplier: float) -> _Taken:
+    offer = offers[choice]
+    dense = _Taken({choice: None}, offer.dense, 0.0)
+    if not len(offer.sizes) or (multiplier == 0 and math.isfinite(offer.dense)):
+        return dense
+    by = offer.costs if math.isinf(multiplier) else offer.losses + multiplier * offer.costs
+    place = int(by.argmin())
+    found = _Taken(
+        {choice: int(offer.sizes[place])}, float(offer.costs[place]), float(offer.losses[place])
+    )
+    if math.isinf(offer.dense) or found.worth(multiplier)[0] <= dense.worth(multiplier)[0]:
+        return found
+    return dense
+
+
+@_best.register
+def _(choice: All, offers: Mapping[str, Options], multiplier: float) -> _Taken:
+    found = [_best(part, offers, multiplier) for part in choice.parts]
+    sizes = {name: size for one in found for name, size in one.sizes.items()}
+    return _Taken(
+        sizes, sum((one.cost for one in found), 0.0), sum((one.loss for one in found), 0.0)
     )
 
 
-def _place(offer: Options, rank: int | None) -> int:
-    return int(torch.searchsorted(offer.ranks, rank)) if rank is not None else len(offer.ranks)
+@_best.register
+def _(choice: OneOf, offers: Mapping[str, Options], multiplier: float) -> _Taken:
+    found = (_best(way, offers, multiplier) for way in choice.ways)
+    return min(found, key=lambda one: one.worth(multiplier))
+
+
+def _place(offer: Options, size: int | None) -> int:
+    return int(torch.searchsorted(offer.sizes, size)) if size is not None else len(offer.sizes)
 
 
 def _fill(
     offers: Mapping[str, Options],
-    ranks: dict[str, int | None],
+    sizes: Mapping[str, int | None],
     budget: float,
     most: int | None = None,
 ) -> dict[str, int | None]:
     """Spend what is left on the steps that save the most loss for their cost, as long as one fits;
-    at most `most` steps a matrix, if given.
+    at most `most` steps a component, if given.
     """
-    spare = budget - _spent(offers, ranks)
-    places = {path: _place(offers[path], rank) for path, rank in ranks.items()}
+    places = {path: _place(offers[path], size) for path, size in sizes.items()}
     first = dict(places)
     queue: list[tuple[float, str, float]] = []
 
-    def offer_step(path: str) -> None:
-        offer, place = offers[path], places[path]
-        if place < len(offer.ranks) and (most is None or place < first[path] + most):
-            last = place + 1 == len(offer.ranks)
-            cost = (offer.dense if last else float(offer.costs[place + 1])) - float(
-                offer.costs[place]
-            )
-            gain = float(offer.losses[place]) - (0.0 if last else float(offer.losses[place + 1]))
-            heapq.heappush(queue, (-gain / max(cost, 1e-30), path, cost))
+    def at(path: str, place: int) -> tuple[float, float]:
+        """(cost, loss) of a component at a place."""
+        offer = offers[path]
+        if place == len(offer.sizes):
+            return offer.dense, 0.0
+        return float(offer.costs[place]), float(offer.losses[place])
 
-    for path in offers:
+    spare = budget - sum((at(path, place)[0] for path, place in places.items()), 0.0)
+
+    def offer_step(path: str) -> None:
+        place = places[path]
+        if place < len(offers[path].sizes) and (most is None or place < first[path] + most):
+            (cost, loss), (more, less) = at(path, place), at(path, place + 1)
+            heapq.heappush(queue, (-(loss - less) / max(more - cost, 1e-30), path, more - cost))
+
+    for path in places:
         offer_step(path)
     while queue:
         _, path, cost = heapq.heappop(queue)
@@ -200,6 +377,6 @@ def _fill(
             places[path] += 1
             offer_step(path)
     return {
-        path: None if places[path] == len(offer.ranks) else int(offer.ranks[places[path]])
-        for path, offer in offers.items()
+        path: None if place == len(offers[path].sizes) else int(offers[path].sizes[place])
+        for path, place in places.items()
     }

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from grasp.core.collector import Collector
+from grasp.core.collector import Collector, ask_for_gradients_at
 from grasp.core.layer import Layer, Linear
 from grasp.core.linalg import wide
 from grasp.core.records import Curvature
@@ -34,15 +34,34 @@ class InputCurvatures(Collector):
     Sums: the fields of `Curvature`, as "near.PATH" and so on. Tall matrices that read one tensor
     (q, k and v; gate and up) have the same X, which is kept once, under the first of them; for
     another, "shared.PATH=FIRST" counts the tokens that it read there.
+
+    `inputs`: wide matrices of which X itself is wanted too; its sum, "inputs.PATH", stands in for
+    "far.PATH", which follows from it. `half`: only the blocks of even (0) or odd (1) number are
+    looked at; None: all.
     """
 
     name: ClassVar[str] = "input_curvature"
 
-    def __init__(self, paths: Iterable[str], scratch: Scratch | None = None):
+    def __init__(
+        self,
+        paths: Iterable[str],
+        scratch: Scratch | None = None,
+        inputs: Iterable[str] = (),
+        half: int | None = None,
+    ):
         super().__init__()
         self.paths = tuple(paths)
         self.scratch = scratch or Scratch()
+        self.inputs = frozenset(inputs)
+        self.half = half
+        if half is not None:
+            self.name = f"{self.name}.{half}"  # type: ignore[misc]
         self.last_input: tuple[Tensor | None, str] = (None, "")
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether the block that is shown belongs to its half."""
+        return self.half is None or self.block % 2 == self.half
 
     def begin(self, block: int, mask: Tensor | None) -> None:
         super().begin(block, mask)
@@ -59,11 +78,16 @@ class InputCurvatures(Collector):
 
     def _forward(self, linear: Linear) -> Callable[..., None]:
         def forward(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            if not self.is_looking:
+                return
             x = self._tokens(inputs[0])
             self._count("input", linear.path, x)
             if linear.is_tall:
                 self._see_input(linear.path, inputs[0], x)
+            elif linear.path in self.inputs:
+                self._add_gram(f"inputs.{linear.path}", x)
             else:
+                self._add_squares("input", linear.path, x)
                 self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
 
         return forward
@@ -80,9 +104,16 @@ class InputCurvatures(Collector):
         self.last_input = (given, path)
 
     def _count(self, side: str, path: str, rows: Tensor) -> None:
-        """Of rows (tokens, width) of inputs or gradients: how many, and their squares."""
+        """How many rows (tokens, width) of inputs or gradients there are."""
         self._add(f"{side}_tokens.{path}", torch.tensor(len(rows)))
-        self._add(f"{side}_square.{path}", wide(rows).square().sum().double())
+
+    def _add_squares(self, side: str, path: str, rows: Tensor) -> None:
+        """The squares of rows (tokens, width) whose outer products are not summed; of others the
+        diagonal has them.
+        """
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(rows, dtype=dtype)
+        self._add(f"{side}_square.{path}", norm.double().square())
 
     def _add_gram(self, key: str, rows: Tensor) -> None:
         """Add rows' rows to the sum `key`, in float32."""
@@ -104,6 +135,8 @@ class InputCurvatures(Collector):
         super().take(key, value)
 
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Curvature]:
+        if self.half is not None and not sums:
+            return {}  # there was only one block
         owners = {path: path for path in self.paths}
         shared = [key.removeprefix("shared.") for key in sums if key.startswith("shared.")]
         for path, _, first in (names.partition("=") for names in shared):
@@ -120,24 +153,37 @@ class InputCurvatures(Collector):
     def _record(self, sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
         """The record of one matrix, whose `near` is kept under the path `owner`."""
         near, far = (sums.get(key) for key in (f"near.{owner}", f"far.{path}"))
+        inputs, nothing = sums.get(f"inputs.{path}"), torch.zeros(())
+        if inputs is not None:
+            far = nothing
+            check_sum(path, inputs)
         if not self.backward:  # the side of the gradients
-            nothing = torch.zeros(())
             near, far = (nothing, far) if near is None else (near, nothing)
-        for value in (near, far):
-            if value is None or not bool(torch.isfinite(value).all()):
-                raise NumericsError(
-                    f"the statistics of '{path}' are"
-                    f" {'missing' if value is None else 'not finite'}; try --dtype float32"
-                )
-        assert near is not None and far is not None
+        near, far = check_sum(path, near), check_sum(path, far)
         return Curvature(
             near,
             far,
-            float(sums[f"input_square.{path}"]),
-            float(sums.get(f"gradient_square.{path}", 0.0)),
+            _squares(sums, f"input_square.{path}", near if inputs is None else inputs),
+            _squares(sums, f"gradient_square.{path}", near) if self.backward else 0.0,
             int(sums[f"input_tokens.{path}"]),
             int(sums.get(f"gradient_tokens.{path}", 0)),
+            inputs,
         )
+
+
+def _squares(sums: Mapping[str, Tensor], key: str, gram: Tensor) -> float:
+    """The sum of squares under `key`, or else what the diagonal of `gram` says."""
+    return float(sums[key]) if key in sums else float(gram.double().diagonal().sum())
+
+
+def check_sum(path: str, total: Tensor | None) -> Tensor:
+    """The sum of a matrix, which must be there and finite. Raises `NumericsError`."""
+    if total is None or not bool(torch.isfinite(total).all()):
+        raise NumericsError(
+            f"the statistics of '{path}' are {'missing' if total is None else 'not finite'}; try"
+            " --dtype float32"
+        )
+    return total
 
 
 class Curvatures(InputCurvatures):
@@ -150,8 +196,7 @@ class Curvatures(InputCurvatures):
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
         if any(linear.path in self.paths for linear in layer.linears.values()):
-            handle = layer.module.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
-            undo.callback(handle.remove)
+            ask_for_gradients_at(layer, undo)
         super()._hook(layer, undo)
 
     def _forward(self, linear: Linear) -> Callable[..., None]:
@@ -159,13 +204,14 @@ class Curvatures(InputCurvatures):
 
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             of_input(module, inputs, output)
-            if output.requires_grad:
+            if output.requires_grad and self.is_looking:
                 output.register_hook(backward)
 
         def backward(grad: Tensor) -> None:
             d = self._tokens(grad)
             self._count("gradient", linear.path, d)
             if linear.is_tall:
+                self._add_squares("gradient", linear.path, d)
                 self._add_gram(f"far.{linear.path}", _through(d, linear.weight))
             else:
                 self._add_gram(f"near.{linear.path}", d)
@@ -179,13 +225,6 @@ def _through(rows: Tensor, weight: Tensor) -> Tensor:
     """
     rows = wide(rows) if rows.dtype == torch.float16 else rows
     return rows @ weight.to(rows.dtype)
-
-
-def _ask_for_gradients(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let gradients reach this layer's input, whether or not any weight asks for one."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if not hidden.requires_grad:
-        hidden.requires_grad_(True)
 
 
 @contextmanager

@@ -3,18 +3,21 @@ words, "" where there is nothing to say.
 
 **How many tokens.** The statistics of the Fisher basis are square matrices, as wide as the shorter
 side of the matrix they belong to. With few tokens a column they fit the calibration text only, and
-the loss predicted on it is too low. Measured on smollm2, 576 wide (docs/fisher.md):
+the loss on it is too low. Measured on smollm2, 576 wide, with ranks alone (docs/fisher.md):
 
     tokens                    4,096     8,192    16,384    32,768
     tokens a column               7        14        28        57
     real / predicted rise       5.6       2.4       1.7      1.03 to 1.27
 
 So `ENOUGH` tokens a column will do. For a width of 4,096 that is 204,800 tokens, about what others
-calibrate a 7B model on.
+calibrate a 7B model on. Where the loss is forecast from two halves (`grasp.stages.forecast`), the
+forecast itself says whether they are too few for the size asked for (`with_few_tokens`); below
+`TRUSTED` tokens a column it was not tried.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from grasp.core.collector import Collector
@@ -22,7 +25,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.records import Calibration
 from grasp.stages.curvature import Curvatures
 
-ENOUGH = 50
+TRUSTED, ENOUGH = 10, 50
 """Tokens a column of the widest statistics."""
 
 
@@ -30,17 +33,20 @@ def calibration_notes(
     decoder: Decoder, data: Calibration, collectors: Iterable[Collector]
 ) -> tuple[str, ...]:
     """All notes about a calibration set and what is to be fitted to it."""
-    tokens = data.ids.numel() if data.mask is None else int(data.mask.sum())
-    paths = frozenset[str]().union(
-        *(one.paths for one in collectors if isinstance(one, Curvatures))
-    )
+    curvatures = [one for one in collectors if isinstance(one, Curvatures)]
+    paths = frozenset[str]().union(*(one.paths for one in curvatures))
+    is_forecast = data.num_blocks > 1 and any(one.half is not None for one in curvatures)
     widths = [
         min(linear.shape)
         for layer in decoder.layers()
         for linear in layer.linears.values()
         if linear.path in paths
     ]
-    notes = (too_few(tokens, data.seq_len, max(widths, default=0)), only_pydoc(data.source))
+    width = max(widths, default=0)
+    few = too_few(data.num_tokens, data.seq_len, width)
+    if is_forecast and data.num_tokens >= TRUSTED * width:
+        few = ""
+    notes = (few, only_pydoc(data.source))
     return tuple(note for note in notes if note)
 
 
@@ -55,6 +61,34 @@ def too_few(tokens: int, seq_len: int, width: int) -> str:
         f" they have not seen loses more than predicted ({_times(tokens / width)}); {enough:,}"
         f" would do: --num-samples {blocks:,} at --seq-len {seq_len}"
     )
+
+
+SHARE, LEAST = 1 / 3, 0.02
+"""Of the rise to expect that may be there because the tokens are few, and nats a token at least."""
+
+
+def with_few_tokens(
+    notes: tuple[str, ...], data: Calibration, expected: float, seen: float
+) -> tuple[str, ...]:
+    """The notes, and one more where the set has so few tokens that the rise to expect of unseen
+    text is far above the rise on the set, unless they say so; and how many would do. Nats a token.
+
+    With N tokens the two are about `T + c / N` and `T - c / N`, so c and T follow from them.
+    """
+    gap, middle = expected - seen, (expected + seen) / 2
+    if gap <= max(SHARE * expected, LEAST):
+        return notes
+    said = f"{data.num_tokens:,} calibration tokens are few for"
+    if any(note.startswith(said) for note in notes):
+        return notes
+    enough = math.ceil(gap * data.num_tokens * (2 - SHARE) / (2 * SHARE * middle))
+    blocks = -(-enough // data.seq_len)
+    few = (
+        f"{said} this size: unseen text is expected to lose {expected:.2f} nats a token, the"
+        f" calibration text {seen:.2f}; {blocks * data.seq_len:,} would do: --num-samples"
+        f" {blocks:,} at --seq-len {data.seq_len}"
+    )
+    return (few, *notes)
 
 
 def _times(tokens_a_column: float) -> str:

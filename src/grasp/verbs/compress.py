@@ -49,7 +49,8 @@ from grasp.recipes.keywords import keywords
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
 from grasp.report.card import model_card, picture_for
-from grasp.stages.enough import calibration_notes
+from grasp.stages.enough import calibration_notes, with_few_tokens
+from grasp.stages.forecast import expectation, interval
 from grasp.stages.redundancy import describe_redundancy
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,9 @@ def _compress(
     clock.lap("statistics")
 
     log = _carry_out(chosen, runner, stats)
-    after = decoder.num_parameters()
+    after, rises = decoder.num_parameters(), log.rises()
+    if rises is not None:
+        notes = with_few_tokens(notes, data, *rises)
     clock.lap("attribution and replacement")
 
     brought = {} if plugin is None else {"plugin": os.path.abspath(plugin)}
@@ -174,7 +177,9 @@ def _compress(
         "redundancy": redundancy,
         "edits": log.to_json(),
         "layers": shapes.beside(Shapes.of(decoder)),
-        "prediction": log.prediction(stats.loss),
+        "prediction": None
+        if stats.loss is None or rises is None
+        else expectation(*rises, stats.loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "versions": versions(),
         "seconds": clock.laps,
@@ -260,18 +265,24 @@ def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method expects on the calibration text itself, in nats a token: the loss now, and its
-    rise at each ratio. Text that the statistics have not seen loses more, the more so the fewer the
-    tokens (docs/fisher.md); `notes` say where they are too few.
+    """What a method expects, in nats a token: the loss now, on the calibration text, and at each
+    ratio its rise on text of the same kind that was not seen. `seen`: the rise on the calibration
+    text itself. `notes` say where the tokens are too few.
     """
 
     loss: float
     rises: dict[float, float]
+    seen: dict[float, float]
     notes: tuple[str, ...] = ()
 
     def perplexity(self, ratio: float) -> float:
         """exp(loss + rise) at one of the ratios in `rises`."""
         return math.exp(self.loss + self.rises[ratio])
+
+    def interval(self, ratio: float) -> tuple[float, float]:
+        """(least, most) that the perplexity is expected to be at that ratio."""
+        low, high = interval(self.rises[ratio])
+        return math.exp(self.loss + low), math.exp(self.loss + high)
 
 
 @keywords
@@ -305,4 +316,10 @@ def predict(
     runner = Resident(decoder, data)
     stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None
-    return Prediction(stats.loss, chosen.predict(runner, stats, ratios), notes)
+    found = chosen.predict(runner, stats, ratios)
+    rises = {ratio: expected for ratio, (expected, _) in found.items()}
+    seen = {ratio: on_calibration for ratio, (_, on_calibration) in found.items()}
+    asked = getattr(chosen, "share", None)
+    if asked in found:
+        notes = with_few_tokens(notes, data, *found[asked])
+    return Prediction(stats.loss, rises, seen, notes)

@@ -6,7 +6,6 @@ edits in it; none of them knows a kind.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,8 @@ class Note(Struct, frozen=True, omit_defaults=True):
 
     `kept`: the singular groups that a pair holds, by falling sigma; `score`, `scores` and
     `singular_values`: of all groups, where the method chose among them. `predicted_loss`: by how
-    many nats a token it expects the loss to rise.
+    many nats a token it expects the loss to rise on text that was not seen; `seen_loss`: on the
+    calibration text itself, where that is told apart.
     """
 
     kept: list[Number] | None = None
@@ -40,12 +40,18 @@ class Note(Struct, frozen=True, omit_defaults=True):
     scores: list[float] | None = None
     singular_values: list[float] | None = None
     predicted_loss: float | None = None
+    seen_loss: float | None = None
 
 
-def noted(scored: Attribution, kept: Tensor, predicted_loss: float | None = None) -> Note:
+def noted(
+    scored: Attribution,
+    kept: Tensor,
+    predicted_loss: float | None = None,
+    seen_loss: float | None = None,
+) -> Note:
     """What a method thinks of a pair that holds the groups `kept` of those it scored."""
     scores, sigmas = _short(scored.scores), _short(scored.singular_values)
-    return Note(kept.tolist(), scored.score, scores, sigmas, predicted_loss)
+    return Note(kept.tolist(), scored.score, scores, sigmas, predicted_loss, seen_loss)
 
 
 def _short(values: Tensor) -> list[float]:
@@ -158,13 +164,19 @@ class EditLog(Sequence[Entry]):
             found[what] = found.get(what, 0) + 1
         return found
 
-    def prediction(self, loss: float | None) -> dict[str, float] | None:
-        """The rise of the loss that the edits say they cost, where all of them say it."""
-        rises = [entry.note.predicted_loss for entry in self]
-        if loss is None or not rises or None in rises:
+    def rises(self) -> tuple[float, float] | None:
+        """By how much the edits say together that the loss rises, on text that was not seen and on
+        the calibration text, nats a token; None where one of them does not say it.
+        """
+        notes = [entry.note for entry in self]
+        expected = [one.predicted_loss for one in notes if one.predicted_loss is not None]
+        if not notes or len(expected) < len(notes):
             return None
-        rise = sum(value for value in rises if value is not None)
-        return {"loss_before": loss, "loss_rise": rise, "perplexity_ratio": math.exp(rise)}
+        seen = [
+            rise if one.seen_loss is None else one.seen_loss
+            for one, rise in zip(notes, expected, strict=True)
+        ]
+        return sum(expected), sum(seen)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The manifest's "edits"."""

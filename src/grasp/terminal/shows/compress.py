@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
         ("parameters", f"{sizes['before']:,} → {sizes['after']:,}"),
         ("removed", f"{100 * sizes['ratio']:.2f} %"),
         ("edits", ", ".join(f"{number} {what}" for what, number in counts.items()) or "none"),
+        *_expected(result.manifest.get("prediction")),
         ("bytes on disk", megabytes(bytes_on_disk(out))),
         (
             "seconds",
@@ -37,5 +39,20 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
                 "manifest": str(out / MANIFEST),
                 "bytes": bytes_on_disk(out),
                 **{k: result.manifest[k] for k in ("parameters", "recipe", "seconds", "notes")},
+                **{k: result.manifest[k] for k in ("prediction",) if k in result.manifest},
             }
         )
+
+
+def _expected(told: dict[str, float] | None) -> list[tuple[str, str]]:
+    """What to expect of text that was not seen, where the method says it."""
+    if told is None:
+        return []
+    low, high = (math.exp(told[name]) for name in ("low", "high"))
+    return [
+        (
+            "expected",
+            f"perplexity × {told['perplexity_ratio']:.3f} on unseen text like the calibration text"
+            f" ({low:.3f} to {high:.3f})",
+        )
+    ]

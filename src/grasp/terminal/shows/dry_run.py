@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.destination import check_destination
+from grasp.methods.base import Method
 from grasp.stages.enough import only_pydoc
 from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
 from grasp.verbs import compress as pipeline
@@ -26,11 +27,12 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
     run = plan_of(model, **options)
     check_destination(out, run.num_bytes, model)
     cost = run.estimate()
-    asked = options.get("ratio") or (None if run.ratio is None else round(run.ratio, 4))
+    asked = getattr(run.method, "share", None) or options.get("ratio")
+    asked = asked or (None if run.ratio is None else round(run.ratio, 4))
     expected = _expect(model, options, asked, quiet) if run.method.predicts else None
     table("dry run", ("", ""), _rows(model, out, run, cost), left=2)
     if expected is not None:
-        _ladder(expected, asked, "ratio (of time)" if _is_time(options) else "ratio")
+        _ladder(expected, asked, "ratio (of time)" if _is_time(run.method) else "ratio")
     notes = (
         tuple(filter(None, [only_pydoc(run.calibration.data), *run.method.notes()]))
         if expected is None
@@ -42,8 +44,8 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
         emit(_json(run, cost, expected, notes))
 
 
-def _is_time(options: dict[str, Any]) -> bool:
-    return bool(options.get("budget") == "latency")
+def _is_time(method: Method) -> bool:
+    return getattr(method, "unit", "") == "latency"
 
 
 def _expect(
@@ -94,20 +96,21 @@ def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str,
 
 def _ladder(expected: pipeline.Prediction, asked: float | None, share: str) -> None:
     """The table of what to expect at each ratio."""
-    lines = [("dense", "", f"{math.exp(expected.loss):.2f}", "")]
-    lines += [
-        (
-            f"{ratio:.4g}",
-            f"{rise:.3f}",
-            f"{expected.perplexity(ratio):.2f}",
-            "← asked for" if ratio == asked else "",
+    lines = [("dense", "", f"{math.exp(expected.loss):.2f}", "", "")]
+    for ratio, rise in expected.rises.items():
+        low, high = expected.interval(ratio)
+        lines.append(
+            (
+                f"{ratio:.4g}",
+                f"{rise:.3f}",
+                f"{expected.perplexity(ratio):.2f}",
+                f"{low:.2f} to {high:.2f}",
+                "← asked for" if ratio == asked else "",
+            )
         )
-        for ratio, rise in expected.rises.items()
-    ]
     table(
-        "expected on the calibration text itself; other text loses more, the more so the fewer"
-        " the tokens",
-        (share, "loss rise (nats/token)", "perplexity", ""),
+        "expected on text of the same kind that was not seen",
+        (share, "loss rise (nats/token)", "perplexity", "likely", ""),
         lines,
         left=0,
     )
@@ -130,4 +133,6 @@ def _json(
         told["expected_perplexity"] = {
             ratio: expected.perplexity(ratio) for ratio in expected.rises
         }
+        told["expected_interval"] = {ratio: expected.interval(ratio) for ratio in expected.rises}
+        told["rise_on_calibration"] = expected.seen
     return told

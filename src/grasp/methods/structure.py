@@ -1,0 +1,290 @@
+"""What makes a model smaller and faster at once: ranks of matrices beside fewer channels, value
+dimensions and KV groups, and layers that are gone, under one budget. A method gives the metric and
+the singular groups; this is the rest.
+
+Everything is priced in nats a token, so everything competes. Of ways to make the same numbers
+smaller (the ranks of gate, up and down, or fewer channels) the budget takes one. With two rounds,
+what is narrower is made so first; fresh statistics of the narrower model then say the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from grasp.core.collector import Collector
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Step
+from grasp.core.fields import RankMultiple, flag
+from grasp.core.layer import Linear
+from grasp.core.records import Allocation, Statistics
+from grasp.core.runner import Runner
+from grasp.errors import RecipeError
+from grasp.methods.components import Component, Problem
+from grasp.methods.costs import Costs
+from grasp.methods.low_rank import LowRank, carried_out
+from grasp.methods.parts import (
+    DEFAULT,
+    DENSE,
+    LAYERS,
+    PARTS,
+    RANKS,
+    beyond,
+    choices,
+    leaving,
+    narrower_first,
+    never,
+    one_width,
+    settled,
+)
+from grasp.stages import budget as budgets
+from grasp.stages.basis import over_cores
+from grasp.stages.budget import All
+from grasp.stages.curvature import Curvatures
+from grasp.stages.forecast import halves
+from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
+from grasp.stages.statistics import Similarity
+from grasp.stages.sublayers import LayerLosses
+
+logger = logging.getLogger(__name__)
+
+ALLOCATIONS = ("uniform", "per-layer", "global")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure(LowRank):
+    """Base of the methods whose losses are nats, so that ranks compete with other parts."""
+
+    parts: tuple[str, ...] | None = flag(
+        None,
+        "What may become smaller: ranks (of matrices), channels (of MLPs), values (dimensions of"
+        " value heads), groups (key-value heads with their queries), layers; default:"
+        f" {','.join(DEFAULT)}, or {','.join(DENSE)} with --shape dense.",
+        words=PARTS,
+        metavar="PART,...",
+    )
+    shape: str = flag(
+        "any",
+        "dense: only smaller dense matrices and removed layers, no pairs anywhere.",
+        words=("any", "dense"),
+    )
+    uniform: bool = flag(
+        False,
+        "One width for the MLPs of all layers, and no pairs: an ordinary checkpoint, which needs no"
+        " plug-in.",
+    )
+    allocation: str = flag(
+        "global",
+        "Shares: uniform (one for all matrices or MLPs), per-layer (one a layer) or global (one"
+        " budget).",
+        words=ALLOCATIONS,
+    )
+    rounds: int = flag(
+        1,
+        "2: make the model narrower first, then find ranks from fresh statistics (twice the time).",
+        words=(1, 2),
+    )
+    width_multiple: RankMultiple = flag(
+        32, "Widths of MLPs are multiples of this; 128 suits tensor parallelism."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        said = f"--parts {','.join(self.parts or ())}"
+        if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
+            raise RecipeError(f"{said}: name at least one of {', '.join(PARTS)}, and none twice")
+        if self.is_dense and (odd := [part for part in self.kinds if part in (RANKS, "values")]):
+            raise RecipeError(
+                f"{said}: {' and '.join(odd)} leave no plain dense matrices; with"
+                f" {'--uniform' if self.uniform else '--shape dense'} take some of"
+                f" {', '.join(part for part in PARTS if part not in (RANKS, 'values'))}"
+            )
+        if self.uniform and "channels" not in self.kinds:
+            raise RecipeError(f"{said}: --uniform is about channels; name them")
+        if self.more and not self.predicts:
+            named = said if self.parts else f"--shape {self.shape}"
+            raise RecipeError(
+                f"{named}: {', '.join(self.more)} compete in nats of loss, which only --basis"
+                " fisher --score magnitude give; take these, or --parts ranks"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no pairs are wanted."""
+        return self.shape == "dense" or self.uniform
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What may become smaller, in the order of `PARTS`."""
+        if self.parts is not None:
+            return tuple(part for part in PARTS if part in self.parts)
+        if self.is_dense:
+            return DENSE
+        return DEFAULT if self.predicts else (RANKS,)
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """The parts beside ranks."""
+        return tuple(part for part in self.kinds if part != RANKS)
+
+    # --- statistics
+
+    def needs(self, decoder: Decoder) -> list[Collector]:
+        linears = self.linears(decoder, self.possible_layers(decoder))
+        return [Similarity(), *self.asked(decoder, linears, self.more)]
+
+    def asked(
+        self, decoder: Decoder, linears: Sequence[Linear], parts: Sequence[str]
+    ) -> list[Collector]:
+        """What the prices of these matrices' ranks and of `parts` are made of."""
+        scratch, paths = self._scratch(decoder), [linear.path for linear in linears]
+        if not paths:
+            return []
+        if not self.predicts:
+            return self.metric(paths, scratch)
+        readers = [one.reader.path for one in self.places(decoder, linears, parts)]
+        layers = [LayerLosses(decoder.family)] if LAYERS in parts else []
+        return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *layers]
+
+    def places(
+        self, decoder: Decoder, linears: Sequence[Linear], parts: Sequence[str]
+    ) -> list[Place]:
+        """Where the model can be made narrower."""
+        if self.is_dense and not decoder.family.heads_by_width:
+            parts = [part for part in parts if part != "groups"]  # they would leave gaps
+        chosen = {linear.path for linear in linears}
+        layers = dict.fromkeys(linear.layer for linear in linears)
+        wanted = [(layer, part) for layer in layers for part in AXES if part in parts]
+        found = (place(decoder, layer, part, chosen) for layer, part in wanted)
+        return [one for one in found if one is not None]
+
+    def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
+        places = self.places(decoder, linears, self.more)
+        wide = {one.reader.path: one.reader.shape for one in places if not one.reader.is_tall}
+        inputs = sum(4 * columns**2 for _, columns in wide.values())
+        halves = 2 if self.predicts else 1
+        return halves * (super().sums_bytes(decoder, linears) + inputs)
+
+    def most_saved(self, decoder: Decoder, linears: Sequence[Linear], costs: Costs) -> float:
+        """At most: where layers may go, all but one are taken for gone."""
+        if RANKS in self.kinds:
+            return super().most_saved(decoder, linears, costs)
+        saved: dict[int, float] = {}
+        for where in self.places(decoder, linears, self.more):
+            least = min(self.multiple(where), where.count)
+            now, then = (cost_at(decoder, where, size, costs) for size in (where.count, least))
+            saved[where.layer] = saved.get(where.layer, 0.0) + now - then
+        if LAYERS in self.kinds:
+            whole: dict[int, float] = {}
+            for linear in linears:
+                cost = costs.of(linear.path)(linear.shape, None)
+                whole[linear.layer] = whole.get(linear.layer, costs.layer(linear.layer)) + cost
+            largest = max(whole, key=lambda layer: whole[layer], default=0)
+            saved |= {layer: cost for layer, cost in whole.items() if layer != largest}
+        return sum(saved.values())
+
+    # --- rounds
+
+    def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
+        decoder, layers = runner.decoder, self.chosen_layers(runner.decoder, stats)
+        costs = self.costs(decoder)
+        problem = self.posed(runner, stats, self.linears(decoder, layers), self.more, costs)
+        spend = self.target(costs, problem)
+        sizes = self.ranks(problem, spend)
+        first = narrower_first(problem, sizes)
+        if self.rounds == 1 or RANKS not in self.kinds or first is None:
+            yield from carried_out(runner, problem, sizes)
+            return
+        yield from carried_out(runner, problem, first)
+        linears = self.linears(decoder, [layer for layer in layers if layer in decoder.kept])
+        spend -= settled(problem, Allocation({**sizes.sizes, **first.sizes}), linears)
+        del problem
+        again = runner.sweep(self.asked(decoder, linears, ()), "statistics of the narrower model")
+        problem = self.posed(runner, again, linears, (), costs)
+        yield from self.replacements(runner, problem, spend)
+
+    def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:
+        linears = self.linears(runner.decoder, self.chosen_layers(runner.decoder, stats))
+        return self.posed(runner, stats, linears, self.more, costs)
+
+    def posed(
+        self,
+        runner: Runner,
+        stats: Statistics,
+        linears: Sequence[Linear],
+        parts: Sequence[str],
+        costs: Costs,
+    ) -> Problem:
+        """What the budget chooses from: ranks, and these parts."""
+        decoder = runner.decoder
+        for where in self.places(decoder, linears, parts):
+            cost_at(decoder, where, 1, costs)  # time is measured while nothing else runs
+        components: dict[str, Component] = {}
+        for found in self.narrowings(runner, stats, linears, parts):
+            offer = found.options(decoder, costs, self.multiple(found.where))
+            make = partial(self.narrower, decoder, found, stats)
+            if len(offer.sizes):
+                paths = tuple(linear.path for linear in found.where.linears)
+                components[found.where.name] = Component(
+                    found.where.layer, offer, make, found.where.count, paths
+                )
+        if LAYERS in parts:
+            components |= beyond(costs, linears)
+            components |= leaving(decoder, stats, linears, costs, RANKS in self.kinds)
+        if RANKS in self.kinds:
+            components |= self.decomposed(runner, stats, linears, costs)
+        else:
+            components |= {
+                linear.path: Component(
+                    linear.layer,
+                    budgets.fixed(costs.of(linear.path)(linear.shape, None)),
+                    never,
+                    matrices=(linear.path,),
+                )
+                for linear in linears
+            }
+        layers: dict[int, list[Linear]] = {}
+        for linear in linears:
+            layers.setdefault(linear.layer, []).append(linear)
+        trees = [choices(decoder, layer, own, components) for layer, own in layers.items()]
+        per_layer = tuple(All(tree) if len(tree) > 1 else tree[0] for tree in trees)
+        return Problem(
+            components, All(per_layer), per_layer, tuple(part for tree in trees for part in tree)
+        )
+
+    def multiple(self, where: Place) -> int:
+        """Of the units of a part that stay."""
+        return self.width_multiple if where.part == "channels" else max(where.count // 24, 1)
+
+    def narrowings(
+        self, runner: Runner, stats: Statistics, linears: Sequence[Linear], parts: Sequence[str]
+    ) -> Iterator[Narrowing]:
+        """What each place that can be narrower costs at every width."""
+        decoder = runner.decoder
+
+        def price(where: Place) -> Narrowing:
+            with runner.holding(where.layer):
+                return narrowing(decoder, where, halves(stats, where.reader.path))
+
+        where = self.places(decoder, linears, parts)
+        decoder.progress("narrowing", 0, len(where))
+        for done, found in enumerate(over_cores(price, where), 1):
+            yield found
+            decoder.progress("narrowing", done, len(where))
+
+    def narrower(self, decoder: Decoder, found: Narrowing, stats: Statistics, size: int) -> Step:
+        """The edit that leaves `size` units of a part."""
+        return narrowed(decoder, found, halves(stats, found.where.reader.path), size)
+
+    def ranks(self, problem: Problem, spend: float) -> Allocation:
+        if not self.uniform:
+            return problem.solve(self.allocation, spend)
+        found, free = one_width(problem, spend), problem.solve("global", spend)
+        logger.info(
+            "--uniform: expected to lose %.3f nats a token; with a width for every layer %.3f",
+            budgets.total_loss(problem.offers, found),
+            budgets.total_loss(problem.offers, free),
+        )
+        return found

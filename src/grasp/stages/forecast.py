@@ -1,0 +1,94 @@
+"""Stage 2c', the forecast: what is lost on text that the statistics have not seen.
+
+Groups and channels are chosen on the tokens that judge them, so the loss they seem to cost is too
+low, the more so the fewer the tokens. The same sweep sums up two halves of the blocks, A and B.
+Whatever is chosen on A can be judged on B, and the other way round:
+
+    in     chosen on a half, judged on that half
+    out    chosen on a half, judged on the other
+
+Half the tokens have twice the gap, since it falls as one over the tokens; all tokens therefore have
+
+    expected = in(whole) + 1/2 (out(half) - in(half))
+
+Ours. Measured against real losses in docs/fisher.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grasp.core.records import Curvature, Statistics
+from grasp.stages.curvature import Curvatures
+
+SPREAD, LEAST = 0.15, 0.02
+"""Of the interval about an expected rise: a share of it, and nats a token at least. Measured."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The curvature of one matrix on the whole set, and on its two halves where it has two."""
+
+    whole: Curvature
+    parts: tuple[Curvature, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[tuple[Curvature, Curvature], ...]:
+        """(who chooses, who judges), both ways."""
+        return tuple(zip(self.parts, reversed(self.parts), strict=True))
+
+
+def halves(stats: Statistics, path: str) -> Halves:
+    """What the two collectors of `Curvatures` with `half` have seen of a matrix, or the one without
+    it.
+    """
+    if Curvatures.name in stats.tables:
+        return Halves(stats[Curvatures.name][path])
+    tables = [stats[f"{Curvatures.name}.{half}"] for half in (0, 1)]
+    parts = tuple(table[path] for table in tables if table)
+    return Halves(parts[0] + parts[1], parts) if len(parts) == 2 else Halves(parts[0])
+
+
+def forecast(
+    whole: Float[Tensor, "sizes"],
+    judged: Iterable[tuple[Float[Tensor, "sizes"], Float[Tensor, "sizes"]]],
+) -> Float[Tensor, "sizes"]:
+    """What to expect of unseen text at every size, smallest first: from `whole`, judged on the
+    tokens that chose, and from the (in, out) of each half. Never below `whole`, and falling.
+    """
+    gaps = [out - seen for seen, out in judged]
+    if not gaps:
+        return whole
+    return falling(whole + torch.stack(gaps).mean(0).clamp_min(0) / 2)
+
+
+def falling(losses: Float[Tensor, "sizes"]) -> Float[Tensor, "sizes"]:
+    """The losses at rising sizes, none below that of a larger size."""
+    return losses.flip(0).cummax(0).values.flip(0)
+
+
+def interval(rise: float) -> tuple[float, float]:
+    """(low, high) about an expected rise, nats a token."""
+    spread = max(SPREAD * rise, LEAST)
+    return max(rise - spread, 0.0), rise + spread
+
+
+def expectation(expected: float, seen: float, loss: float) -> dict[str, float]:
+    """What a manifest says of a forecast: `loss` before, on the calibration text; the rise there
+    and the rise to expect of unseen text of the same kind, with its interval; nats a token.
+    """
+    low, high = interval(expected)
+    return {
+        "loss_before": loss,
+        "loss_rise": expected,
+        "perplexity_ratio": math.exp(expected),
+        "seen_rise": seen,
+        "low": low,
+        "high": high,
+    }
