@@ -2,7 +2,7 @@
 calibration tokens, other domains.
 
     python benchmarks/fisher.py FOLDER [-o results/fisher.json] [--only
-    sizes,switches,matrices,tokens,domains]
+    sizes,switches,tokens,matrices,parts,forecasts,domains]
 
 FOLDER holds `wikitext2_raw/wiki.valid.raw`, `wikitext2_raw/wiki.test.raw` and `ptb/ptb.valid.txt`
 (not part of this repository). Model: smollm2 in bfloat16, calibrated on WikiText-2 valid, 64 x 512
@@ -10,8 +10,8 @@ tokens unless said; perplexity on the first 24 blocks of 512 tokens of WikiText-
 sizes and domains, 12 of PTB valid. Rows that are in the output file already are not measured again.
 About two hours on one core.
 
-One sweep serves all rows of a calibration set: the methods' own `needs` and `edits` are called as
-the driver calls them.
+One sweep serves all rows of a calibration set, so all rows are of one round (`--rounds 1`): the
+methods' own `needs` and `edits` are called as the driver calls them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from grasp.stages.statistics import WeightGrad
 SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 ANCHORS = {"105.8 M": 105_800_000, "112.2 M": 112_200_000, "121.0 M": 121_000_000}
 TOTAL = 134_515_008
-BOTH_TEXTS = ("sizes", "domains")
+PARTS = ("ranks", "channels", "values", "groups", "layers")
+BOTH_TEXTS = ("sizes", "parts", "domains")
 """Sections that are also measured on PTB."""
 
 
@@ -57,15 +58,18 @@ class Benchmark:
     def ratio(self, size: int) -> float:
         return 1 - size / TOTAL
 
-    def calibration(self, source: str, blocks: int, seed: int) -> tuple[Calibration, Statistics]:
-        """A calibration set and everything that any method here asks of it, from one sweep of the
-        dense model.
+    def calibration(
+        self, source: str, blocks: int, seed: int, method: Any
+    ) -> tuple[Calibration, Statistics]:
+        """A calibration set and what methods like this one ask of it, from one sweep of the dense
+        model.
         """
-        key = (source, blocks, seed)
+        key = (source, blocks, seed, method.predicts)
         if key not in self.sweeps:
             decoder = load_model("smollm2", dtype="bfloat16")
             data = calibrate(decoder, source, num_samples=blocks, seq_len=512, seed=seed)
-            collectors = make("grasp-fisher", {"ratio": 0.2}).needs(decoder)
+            fields = {"parts": PARTS} if method.predicts else {"basis": "input"}
+            collectors = make("grasp-fisher", {"ratio": 0.2, **fields}).needs(decoder)
             collectors.append(
                 WeightGrad(
                     linear.path for layer in decoder.layers() for linear in layer.linears.values()
@@ -79,12 +83,8 @@ class Benchmark:
         if name in self.rows:
             return
         decoder = load_model("smollm2", dtype="bfloat16")
-        predicted = self._apply(decoder, edits(decoder))
-        row = {
-            **facts,
-            "parameters": decoder.num_parameters(),
-            **({} if predicted is None else {"predicted_rise": predicted}),
-        }
+        told = self._apply(decoder, edits(decoder))
+        row = {**facts, "parameters": decoder.num_parameters(), **told}
         row["wikitext2"] = (
             grasp.evaluate(
                 decoder, ppl=str(self.wiki / "wiki.test.raw"), seq_len=512, num_blocks=24
@@ -112,12 +112,19 @@ class Benchmark:
         self.output.write_text(json.dumps(text, indent=1) + "\n")
 
     @staticmethod
-    def _apply(decoder: Decoder, steps: Iterable[Step]) -> float | None:
-        rises = []
+    def _apply(decoder: Decoder, steps: Iterable[Step]) -> dict[str, float]:
+        """Carry out the edits. Returns what they say of the rise of the loss."""
+        notes = []
         for step in steps:
             step.edit.apply(decoder)
-            rises.append(step.note.predicted_loss)
-        return None if not rises or None in rises else sum(rises)
+            notes.append(step.note)
+        expected = [note.predicted_loss for note in notes if note.predicted_loss is not None]
+        if not notes or len(expected) < len(notes):
+            return {}
+        return {
+            "expected_rise": sum(expected),
+            "seen_rise": sum(note.seen_loss or 0.0 for note in notes),
+        }
 
     def fisher(
         self,
@@ -147,12 +154,16 @@ class Benchmark:
         if all(name in self.rows for name in cells):
             return
         texts = {"wikitext2": str(self.wiki / "wiki.valid.raw"), "pydoc": "pydoc"}
+        method: Any = make("grasp-fisher", {"ratio": 0.2, "rounds": 1, **fields})
         data, stats = self.calibration(
-            ",".join(texts[name] for name in (source or "wikitext2").split("+")), blocks, seed
+            ",".join(texts[name] for name in (source or "wikitext2").split("+")),
+            blocks,
+            seed,
+            method,
         )
-        method = make("grasp-fisher", {"ratio": 0.2, **fields})
         runner = Resident(load_model("smollm2", dtype="bfloat16"), data)
-        problem = method.pose(runner, stats)  # type: ignore[attr-defined]
+        costs = method.costs(runner.decoder)
+        problem = method.pose(runner, stats, costs)
         facts = {
             "method": "grasp-fisher",
             "section": section,
@@ -162,10 +173,13 @@ class Benchmark:
             **fields,
         }
         for name, (ratio, ranks) in cells.items():
-            at = dataclasses.replace(method, ratio=ratio, allocation=ranks)  # type: ignore[call-arg]
+            at = dataclasses.replace(method, ratio=ratio, allocation=ranks)
+            spend = at.target(costs, problem)
             self.row(
                 name,
-                lambda decoder, at=at: at.replacements(Resident(decoder, data), problem),
+                lambda decoder, at=at, spend=spend: at.replacements(
+                    Resident(decoder, data), problem, spend
+                ),
                 ratio=ratio,
                 allocation=ranks,
                 **facts,
@@ -177,8 +191,9 @@ class Benchmark:
         """A row of another method."""
         name = f"{section}: {method}, {blocks} blocks, seed {seed}, {ratio:.4f}"
         if name not in self.rows:
-            data, stats = self.calibration(str(self.wiki / "wiki.valid.raw"), blocks, seed)
             chosen = make(method, {"ratio": ratio, **fields})
+            ours = make("grasp-fisher", {"ratio": 0.2})
+            data, stats = self.calibration(str(self.wiki / "wiki.valid.raw"), blocks, seed, ours)
             facts = {
                 "method": method,
                 "section": section,
@@ -196,7 +211,9 @@ def sizes(bench: Benchmark) -> None:
     anchors = {name: bench.ratio(size) for name, size in ANCHORS.items()}
     ladder = {f"{ratio:.0%}": ratio for ratio in SIZES}
     bench.fisher("sizes", {**anchors, **ladder}, 64, 0)
-    bench.fisher("sizes", anchors, 64, 0, storage="pair")
+    at = {"105.8 M": anchors["105.8 M"], **ladder}
+    bench.fisher("sizes", at, 64, 0, parts="ranks")
+    bench.fisher("sizes", at, 64, 0, shape="dense")
     bench.fisher("sizes", ladder, 64, 0, basis="plain", storage="pair", allocation=("uniform",))
     for ratio in SIZES:
         bench.other("sizes", "shortgpt", ratio, 64, 0)
@@ -229,28 +246,36 @@ def tokens(bench: Benchmark) -> None:
         bench.fisher("tokens", at, blocks, seed)
 
 
+def parts(bench: Benchmark) -> None:
+    """What may become smaller, at 105.8 M."""
+    at = {"105.8 M": bench.ratio(ANCHORS["105.8 M"])}
+    for names in ("ranks", "channels", "ranks,channels,values", ",".join(PARTS)):
+        bench.fisher("parts", at, 64, 0, parts=names)
+
+
+def forecasts(bench: Benchmark) -> None:
+    """What is expected of unseen text, from few tokens to many, beside what comes."""
+    ratios = {f"{ratio:.0%}": ratio for ratio in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)}
+    for blocks in (16, 32, 64, 128):
+        for names in ("ranks", "channels", "ranks,channels"):
+            bench.fisher("forecasts", ratios, blocks, 1, parts=names)
+
+
 def matrices(bench: Benchmark) -> None:
     """One matrix at a time: the smallest groups that are predicted to cost 0.005, 0.02 and 0.08
     nats together, dropped.
     """
-    data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0)
-    method = make("grasp-fisher", {"ratio": 0.2, "storage": "pair"})
+    method: Any = make("grasp-fisher", {"ratio": 0.2, "storage": "pair", "parts": "ranks"})
+    data, stats = bench.calibration(str(bench.wiki / "wiki.valid.raw"), 64, 0, method)
     runner = Resident(load_model("smollm2", dtype="bfloat16"), data)
-    problem = method.pose(runner, stats)  # type: ignore[attr-defined]
-    for linear in problem.linears[4::26]:
-        left = problem.losses[linear.path].flip(0).cumsum(0).flip(0)
+    problem = method.pose(runner, stats, method.costs(runner.decoder))
+    for path, component in list(problem.components.items())[4::26]:
+        offer = component.offer
         for rise in (0.005, 0.02, 0.08):
-            rank = int((left > rise).sum())
-            edit = method.replacement(linear, problem, rank)  # type: ignore[attr-defined]
-            facts = {
-                "method": "grasp-fisher",
-                "section": "matrices",
-                "path": linear.path,
-                "rank": rank,
-            }
-            bench.row(
-                f"matrices: {linear.path}, {rise}", lambda decoder, edit=edit: [edit], **facts
-            )
+            rank = int(offer.sizes[min(int((offer.losses > rise).sum()), len(offer.sizes) - 1)])
+            step = component.make(rank)
+            facts = {"method": "grasp-fisher", "section": "matrices", "path": path, "rank": rank}
+            bench.row(f"matrices: {path}, {rise}", lambda decoder, step=step: [step], **facts)
 
 
 def domains(bench: Benchmark) -> None:
@@ -263,6 +288,8 @@ SECTIONS = {
     "sizes": sizes,
     "switches": switches,
     "matrices": matrices,
+    "parts": parts,
+    "forecasts": forecasts,
     "tokens": tokens,
     "domains": domains,
 }

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,11 @@ class Benchmark:
                     "grasp-fisher": {},
                     "grasp-fisher, plain pairs": {"storage": "pair"},
                 }.items():
-                    chosen = make("grasp-fisher", {"ratio": 0.2, **fields})
-                    problem = chosen.pose(Resident(self.fresh(), data), stats)  # type: ignore[attr-defined]
-                    self.made[name] = lambda ratio, chosen=chosen, problem=problem: _by_path(
-                        dataclasses.replace(chosen, ratio=ratio).replacements(
-                            Resident(self.fresh(), data), problem
-                        )
-                    )
+                    chosen: Any = make("grasp-fisher", {"ratio": 0.2, "parts": "ranks", **fields})
+                    runner = Resident(self.fresh(), data)
+                    costs = chosen.costs(runner.decoder)
+                    problem = chosen.pose(runner, stats, costs)
+                    self.made[name] = partial(_pairs, chosen, runner, costs, problem)
         return self.made[method]
 
     def meet(
@@ -239,8 +238,16 @@ class Benchmark:
                     self.row(level, target, method, bits)
 
 
-def _by_path(edits: Any) -> dict[str, Factorize]:
-    return {edit.path: edit for edit in edits}
+def _pairs(
+    method: Any, runner: Resident, costs: Any, problem: Any, ratio: float
+) -> dict[str, Factorize]:
+    """The pairs of a problem posed once, at a ratio."""
+    at = dataclasses.replace(method, ratio=ratio)
+    return _by_path(at.replacements(runner, problem, at.target(costs, problem)))
+
+
+def _by_path(steps: Any) -> dict[str, Factorize]:
+    return {step.edit.path: step.edit for step in steps}
 
 
 def main() -> int:

@@ -40,9 +40,10 @@ from grasp.core.models import embedded_model, load_model
 from grasp.core.provenance import machine, versions
 from grasp.core.results import Result, Results
 from grasp.core.score import Score
+from grasp.core.stepping import Stepper
 from grasp.evaluation.bench import ratios, roofline, speeds
 from grasp.evaluation.hardware import kernels, low_rank_products, read_bandwidth
-from grasp.evaluation.speed import TURN, Runner, take_turns
+from grasp.evaluation.speed import TURN, take_turns
 
 LAYERS, RETAIN_RATIO, FISHER_RATIO = 9, 0.1, 0.2135
 DATA = {"data": "pydoc", "seq_len": 512, "dtype": "float32"}
@@ -87,7 +88,7 @@ def make(folder: Path, names: list[str]) -> dict[str, Path]:
 @torch.no_grad()
 def counts(model: Decoder, prompt_len: int) -> list[Score]:
     """Products and operators of one decode step, and the multiply-adds of a prefill."""
-    runner = Runner(model, 1, prompt_len, 2)
+    runner = Stepper(model, 1, prompt_len, 2)
     with FlopCounterMode(display=False) as flops:
         runner.prefill()
     runner.decode(1)

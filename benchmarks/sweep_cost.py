@@ -60,7 +60,7 @@ def measure(dtype: str, blocks: int, rounds: int) -> list[dict[str, object]]:
                 times[name].append(time.perf_counter() - begin)
     stats = runner.sweep(method.needs(decoder))
     begin = time.perf_counter()
-    method.pose(runner, stats)  # type: ignore[attr-defined]
+    method.pose(runner, stats, method.costs(decoder))  # type: ignore[attr-defined]
     factorising = time.perf_counter() - begin
     rows: list[dict[str, object]] = []
     for name in ("sweep", "sweep, sums in files"):
