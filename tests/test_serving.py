@@ -52,7 +52,7 @@ WIDER = {
 METHODS = {"grasp": {"num_layers": 2, "retain_ratio": 0.5}, "grasp-fisher": {"ratio": 0.15}}
 BOTH = {
     "grasp": {"layers": (1,), "retain_ratio": 0.5},
-    "grasp-fisher": {"layers": ("0", "2"), "ratio": 0.05},
+    "grasp-fisher": {"layers": ("0", "2"), "ratio": 0.05, "parts": "ranks"},
 }
 """Pairs in one layer, pivoted pairs in two, of which one is narrowed; one is narrowed and dense."""
 LEFT = {2: (2, 3), 3: (1, 2)}
@@ -534,14 +534,14 @@ def rewrite(path, change):
     (path / "config.json").write_text(json.dumps(config))
 
 
-def without(path, ending):
-    """Rewrite the weights without the tensors whose name ends so."""
+def without(path, kind):
+    """Rewrite the weights without the first tensor of that kind; a file that has none is an error,
+    for else the damage would be none.
+    """
     tensors = load_file(path / "model.safetensors")
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)},
-        path / "model.safetensors",
-        {"format": "pt"},
-    )
+    lost = next(name for name in sorted(tensors) if name.endswith(f".{kind}"))
+    del tensors[lost]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 def cut(path):
@@ -581,12 +581,12 @@ def build_wide(family="llama"):
 
 FAULTS = {
     "without factors": (
-        lambda p: without(p, "0.self_attn.q_proj.weight_in"),
-        r"q_proj: the checkpoint lacks weight_in",
+        lambda p: without(p, "weight_in"),
+        r"_proj: the checkpoint lacks weight_in",
     ),
     "without places": (
-        lambda p: without(p, "1.mlp.down_proj.places"),
-        r"down_proj: the checkpoint lacks places and weight",
+        lambda p: without(p, "places"),
+        r"_proj: the checkpoint lacks places and weight",
     ),
     "tampered rank": (lambda p: rewrite(p, more_rank), r"has the shape \(.*config\.json asks for"),
     "dense where the config says low rank": (
