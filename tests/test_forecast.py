@@ -249,7 +249,6 @@ def test_one_block_has_no_halves(calibration):
     data = grasp.Calibration(calibration.ids[:1], "one")
     paths, _, stats = sweep("llama", data, 0, 1)
     assert all(halves(stats, path).parts == () for path in paths)
-    assert all(halves(stats, path).pairs == () for path in paths)
     result = grasp.compress(
         build("llama"), method="grasp-fisher", ratio=0.2, data=data, width_multiple=8
     )
@@ -338,10 +337,10 @@ def test_what_goes_costs_what_is_forecast(part):
 
 def kept_of(where, weight, stats, found, units, size):
     """The matrix of full width that `narrowing` leaves of W, by the surgeon's own formula."""
-    chooser, new = Metric.of(weight, stats.whole, True), weight
+    chooser, new = Metric.of(weight, stats.whole).damped(weight, stats.whole), weight
     turn = None
     if where.part == "values":
-        turn = Turn.of(where, weight, stats.whole, units)
+        turn = Turn.of(where, chooser, units)
         chooser, new = chooser.turned(turn.turn, turn.back), weight @ turn.back
     columns = units[found.order[:size]].flatten()
     whole = torch.zeros_like(new)

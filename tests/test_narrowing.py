@@ -18,7 +18,7 @@ from grasp.stages.basis import GRADIENT_DAMPING
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import Halves, halves
 from grasp.stages.narrowing import AXES, Turn, cost_at, narrowed, narrowing, place
-from grasp.stages.surgeon import INPUT_DAMPING
+from grasp.stages.surgeon import INPUT_DAMPING, Metric
 
 LAYER = 1
 SIZES = {"channels": 21, "values": 5, "groups": 1}
@@ -68,13 +68,19 @@ class Case:
         )[self.path]
         return weight, inputs / tokens, gradients / tokens
 
+    def turn(self):
+        """The coordinates in which value dimensions go."""
+        weight, seen = self.where.reader.weight, self.stats.whole
+        chooser = Metric.of(weight, seen).damped(weight, seen)
+        return Turn.of(self.where, chooser, self.where.units(self.decoder))
+
     def kept(self, step):
         """C (units left x columns a unit, in): what the reader reads of its inputs h, as C h."""
         units = self.where.units(self.decoder)
         columns = units[step.edit.keep].flatten()
         whole = torch.eye(self.where.reader.shape[1], dtype=torch.float64)
         if self.part == "values":
-            whole = Turn.of(self.where, self.where.reader.weight, self.stats.whole, units).turn
+            whole = self.turn().turn
         return whole[columns]
 
     def wide(self, step):
@@ -145,8 +151,7 @@ def test_turned_values_leave_the_model_as_it_was(family, calibration):
     values = next(one for one in case.where.linears if one is not case.where.reader)
     old, bias = values.weight.clone(), getattr(values.module, "bias", None)
     bias = None if bias is None else bias.detach().clone()
-    units = case.where.units(case.decoder)
-    turn = Turn.of(case.where, case.where.reader.weight, case.stats.whole, units)
+    turn = case.turn()
     eye = torch.eye(len(turn.turn), dtype=torch.float64)
     assert torch.allclose(turn.turn @ turn.back, eye, atol=1e-8)
     step = case.step(case.where.count)

@@ -92,6 +92,18 @@ def symmetric_roots(
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
+def roots(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """(R, R^-1) with R R' = `gram`, in float64: its Cholesky factor, or, where that fails or its
+    smallest pivot is lost in rounding, `symmetric_roots`, which take many times as long.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    pivots = lower.diagonal()
+    if int(failed) or float(pivots.min()) < 1e-6 * float(pivots.max()):
+        return symmetric_roots(gram)
+    eye = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
+    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
 def metric_groups(
     near: Float[Tensor, "short short"],
     far: Float[Tensor, "short short"],
@@ -99,13 +111,14 @@ def metric_groups(
     """Singular groups of a matrix W (tall, short) in a metric, from statistics of its shorter side
     only: (expand, squares, contract).
 
-    Let `near` = X, `far` = W' D W. With K = X^½ W' D W X^½ = V diag(squares) V', the singular value
-    decomposition D^½ W X^½ = U diag(sqrt(squares)) V' gives W = sum_k (W X^½ v_k)(v_k' X^-½): the
-    longer side is never decomposed. Returns expand = X^½ V, `squares` falling (>= 0) and contract =
-    V' X^-½, so that W = (W expand) contract, group by group.
+    Let `near` = X = R R', `far` = W' D W. With K = R' W' D W R = V diag(squares) V', the singular
+    value decomposition D^½ W R = U diag(sqrt(squares)) V' gives W = sum_k (W R v_k)(v_k' R^-1): the
+    longer side is never decomposed. Roots R differ by a rotation, which V undoes: the groups are
+    those of D^½ W X^½, whatever R is. Returns expand = R V, `squares` falling (>= 0) and contract =
+    V' R^-1, so that W = (W expand) contract, group by group.
     """
-    root, inverse = symmetric_roots(near)
-    inner = root @ far.double() @ root
+    root, inverse = roots(near)
+    inner = root.mT @ far.double() @ root
     try:
         squares, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
     except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]

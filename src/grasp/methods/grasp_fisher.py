@@ -43,7 +43,7 @@ from grasp.core.records import Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.size import STORAGES, STORED
 from grasp.methods.structure import Structure
-from grasp.stages.basis import BASES, Groups, groups, judged
+from grasp.stages.basis import BASES, Groups, groups, judged, on_the_shorter_side
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import forecast, halves
 from grasp.stages.statistics import WeightGrad
@@ -81,8 +81,10 @@ class GraspFisher(Structure):
         """Decomposed on each half of the blocks, and judged on both."""
         if not self.predicts:
             return seen
+        parts = halves(stats, linear.path).parts
+        parts = tuple(on_the_shorter_side(one, linear.weight) for one in parts)
         gaps = []
-        for chooser, judge in halves(stats, linear.path).pairs:
+        for chooser, judge in zip(parts, reversed(parts), strict=True):
             found = groups(linear.weight, chooser, self.basis, Scratch())
             seen_too, out = (judged(found, linear.weight, one).cpu() for one in (chooser, judge))
             gaps.append((seen_too, out))

@@ -10,6 +10,7 @@ X and D come damped: the sample's eigenvalues of rare directions are too small, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,6 +95,11 @@ def far_of(curvature: Curvature, weight: Float[Tensor, "out in"]) -> Float[Tenso
     if curvature.inputs is None:
         return curvature.far
     return weight @ curvature.inputs.to(weight) @ weight.mT
+
+
+def on_the_shorter_side(curvature: Curvature, weight: Float[Tensor, "out in"]) -> Curvature:
+    """The same with `far` in the place of `inputs`, for those who ask for it more than once."""
+    return dataclasses.replace(curvature, far=far_of(curvature, weight.double()), inputs=None)
 
 
 def judged(

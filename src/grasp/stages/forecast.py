@@ -38,11 +38,6 @@ class Halves:
     whole: Curvature
     parts: tuple[Curvature, ...] = ()
 
-    @property
-    def pairs(self) -> tuple[tuple[Curvature, Curvature], ...]:
-        """(who chooses, who judges), both ways."""
-        return tuple(zip(self.parts, reversed(self.parts), strict=True))
-
 
 def halves(stats: Statistics, path: str) -> Halves:
     """What the two collectors of `Curvatures` with `half` have seen of a matrix, or the one without

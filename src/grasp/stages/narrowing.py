@@ -13,6 +13,7 @@ matrices that gave them lose rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,6 @@ from grasp.core.edits import Narrow, Note, Step
 from grasp.core.edits.cuts import CHANNELS, KV_GROUPS, VALUE_DIMS, cuts, sizes_of
 from grasp.core.layer import Linear
 from grasp.core.linalg import metric_groups
-from grasp.core.records import Curvature
 from grasp.errors import GraspError
 from grasp.stages.budget import Costs, Options
 from grasp.stages.forecast import Halves, falling, forecast
@@ -152,27 +152,26 @@ def narrowing(decoder: Decoder, where: Place, stats: Halves) -> Narrowing:
     """
     weight, units = where.reader.weight.cpu(), where.units(decoder)
 
-    def judged(curvature: Curvature, judges: tuple[Curvature, ...]) -> tuple[Tensor, list[Tensor]]:
+    def judged(chooser: Metric, judges: Sequence[Metric]) -> tuple[Tensor, list[Tensor]]:
         """The units, best first, and what is lost at every number of them, for each judge; in the
         coordinates of who chooses.
         """
-        turn = Turn.of(where, weight, curvature, units) if where.part == "values" else None
-
-        def metric(one: Curvature, damped: bool) -> Metric:
-            found = Metric.of(weight, one, damped)
-            return found if turn is None else found.turned(turn.turn, turn.back)
-
-        chooser = metric(curvature, True)
+        if where.part == "values":
+            turn = Turn.of(where, chooser, units)
+            chooser = chooser.turned(turn.turn, turn.back)
+            judges = [one.turned(turn.turn, turn.back) for one in judges]
         order = removal(chooser, units).flip(0)
-        found = prices(chooser, units[order].flatten(), tuple(metric(one, False) for one in judges))
+        found = prices(chooser, units[order].flatten(), judges)
         return order, [one[:: units.shape[1]].clone() for one in found]
 
-    order, (_, whole) = judged(stats.whole, (stats.whole,))
-    whole, gaps = falling(whole), []
-    for chooser, judge in stats.pairs:
-        _, (_, seen, out) = judged(chooser, (chooser, judge))
-        gaps.append((seen, out))
-    return Narrowing(where, order, forecast(whole, gaps), whole)
+    whole = Metric.of(weight, stats.whole)
+    order, (seen,) = judged(whole.damped(weight, stats.whole), [whole])
+    seen, gaps = falling(seen), []
+    metrics = [Metric.of(weight, one) for one in stats.parts]
+    for curvature, chooser, judge in zip(stats.parts, metrics, reversed(metrics), strict=True):
+        _, gap = judged(chooser.damped(weight, curvature), [chooser, judge])
+        gaps.append((gap[0], gap[1]))
+    return Narrowing(where, order, forecast(seen, gaps), seen)
 
 
 def narrowed(decoder: Decoder, found: Narrowing, stats: Halves, size: int) -> Step:
@@ -180,10 +179,11 @@ def narrowed(decoder: Decoder, found: Narrowing, stats: Halves, size: int) -> St
     where, weight = found.where, found.where.reader.weight.cpu()
     units = where.units(decoder)
     kept = found.order[:size].sort().values
-    chooser, numbers, rows = Metric.of(weight, stats.whole, True), {}, None
+    chooser = Metric.of(weight, stats.whole).damped(weight, stats.whole)
+    numbers, rows = {}, None
     new = weight.double()
     if where.part == "values":
-        turn = Turn.of(where, weight, stats.whole, units)
+        turn = Turn.of(where, chooser, units)
         chooser, new = chooser.turned(turn.turn, turn.back), new @ turn.back
         rows = turn
     columns = units[kept].flatten().sort().values
@@ -219,13 +219,12 @@ class Turn:
     back: Tensor
 
     @classmethod
-    def of(cls, where: Place, weight: Tensor, curvature: Curvature, units: Tensor) -> Turn:
-        """From the curvature of o, the query heads of a group together."""
-        metric = Metric.of(weight, curvature, True)
+    def of(cls, where: Place, metric: Metric, units: Tensor) -> Turn:
+        """From the damped metric of o, the query heads of a group together."""
         heads, dims = where.sizes.kv_heads, where.sizes.head_dim
         expand, contract = [], []
-        turn = torch.zeros_like(metric.inputs)
-        back = torch.zeros_like(metric.inputs)
+        turn = torch.zeros_like(metric.inputs, dtype=torch.float64)
+        back = torch.zeros_like(turn)
         for group in units.view(heads, dims, -1).unbind():  # head_dim, query heads
             blocks = [(places[:, None], places[None]) for places in group.unbind(1)]
             near = torch.stack([metric.inputs[block] for block in blocks]).sum(0)

@@ -15,6 +15,7 @@ chose it or for others. `refit` gives the matrix that is left.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,33 +37,33 @@ STEPS = 48
 @dataclass(frozen=True)
 class Metric:
     """What a matrix W (out, in) and its tokens say: `inputs` H (in, in) and `gram` W'DW (in, in),
-    float64, means over tokens.
+    means over tokens.
     """
 
     inputs: Float[Tensor, "n n"]
     gram: Float[Tensor, "n n"]
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "out n"], curvature: Curvature, damped: bool) -> Metric:
-        """From sums over tokens; damped where it is to choose, as it is where it is to judge."""
-        weight = weight.double()
+    def of(cls, weight: Float[Tensor, "out n"], curvature: Curvature) -> Metric:
+        """As the tokens have it, from sums over them, in float32."""
+        weight = weight.float()
         tall = weight.shape[0] >= weight.shape[1]
         tokens, seen = max(curvature.gradient_tokens, 1), max(curvature.input_tokens, 1)
         inputs = curvature.near if tall else curvature.inputs
         assert inputs is not None, "a wide matrix needs its inputs collected"
-        inputs = inputs.to(weight) / seen
-        gram = (
-            curvature.far.to(weight) if tall else weight.mT @ curvature.near.to(weight) @ weight
-        ) / tokens
-        if damped:
-            inputs = _lifted(inputs, INPUT_DAMPING)
-            mean = curvature.gradient_square / tokens / weight.shape[0]
-            gram = gram + GRADIENT_DAMPING * mean * (weight.mT @ weight)
-        return cls(inputs, gram)
+        gram = curvature.far if tall else weight.mT @ curvature.near.to(weight) @ weight
+        return cls(inputs.to(weight) / seen, gram.to(weight) / tokens)
+
+    def damped(self, weight: Float[Tensor, "out n"], curvature: Curvature) -> Metric:
+        """With shares of the means of H and D added to their diagonals: to choose by."""
+        weight = weight.float()
+        mean = curvature.gradient_square / max(curvature.gradient_tokens, 1) / weight.shape[0]
+        gram = self.gram + GRADIENT_DAMPING * mean * (weight.mT @ weight)
+        return Metric(_lifted(self.inputs, INPUT_DAMPING), gram)
 
     def turned(self, turn: Float[Tensor, "n n"], back: Float[Tensor, "n n"]) -> Metric:
-        """In other coordinates: the inputs become `turn` h, the matrix W `back`."""
-        return Metric(turn @ self.inputs @ turn.mT, back.mT @ self.gram @ back)
+        """In other coordinates, in float64: the inputs become `turn` h, the matrix W `back`."""
+        return Metric(turn @ self.inputs.double() @ turn.mT, back.mT @ self.gram.double() @ back)
 
 
 def _lifted(gram: Tensor, share: float) -> Tensor:
@@ -121,25 +122,22 @@ def _without(inverse: Tensor, gram: Tensor, away: Tensor, rest: Tensor) -> tuple
 
 
 def prices(
-    chooser: Metric,
-    order: Int[Tensor, "n"],
-    judges: tuple[Metric, ...] = (),
+    chooser: Metric, order: Int[Tensor, "n"], judges: Sequence[Metric]
 ) -> list[Float[Tensor, "n_and_1"]]:
     """What it costs to keep only the first k inputs of `order`, for k = 0 to n, refitted by the
-    chooser: for the chooser itself, then for each judge; nats a token.
+    chooser: for each judge (the chooser may be one); nats a token, float64.
 
     With H = L L' in that order, the error of W is `sum_{j >= k} (W L)_j (L^-1)_j`: columns of W L
     and rows of L^-1, whatever k is. So one factor serves every k, as suffix sums of (L'W'D W L) o
-    (L^-1 H L^-T). For the chooser the latter is the identity.
+    (L^-1 H L^-T) with the D and H of the judge, and in its dtype.
     """
-    lower = _cholesky(chooser.inputs[order][:, order])
-    own = (lower.mT @ chooser.gram[order][:, order] @ lower).diagonal()
-    found = [torch.cat([own.flip(0).cumsum(0).flip(0), own.new_zeros(1)]) / 2]
+    factor, found = _cholesky(chooser.inputs[order][:, order]), []
     for judge in judges:
+        lower, inputs = factor.to(judge.gram), judge.inputs[order][:, order]
         losses = lower.mT @ judge.gram[order][:, order] @ lower
-        half = torch.linalg.solve_triangular(lower, judge.inputs[order][:, order], upper=False)
+        half = torch.linalg.solve_triangular(lower, inputs, upper=False)
         inputs = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-        found.append(suffix_sums(losses * inputs) / 2)
+        found.append(suffix_sums((losses * inputs).double()) / 2)
     return found
 
 
@@ -147,13 +145,15 @@ def refit(
     weight: Float[Tensor, "out n"], inputs: Float[Tensor, "n n"], kept: Int[Tensor, "k"]
 ) -> Float[Tensor, "out k"]:
     """W' = W H[:, R] H[R, R]^-1: what reads the inputs `kept` and comes nearest to W, in any D."""
+    inputs = inputs.double()
     return torch.linalg.solve(
         inputs[kept][:, kept], (weight.to(inputs) @ inputs[:, kept]).mT
     ).mT.contiguous()
 
 
 def _cholesky(gram: Tensor) -> Tensor:
-    lower, failed = torch.linalg.cholesky_ex(gram)
+    """In float64."""
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
     if int(failed):
         raise NumericsError("the inputs' covariance is not positive definite; try --dtype float32")
     return lower
