@@ -42,16 +42,16 @@ LINES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "the paper's method (grasp)": ("grasp", [{"num_layers": 9, "retain_ratio": 0.1}]),
     "grasp-fisher, ranks alone": (
         "grasp-fisher",
-        [{"ratio": ratio, "parts": "ranks", "rounds": 1} for ratio in (0.1, SIZE, 0.3)],
+        [{"ratio": ratio, "parts": "ranks"} for ratio in (0.1, SIZE, 0.3)],
     ),
-    "grasp-fisher": ("grasp-fisher", [{"ratio": r, "rounds": 1} for r in (0.1, SIZE, 0.3)]),
+    "grasp-fisher": ("grasp-fisher", [{"ratio": ratio} for ratio in (0.1, SIZE, 0.3)]),
     "grasp-fisher --shape dense": (
         "grasp-fisher",
-        [{"ratio": r, "shape": "dense"} for r in (0.1, SIZE, 0.3, 0.4)],
+        [{"ratio": ratio, "shape": "dense"} for ratio in (0.1, SIZE, 0.3, 0.4)],
     ),
     "grasp-fisher --speedup": (
         "grasp-fisher",
-        [{"speedup": s, "shape": "dense"} for s in (1.1, 1.2, 1.35, 1.5)],
+        [{"speedup": speedup, "shape": "dense"} for speedup in (1.1, 1.2, 1.35)],
     ),
 }
 """Line of the picture -> (method, fields of its points)."""

@@ -22,8 +22,9 @@ from matplotlib import pyplot
 
 LINES = {
     "grasp-fisher": ("grasp-fisher", "#c1440e", "o-"),
-    "ranks": ("grasp-fisher, ranks alone (--parts ranks)", "#e39b6f", "o--"),
-    "dense": ("grasp-fisher, no pairs (--shape dense)", "#3f7f5f", "D-"),
+    "one": ("--rounds 1", "#d9825b", "o:"),
+    "ranks": ("ranks alone (--parts ranks)", "#e3b49a", "o--"),
+    "dense": ("no pairs (--shape dense)", "#3f7f5f", "D-"),
     "shortgpt": ("layers removed (shortgpt)", "#4a6fa5", "s-"),
     "grasp": ("the paper's method (grasp)", "#2e2e2e", "^-"),
     "plain": ("plain SVD, uniform", "#9aa5b1", "v-"),
@@ -38,7 +39,9 @@ def line_of(row: dict[str, Any]) -> str:
         return "plain"
     if row.get("shape") == "dense":
         return "dense"
-    return "ranks" if row.get("parts") == "ranks" else "grasp-fisher"
+    if "parts" in row:
+        return str(row["parts"])
+    return "grasp-fisher" if row.get("rounds") == 2 else "one"
 
 
 def sizes(rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
@@ -192,10 +195,20 @@ def main() -> int:
         [(f"{ratio:.4g}", *(_pair(cells.get((key, ratio))) for key in LINES)) for ratio in ladder],
     )
     table(
-        ("may be smaller", "blocks", "ratio", "seen", "forecast", "real", "real / forecast"),
+        (
+            "may be smaller",
+            "rounds",
+            "blocks",
+            "ratio",
+            "seen",
+            "forecast",
+            "real",
+            "real / forecast",
+        ),
         [
             (
                 "no pairs" if row.get("shape") else row.get("parts", "ranks,channels"),
+                row.get("rounds", 1),
                 row["blocks"],
                 f"{row['ratio']:.4g}",
                 f"{row['seen_rise']:.3f}",
@@ -205,7 +218,12 @@ def main() -> int:
             )
             for row in sorted(
                 forecast,
-                key=lambda row: (str(row.get("parts")), row["blocks"], row["ratio"]),
+                key=lambda row: (
+                    str(row.get("parts", row.get("shape"))),
+                    row.get("rounds", 1),
+                    row["blocks"],
+                    row["ratio"],
+                ),
             )
         ],
     )

@@ -10,8 +10,11 @@ from conftest import LAYERS, build
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
+from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.structure_grasp import structure_of
 from grasp.errors import RecipeError
+from grasp.methods import make
+from grasp.methods.structure import LEAST_SAVING
 from grasp.verbs.compress import predict
 
 FAMILIES = ["llama", "phi3", "gpt2", "gemma2"]
@@ -295,3 +298,47 @@ def test_a_narrower_model_becomes_narrower_still(parts, data):
     assert second.parameters_before == first.parameters_after
     assert 0 <= second.ratio - 0.1 <= step("llama", parts) / second.parameters_before
     assert bool(logits(second.model, data.ids).isfinite().all())
+
+
+def test_a_plan_counts_both_rounds():
+    """Two sweeps and two decompositions of every matrix where ranks wait for the second round; no
+    decomposition where there are no pairs.
+    """
+    decoder = Decoder(build("llama"))
+    plans = {
+        name: make("grasp-fisher", {"ratio": 0.2, **fields}).plan(decoder)
+        for name, fields in {
+            "two": {},
+            "one": {"rounds": 1},
+            "ranks": {"parts": ("ranks",)},
+            "dense": {"shape": "dense"},
+        }.items()
+    }
+    matrices = len([linear for layer in decoder.layers() for linear in layer.linears])
+    assert {name: plan.backward_sweeps for name, plan in plans.items()} == {
+        "two": 2,
+        "one": 1,
+        "ranks": 1,
+        "dense": 1,
+    }
+    assert {name: plan.decompositions // matrices for name, plan in plans.items()} == {
+        "two": 2,
+        "one": 1,
+        "ranks": 1,
+        "dense": 0,
+    }
+
+
+@pytest.mark.parametrize("fields", [{}, {"parts": ("ranks",)}])
+def test_a_pair_is_worth_its_second_product(data, fields):
+    """Where ranks compete with other parts for one budget, no pair saves less than a tenth of its
+    matrix; else any may.
+    """
+    result = run(data, ratio=0.08, rounds=1, **fields)
+    saved = [
+        1 - (pair.weight.numel() + pair.weight_in.numel()) / (pair.out_features * pair.in_features)
+        for pair in result.model.modules()
+        if isinstance(pair, LowRankLinear)
+    ]
+    assert saved
+    assert (min(saved) >= LEAST_SAVING) == (not fields), saved

@@ -71,6 +71,11 @@ class LowRank(Scope, Size):
         """What `losses` are called."""
         return "magnitude"
 
+    @property
+    def least_saving(self) -> float:
+        """What a pair must save, as a share of its matrix, to be worth its second product."""
+        return 0.0
+
     def losses(self, linear: Linear, found: Groups, stats: Statistics, seed: int) -> Tensor:
         """What dropping each group (k,) costs."""
         return found.squares / 2
@@ -199,7 +204,9 @@ class LowRank(Scope, Size):
         ):
             seen = budgets.tails(lost.sort(descending=True).values)
             cost = costs.of(linear.path)
-            offer = budgets.options(linear.shape, expected, cost, self.rank_multiple, seen)
+            offer = budgets.options(
+                linear.shape, expected, cost, self.rank_multiple, seen, self.least_saving
+            )
             make = partial(self.replacement, linear, found, lost, expected)
             components[linear.path] = Component(linear.layer, offer, make, matrices=(linear.path,))
             decoder.progress("decomposing", len(components), len(linears))

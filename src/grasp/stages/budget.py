@@ -98,16 +98,18 @@ def options(
     cost: Cost = parameters,
     multiple: int = 1,
     seen: Tensor | None = None,
+    saving: float = 0.0,
 ) -> Options:
     """The options of a matrix (out, in) that loses `tail[r]` (k + 1,) at rank r; on the calibration
     text `seen[r]`, the same if not given.
 
-    Ranks are multiples of `multiple` that are cheaper than dense.
+    Ranks are multiples of `multiple` that are cheaper than dense, by the share `saving` of it at
+    least.
     """
     dense = cost(shape, None)
     ranks = list(range(0, len(tail), multiple))
     costs = torch.tensor([cost(shape, r) for r in ranks], dtype=torch.float64)
-    keep = costs < dense * (1 - 1e-9)
+    keep = costs < dense * (1 - max(saving, 1e-9))
     keep[0] = True
     chosen = torch.tensor(ranks)[keep]
     seen = tail if seen is None else seen
