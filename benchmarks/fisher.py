@@ -40,7 +40,7 @@ SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 ANCHORS = {"105.8 M": 105_800_000, "112.2 M": 112_200_000}
 TOTAL = 134_515_008
 PARTS = ("ranks", "channels", "values", "groups", "layers")
-BOTH_TEXTS = ("sizes", "parts", "domains")
+BOTH_TEXTS = ("sizes", "tokens", "parts", "domains")
 """Sections that are also measured on PTB."""
 Cells = dict[str, tuple[float, str]]
 """Name of a row -> (ratio, allocation)."""

@@ -243,18 +243,16 @@ def main() -> int:
         ],
     )
     anchor = min((row["ratio"] for row in ours), key=lambda ratio: abs(ratio - 0.21347))
-    drawn = [row for row in rows if row["section"] == "tokens" and row["ratio"] == anchor] + [
-        cells["grasp-fisher", anchor]
-    ]
+    drawn = [row for row in rows if row["section"] == "tokens" and row.get("rounds") == 2]
+    drawn.append(cells["grasp-fisher", anchor])
     if len(drawn) > 1:
         tokens(drawn, arguments.output / "fisher-tokens.png")
-    by_set: dict[tuple[int, int], dict[float, str]] = {}
-    for row in [row for row in rows if row["section"] == "tokens"] + ours:
-        by_set.setdefault((row["blocks"], row["seed"]), {})[row["ratio"]] = _pair(row)
-    three = sorted({row["ratio"] for row in rows if row["section"] == "tokens"}, reverse=True)
     table(
-        ("blocks of 512", "seed", *(f"ratio {ratio:.4f}" for ratio in three)),
-        [(*key, *(by_set[key].get(r, "") for r in three)) for key in sorted(by_set)],
+        ("blocks of 512", "seed", "WikiText-2 / PTB"),
+        [
+            (row["blocks"], row["seed"], _pair(row))
+            for row in sorted(drawn, key=lambda row: (row["blocks"], row["seed"]))
+        ],
     )
     single = [row for row in rows if row["section"] == "matrices"]
     table(
