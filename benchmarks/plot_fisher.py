@@ -40,7 +40,7 @@ def line_of(row: dict[str, Any]) -> str:
     if row.get("shape") == "dense":
         return "dense"
     if "parts" in row:
-        return str(row["parts"])
+        return str(row["parts"]) + (", pairs" if row.get("storage") == "pair" else "")
     return "grasp-fisher" if row.get("rounds") == 2 else "one"
 
 
@@ -190,9 +190,10 @@ def main() -> int:
     )
     ladder = sorted({row["ratio"] for row in swept})
     cells = {(line_of(row), row["ratio"]): row for row in swept}
+    there = [key for key in LINES if any(line == key for line, _ in cells)]
     table(
-        ("ratio", *(LINES[key][0] for key in LINES)),
-        [(f"{ratio:.4g}", *(_pair(cells.get((key, ratio))) for key in LINES)) for ratio in ladder],
+        ("ratio", *(LINES[key][0] for key in there)),
+        [(f"{ratio:.4g}", *(_pair(cells.get((key, ratio))) for key in there)) for ratio in ladder],
     )
     table(
         (
