@@ -55,8 +55,8 @@ LINES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     ),
 }
 """Line of the picture -> (method, fields of its points)."""
-DENSE, TICKS = 32.64, (30, 40, 60, 100, 200)
-"""Perplexity of the dense model (results/fisher.json), and where the axis has marks."""
+TICKS = (30, 40, 60, 100, 200)
+"""Where the perplexity's axis has marks."""
 COLORS = ("#4a6fa5", "#2e2e2e", "#e39b6f", "#c1440e", "#3f7f5f", "#8a5fa8")
 
 
@@ -110,7 +110,14 @@ def perplexity(decoder: Decoder, folder: Path) -> float:
     return grasp.evaluate(decoder, ppl=text, seq_len=512, num_blocks=24).scores[0].value
 
 
-def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def keep(results: dict[str, Any], path: Path) -> None:
+    """Write the rows and what they were measured with."""
+    results |= {"versions": versions(), "machine": machine()}
+    results["command"] = "python benchmarks/pareto.py FOLDER WORK"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def draw(rows: dict[str, dict[str, Any]], dense: float, path: Path) -> None:
     """Perplexity against decode speed and against prefill speed, for every dtype."""
     dtypes = sorted({row["dtype"] for row in rows.values()})
     figure, panels = pyplot.subplots(
@@ -134,7 +141,7 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
                         linewidth=1.4,
                     )
             axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-            axes.plot([1], [DENSE], "*", color="black", markersize=9, label="the dense model")
+            axes.plot([1], [dense], "*", color="black", markersize=9, label="the dense model")
             axes.set_yscale("log")
             axes.set_yticks(TICKS, [str(tick) for tick in TICKS])
             axes.minorticks_off()
@@ -156,7 +163,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draw", type=Path, default=Path("docs/pareto.png"))
     asked = parser.parse_args()
-    rows = json.loads(asked.output.read_text())["rows"] if asked.output.exists() else {}
+    results = json.loads(asked.output.read_text()) if asked.output.exists() else {"rows": {}}
+    rows = results["rows"]
+    if "dense" not in results:
+        results["dense"] = perplexity(load_model("smollm2", dtype="bfloat16"), asked.folder)
+        keep(results, asked.output)
     wanted = [f"{name}, {dtype}" for name in cells() for dtype in asked.dtypes.split(",")]
     there = all(name in rows for name in wanted)
     places = {} if there else made(asked.work, asked.folder, asked.blocks)
@@ -195,10 +206,8 @@ def main() -> None:
                 flush=True,
             )
             assert math.isfinite(row["perplexity"])
-            whole = {"rows": rows, "versions": versions(), "machine": machine()}
-            whole["command"] = "python benchmarks/pareto.py FOLDER WORK"
-            asked.output.write_text(json.dumps(whole, indent=1) + "\n")
-    draw(rows, asked.draw)
+            keep(results, asked.output)
+    draw(rows, results["dense"], asked.draw)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import grasp
 from grasp.core import scratch
 from grasp.core.decoder import Decoder
-from grasp.core.linalg import metric_groups, symmetric_roots
+from grasp.core.linalg import metric_groups, roots, symmetric_roots
 from grasp.core.records import Curvature
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
@@ -444,6 +444,21 @@ def test_symmetric_roots(rank):
         found, found.T
     )
     assert torch.allclose(found @ inverse, torch.eye(6, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-4, 1e-14, 0.0])
+def test_roots_of_every_condition(smallest):
+    """R R' = gram and R^-1 its inverse, triangular where the gram is well conditioned; else what
+    `symmetric_roots` says.
+    """
+    turned = torch.linalg.qr(numbers(5, 5)).Q
+    gram = (turned * torch.tensor([3.0, 2.0, 1.0, 1.0, smallest]).double()) @ turned.mT
+    root, inverse = roots(gram)
+    assert torch.allclose(root @ root.mT, gram, atol=1e-12)
+    assert torch.allclose(root @ inverse, torch.eye(5, dtype=torch.float64), atol=1e-6)
+    assert torch.equal(root, root.tril()) == (smallest >= 1e-4)
+    if smallest < 1e-4:
+        assert torch.equal(root, symmetric_roots(gram)[0])
 
 
 def test_roots_where_cholesky_fails():

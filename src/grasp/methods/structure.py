@@ -138,7 +138,7 @@ class Structure(LowRank):
 
     @property
     def least_saving(self) -> float:
-        """None where shares are given out, or times say what a pair is worth."""
+        """0 where shares are given out, and where times say what a pair is worth."""
         free = self.allocation == "global" and self.unit != "latency"
         return LEAST_SAVING if free and self.more else 0.0
 
@@ -148,11 +148,11 @@ class Structure(LowRank):
         return self.rounds == 2 and RANKS in self.kinds and bool(self.more)
 
     def plan(self, decoder: Decoder) -> Plan:
-        plan, decomposed = super().plan(decoder), (RANKS in self.kinds) * (1 + self.again)
+        plan, rounds = super().plan(decoder), 2 if self.again else 1
         return dataclasses.replace(
             plan,
-            backward_sweeps=plan.backward_sweeps * (1 + self.again),
-            decompositions=plan.decompositions * decomposed,
+            backward_sweeps=plan.backward_sweeps * rounds,
+            decompositions=plan.decompositions * rounds if RANKS in self.kinds else 0,
         )
 
     # --- statistics

@@ -169,8 +169,8 @@ def narrowing(decoder: Decoder, where: Place, stats: Halves) -> Narrowing:
     seen, gaps = falling(seen), []
     metrics = [Metric.of(weight, one) for one in stats.parts]
     for curvature, chooser, judge in zip(stats.parts, metrics, reversed(metrics), strict=True):
-        _, gap = judged(chooser.damped(weight, curvature), [chooser, judge])
-        gaps.append((gap[0], gap[1]))
+        _, (on_itself, on_other) = judged(chooser.damped(weight, curvature), [chooser, judge])
+        gaps.append((on_itself, on_other))
     return Narrowing(where, order, forecast(seen, gaps), seen)
 
 
