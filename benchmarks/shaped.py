@@ -6,9 +6,10 @@ bound the speed. Its own statistics would cost hours, and of random weights say 
     python benchmarks/shaped.py like dense shaped
     grasp bench shaped --against dense --dtype bfloat16
 
-Every MLP keeps the share of its channels, and every matrix the share of its rank, that the layer at
-the same depth of LIKE has. smollm2 is one fifth embeddings, the random Llama one tenth, and more of
-its matrices are MLPs: a ratio of 0.186 there removes 21 % here, and with --shape dense one of 0.156.
+Every MLP keeps the share of its channels, and every matrix the share of its rank, that the layer
+at the same depth of LIKE has. smollm2 is one fifth embeddings, the random Llama one tenth, and more
+of its matrices are MLPs: a ratio of 0.186 there removes 21 % here, and with --shape dense one of
+0.156.
 """
 
 from __future__ import annotations
