@@ -5,7 +5,7 @@ and together, in one round and in two.
 import pytest
 import torch
 from closeness import close, same_weights
-from conftest import LAYERS, build
+from conftest import FAMILY_ROWS, LAYERS, build
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -223,12 +223,20 @@ def test_each_round_reads_the_text_once(data):
         ({"parts": "values", "score": "random"}, "--parts values: .*--parts ranks"),
         ({"rounds": 3}, "--rounds 3"),
         ({"width_multiple": 0}, "--width-multiple 0"),
+        ({"width_multiple": 48}, "--width-multiple 48: the widest MLP has 48 .*--parts"),
     ],
 )
 def test_mistakes_are_one_line(fields, message, data):
     with pytest.raises(RecipeError, match=message) as caught:
         run(data, ratio=0.2, **fields)
     assert "\n" not in str(caught.value)
+
+
+def test_mlps_too_narrow_for_the_default_multiple_stay(data, caplog, monkeypatch):
+    monkeypatch.setitem(FAMILY_ROWS["llama"].arguments, "intermediate_size", 32)
+    result = run(data, ratio=0.1, width_multiple=32)
+    assert {edit["edit"] for edit in result.manifest["edits"]} == {"factorize"}
+    assert "--width-multiple 32: the widest MLP has 32 channels" in caplog.text
 
 
 # --- layers

@@ -53,6 +53,7 @@ from grasp.stages.sublayers import LayerLosses
 logger = logging.getLogger(__name__)
 
 ALLOCATIONS = ("uniform", "per-layer", "global")
+WIDTH_MULTIPLE = 32
 LEAST_SAVING = 0.1
 """Of a pair, as a share of its matrix, where other parts compete with ranks: one that saves less
 costs more time than it saves. smollm2 has a quarter fewer pairs so, for 0.003 nats.
@@ -94,7 +95,8 @@ class Structure(LowRank):
         words=(1, 2),
     )
     width_multiple: RankMultiple = flag(
-        32, "Widths of MLPs are multiples of this; 128 suits tensor parallelism."
+        WIDTH_MULTIPLE,
+        "Widths of MLPs are multiples of this; 128 suits tensor parallelism.",
     )
 
     def __post_init__(self) -> None:
@@ -146,6 +148,21 @@ class Structure(LowRank):
     def again(self) -> bool:
         """Whether ranks wait for a second round."""
         return self.rounds == 2 and RANKS in self.kinds and bool(self.more)
+
+    def check(self, decoder: Decoder) -> None:
+        super().check(decoder)
+        linears = self.linears(decoder, self.possible_layers(decoder))
+        places = self.places(decoder, linears, self.more)
+        widest = max((one.count for one in places if one.part == "channels"), default=None)
+        if widest is None or self.width_multiple < widest:
+            return
+        said = (
+            f"--width-multiple {self.width_multiple}: the widest MLP has {widest} channels, so none"
+            " can become narrower"
+        )
+        if self.width_multiple != WIDTH_MULTIPLE:
+            raise RecipeError(f"{said}; take a smaller one, or name other --parts than channels")
+        logger.warning("%s; take a smaller one for that", said)
 
     def plan(self, decoder: Decoder) -> Plan:
         plan, rounds = super().plan(decoder), 2 if self.again else 1
