@@ -22,7 +22,8 @@ from grasp.core.provenance import Clock, machine, versions
 from grasp.core.results import Result, Results
 from grasp.errors import CheckpointError, GraspError, RecipeError, in_words
 from grasp.evaluation.bench import bench
-from grasp.recipes.experiment import Cell, Experiment
+from grasp.recipes.cell import Cell
+from grasp.recipes.experiment import Experiment
 from grasp.verbs import compress as pipeline
 from grasp.verbs import evaluate as measurement
 
