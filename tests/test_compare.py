@@ -217,6 +217,59 @@ def test_fidelity_is_measured_where_it_is_asked_for(write, tmp_path, monkeypatch
     assert results.rows[1].score("nats/token").value > 0
 
 
+RECOVERY = """
+[recovery]
+data = {text!r}
+train = "layers"
+max_steps = 2
+max_length = 16
+batch_size = 2
+held_out = 2
+learning_rate = 0.01
+"""
+
+
+@pytest.fixture
+def starred(write, text_file):
+    """Two methods, one trained afterwards."""
+    plain = TWO.replace('"shortgpt"', '"shortgpt"\nrecover = false')
+    return write(RECOVERY.format(text=text_file) + plain)
+
+
+def test_a_method_is_trained_where_the_file_says_so(starred, write, tmp_path, monkeypatch):
+    """As `grasp recover` would; the row has a star, as in the paper, and the seconds."""
+    results, ran = here(starred, tmp_path / "out.json", monkeypatch)
+    assert ran == ["dense", "shortgpt", "grasp*"]
+    dense, plain, trained = results.rows
+    assert "recovery" not in {**dense.seconds, **plain.seconds}
+    assert not trained.error and trained.seconds["recovery"] > 0
+    assert results.about["recovery"]["max_steps"] == 2
+    untrained, ran = here(write(TWO), tmp_path / "out.json", monkeypatch)
+    assert ran == ["grasp"]  # the others are the same cells with and without the table
+    assert untrained.rows[2].parameters == trained.parameters
+    assert untrained.rows[2].scores[0].value != trained.scores[0].value
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("data = ", "text = ", "'text' is unknown"),
+        ("max_steps = 2", "max_steps = 0", "max_steps = 0"),
+        ('train = "layers"', 'train = "layer"', "--train layer: .*did you mean 'layers'"),
+        ("recover = false", "recover = 2", "recover = 2"),
+        ("max_steps = 2", 'preset = "fast"', "--preset fast: unknown"),
+        ("max_steps = 2", "micro_batch = 2", "'micro_batch' is unknown"),
+    ],
+)
+def test_a_mistake_about_the_training_is_one_line_before_anything_runs(old, new, said, starred):
+    text = starred.read_text()
+    at = text.index("[recovery]")
+    starred.write_text(text[:at] + text[at:].replace(old, new, 1))
+    with pytest.raises(RecipeError, match=said) as caught:
+        read_experiment(starred)
+    assert "\n" not in str(caught.value) and str(starred) in str(caught.value)
+
+
 # --- as a user calls it
 
 

@@ -28,7 +28,7 @@ VERSION = 1
 @dataclass(frozen=True)
 class Cell:
     """One row to be: a method with its fields and its calibration, measured in one way. `method`
-    "": the dense model.
+    "": the dense model. `recovery`: arguments of the training that follows, if any does.
     """
 
     label: str
@@ -38,6 +38,7 @@ class Cell:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
     varied: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,13 +52,17 @@ class Cell:
             for name, value in dataclasses.asdict(self).items()
             if name not in ("label", "varied")
         }
+        if self.recovery is None:
+            del values["recovery"]
         values["loading"].pop("trust_remote_code", None)  # what may be run, not what is computed
         if self.method:  # what is left to its default and what names it are the same
             values["fields"] = make(self.method, dict(self.fields)).recipe()
             values["calibration"] = {**defaults(CalibrationRecipe), **self.calibration}
         else:
             values["calibration"] = {}
-        texts = [*str(self.calibration.get("data", "")).split(","), *self.evaluation.get("ppl", ())]
+        read = (self.calibration, self.recovery or {})
+        texts = [text for one in read for text in str(one.get("data", "")).split(",")]
+        texts += self.evaluation.get("ppl", ())
         files = [
             _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
             for text in texts

@@ -17,6 +17,12 @@ list of cells to run.
     [speed]                             # optional: arguments of grasp.bench
     rounds = 3
 
+    # optional: train what was compressed; arguments of grasp.recover. A method with recover = false
+    # stays as it is
+    [recovery]
+    data = "$DATA/alpaca.json"
+    train = "lora"
+
     [[methods]]
     method = "grasp"
     num_layers = 9
@@ -39,6 +45,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grasp.compensation.recipe import Recipe, make_recipe
 from grasp.core.documents import read_toml
 from grasp.core.fields import check, declared
 from grasp.errors import GraspError, RecipeError, did_you_mean
@@ -55,6 +62,12 @@ TABLES: dict[str, dict[str, Any]] = {
     "calibration": keys(CalibrationRecipe),
     "evaluation": {"against": bool, **keys(EvaluationRecipe)},
     "speed": keys(SpeedRecipe),
+    "recovery": {
+        "data": str,
+        "preset": str,
+        "text_field": str,
+        **{name: one.kind for name, one in declared(Recipe).items() if one.recipe},
+    },
 }
 COMMAND_LINE = only_command_line(ModelSource)
 MOST_CELLS = 1_000
@@ -99,6 +112,7 @@ def read_experiment(
         "model": values["model"],
         "evaluation": tables.get("evaluation", {}),
         "speed": tables.get("speed"),
+        "recovery": _recovery(path, tables.get("recovery")),
         "loading": {
             **({"dtype": values["dtype"]} if "dtype" in values else {}),
             **({"device": device} if device is not None else {}),
@@ -106,7 +120,8 @@ def read_experiment(
         },
     }
     _check_count(path, methods)
-    cells = [Cell("dense", **shared)] if values.get("dense", True) else []
+    dense = Cell("dense", **{**shared, "recovery": None})
+    cells = [dense] if values.get("dense", True) else []
     for number, entry in enumerate(methods, start=1):
         cells += _cells(path, number, dict(entry), tables.get("calibration", {}), shared)
     first: dict[str, Cell] = {}
@@ -120,6 +135,7 @@ def read_experiment(
         "calibration": tables.get("calibration", {}),
         "evaluation": shared["evaluation"],
         "speed": shared["speed"] or {},
+        **({"recovery": shared["recovery"]} if shared["recovery"] else {}),
     }
     return Experiment(
         path,
@@ -127,6 +143,22 @@ def read_experiment(
         tuple(cells),
         {**about, **shared["loading"], "model": shared["model"]},
     )
+
+
+def _recovery(path: Path, table: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How every method's model is trained, checked. Raises `RecipeError`."""
+    if table is None:
+        return None
+    if not table.get("data"):
+        raise RecipeError(f"{path}: [recovery]: names no text; write data = ...")
+    for text in table["data"].split(","):
+        file_of(text)
+    told = {key: value for key, value in table.items() if key not in ("data", "text_field")}
+    try:
+        make_recipe(told.pop("preset", None), told)
+    except GraspError as problem:
+        raise RecipeError(f"{path}: [recovery]: {problem}") from None
+    return table
 
 
 def _check_count(path: Path, methods: list[dict[str, Any]]) -> None:
@@ -163,6 +195,9 @@ def _cells(
     """The cells of one [[methods]] table: one, or one for every combination of its sweep."""
     where = f"{path}: methods table {number}"
     name, label, sweep = entry.pop("method", None), entry.pop("label", None), entry.pop("sweep", {})
+    recovered = check("recover", entry.pop("recover", True), bool, f"{where}: recover =")
+    if not recovered:
+        shared = {**shared, "recovery": None}
     if not isinstance(name, str) or name not in available():
         raise RecipeError(
             f"{where}: method {name!r} is unknown; allowed:"
@@ -194,8 +229,9 @@ def _cells(
         except GraspError as problem:
             raise RecipeError(f"{where}: {problem}") from None
         said = ", ".join(f"{key} {_name(value)}" for key, value in varied.items())
+        star = "*" if shared["recovery"] else ""  # as the paper marks them
         yield Cell(
-            " ".join(filter(None, (label or name, said))),
+            " ".join(filter(None, (f"{label or name}{star}", said))),
             method=name,
             fields=fields,
             calibration=drawn,

@@ -11,11 +11,14 @@ import json
 import logging
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from grasp.core.children import run_child
+from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.core.progress import Progress, silent
 from grasp.core.provenance import Clock, machine, versions
@@ -26,6 +29,7 @@ from grasp.recipes.cell import Cell
 from grasp.recipes.experiment import Experiment
 from grasp.verbs import compress as pipeline
 from grasp.verbs import evaluate as measurement
+from grasp.verbs.recover import recover
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +99,22 @@ def _run(cell: Cell, progress: Progress) -> Result:
     total, seconds, calibration = decoder.num_parameters(), {}, None
     if cell.method:
         before = _peak_memory()
-        made = pipeline.compress(
-            decoder, method=cell.method, progress=progress, **cell.calibration, **cell.fields
-        )
-        calibration = made.manifest["calibration"]
-        peak, seconds = max(_peak_memory(), before), {**clock.laps, **made.manifest["seconds"]}
+        with TemporaryDirectory() as folder:
+            out = Path(folder, "compressed") if cell.recovery else None
+            made = pipeline.compress(
+                decoder,
+                out,
+                method=cell.method,
+                progress=progress,
+                **cell.calibration,
+                **cell.fields,
+            )
+            calibration = made.manifest["calibration"]
+            peak, seconds = max(_peak_memory(), before), {**clock.laps, **made.manifest["seconds"]}
+            if out is not None:
+                del made
+                decoder, taken = _recovered(cell, out, progress)
+                seconds["recovery"] = taken
     arguments = {**cell.evaluation, "against": dense if cell.evaluation.get("against") else None}
     found = measurement.evaluate(
         decoder, calibration=calibration, progress=progress, **arguments
@@ -124,6 +139,20 @@ def _run(cell: Cell, progress: Progress) -> Result:
         peak_memory=peak,
         key=cell.key,
     )
+
+
+def _recovered(cell: Cell, place: Path, progress: Progress) -> tuple[Decoder, float]:
+    """The compressed model at `place` after its training, and the seconds that took."""
+    began, trained = time.monotonic(), place.with_name("recovered")
+    recover(
+        place,
+        trained,
+        device=cell.loading.get("device"),
+        trust_remote_code=cell.loading.get("trust_remote_code", False),
+        progress=progress,
+        **(cell.recovery or {}),
+    )
+    return load_model(str(trained), **cell.loading), time.monotonic() - began
 
 
 def cell_of(experiment: Experiment, key: str) -> Cell:
