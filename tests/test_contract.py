@@ -1,5 +1,8 @@
 """The contract of every method on every family: size, neutrality, reload, determinism, generation,
 repeatability.
+
+`make test` takes our own methods on every family, and each peer on Llama and on two others, which
+change from peer to peer; the rest of the matrix is marked slow.
 """
 
 import json
@@ -41,14 +44,35 @@ for name, told in contracts().items():
     NEUTRAL[name] = told.get("neutral", {"ratio": 0.0})
 
 
-@pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
+OTHERS = [name for name in FAMILY_ROWS if name != "llama"]
 
 
-with_a_ratio = pytest.mark.parametrize(
-    "method", [name for name in METHODS if "ratio" in declared(class_of(name))]
-)
+def is_quick(family, method):
+    if method in ("grasp", "grasp-fisher") or family == "llama":
+        return True
+    place = OTHERS.index(family) - 2 * METHODS.index(method)
+    return place % len(OTHERS) < 2
+
+
+def matrix(methods):
+    """Every method of these on every family."""
+    pairs = [
+        pytest.param(family, method, marks=() if is_quick(family, method) else pytest.mark.slow)
+        for method in methods
+        for family in FAMILY_ROWS
+    ]
+    return pytest.mark.parametrize(("family", "method"), pairs)
+
+
+everywhere = matrix(METHODS)
+with_a_ratio = matrix(name for name in METHODS if "ratio" in declared(class_of(name)))
+
+
+def test_every_family_is_quick_for_some_peers():
+    peers = [name for name in METHODS if name not in ("grasp", "grasp-fisher")]
+    for family in OTHERS:
+        assert len(peers) < 6 or any(is_quick(family, method) for method in peers)
+    assert all(sum(is_quick(family, method) for family in FAMILY_ROWS) == 3 for method in peers)
 
 
 def compressed(name, method, calibration, out=None, **fields):
@@ -62,6 +86,7 @@ def logits(model, ids, **more):
         return model(input_ids=ids, **more).logits
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_recipe_here(method):
     assert method in RECIPES and method in SIZES, (
         "add CONTRACT to the new method's test so that the contract covers it"
@@ -89,6 +114,7 @@ def test_size_is_met(family, method, calibration):
         assert result.parameters_after == sum(p.numel() for p in result.model.parameters())
 
 
+@everywhere
 def test_ratio_zero_changes_nothing(family, method, calibration):
     before = logits(build(family), calibration.ids)
     result = compressed(family, method, calibration, **NEUTRAL.get(method, {"ratio": 0.0}))
@@ -96,6 +122,7 @@ def test_ratio_zero_changes_nothing(family, method, calibration):
     assert close(logits(result.model, calibration.ids), before)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_path, dtype):
     """Dtype, biases and tied embeddings survive; so does saving once more."""
@@ -122,6 +149,7 @@ def test_saved_and_loaded_it_computes_the_same(family, method, calibration, tmp_
     assert bool(biases) == FAMILY_ROWS[family].biased
 
 
+@everywhere
 def test_same_seed_same_edits(family, method, calibration):
     first, second = (compressed(family, method, calibration) for _ in range(2))
     assert first.manifest["edits"] == second.manifest["edits"]
@@ -131,6 +159,7 @@ def test_same_seed_same_edits(family, method, calibration):
     )
 
 
+@everywhere
 def test_generation_with_cache_and_padding(family, method, calibration):
     """Greedy text with the key-value cache equals greedy text without, alone and in a left-padded
     batch.
@@ -159,6 +188,7 @@ def test_generation_with_cache_and_padding(family, method, calibration):
         assert text.shape == alone[0].shape and is_greedy(model, prompt, text)
 
 
+@everywhere
 def test_recipe_round_trip(family, method, calibration, tmp_path):
     """What grasp.json says about the method makes the same method again."""
     result = compressed(family, method, calibration, tmp_path / "out")
@@ -171,6 +201,7 @@ def test_recipe_round_trip(family, method, calibration, tmp_path):
     assert saved["calibration"]["ids_sha256"] == calibration.ids_hash
 
 
+@everywhere
 def test_plan_predicts_the_result(family, method, calibration):
     """To the number; where ranks follow from losses not yet known, what is planned is the most,
     missed by less than one rank, or by what a pair must save to be one.
