@@ -6,6 +6,7 @@ and checked in one place.
         `check_fields`
     strength: float = 0.5                   the same without a text or a range
     kind: Literal["a", "b"] = "a"           the same with the words it may be
+    kind: Share | Literal["a", "b"] = 0.5   a number, or one of these words
 
 `declared` reads all of it back, for whoever makes flags, keyword arguments, keys of TOML or docs.
 
@@ -185,6 +186,8 @@ def check(name: str, value: Any, kind: Any, shown: str = "") -> Any:
         return expanded(shown, value)
     if IS_NAME in marks:
         return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if choices(kind) and isinstance(value, str):
+        value = _number(value)
     if typing.get_origin(plain) in LISTS:
         value = _listed(shown, value, plain_type(typing.get_args(plain)[0]))
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # numpy's
@@ -209,6 +212,14 @@ WORDS = {
     list: "a list",
     dict: "a table",
 }
+
+
+def _number(text: str) -> float | str:
+    """The number that a text says, as a command line has it; a text that says none as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _listed(shown: str, value: Any, kind: type) -> Any:
@@ -240,8 +251,13 @@ def _listed(shown: str, value: Any, kind: type) -> Any:
 
 def allowed(kind: Any) -> str:
     """What a type takes, in words: "a whole number from 1 to 64", "a number at least 0 and below
-    1".
+    1", "at least 0 and below 1, or one of a, b".
     """
+    return ", or ".join(map(_allowed, choices(kind) or [kind]))
+
+
+def _allowed(kind: Any) -> str:
+    """Of a type that is no choice of types."""
     plain, marks = _parts(kind)
     if IS_NAME in marks:
         return "text"
@@ -316,6 +332,12 @@ def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     inner = _only(kind)
     marks: tuple[Any, ...] = getattr(inner, "__metadata__", ())
     return (typing.get_args(inner)[0] if marks else inner), marks
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """The types of `Share | Literal["a", "b"]`, a number or one of a few words; none of others."""
+    inner = _only(kind)
+    return typing.get_args(inner) if typing.get_origin(inner) is typing.Union else ()
 
 
 def plain_type(kind: Any) -> Any:

@@ -69,6 +69,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "float": ("a number", (int, float)),
     "boolean": ("true or false", (bool,)),
     "text": ("text", (str,)),
+    "number or text": ("a number or text", (int, float, str)),
 }
 """Types of flags, as click names them: what a recipe may hold for each."""
 

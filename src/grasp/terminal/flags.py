@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from grasp.core.fields import REQUIRED, Declared, declared, plain_type
+from grasp.core.fields import REQUIRED, Declared, choices, declared, plain_type
 from grasp.recipes.part import Part
 
 
@@ -85,6 +85,15 @@ class Words(click.ParamType):  # type: ignore[type-arg]
         return tuple(parts) if value else ()
 
 
+class NumberOrWord(click.ParamType):  # type: ignore[type-arg]
+    """A number or one of a few words, also of TOML or JSON; the field says which it may be."""
+
+    name = "number or text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value
+
+
 def option(one: Declared, group: str, hidden: bool = False) -> Flag:
     """The option of a field. It says nothing where it is not given: the default is the
     declaration's.
@@ -115,6 +124,8 @@ def option(one: Declared, group: str, hidden: bool = False) -> Flag:
 
 def _click_type(kind: Any) -> Any:
     found = plain_type(kind)
+    if choices(kind):
+        return NumberOrWord()
     if typing.get_origin(found) is tuple:
         return Words(plain_type(typing.get_args(found)[0]))
     return Place() if found == str | Path else found
