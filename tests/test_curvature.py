@@ -19,7 +19,7 @@ from grasp.core.records import Curvature
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
 from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING, groups
-from grasp.stages.curvature import Curvatures
+from grasp.stages.curvature import Curvatures, InputCurvatures
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "phi3", "opt"]
 
@@ -98,6 +98,32 @@ def test_sums_equal_plain_hooks(name, calibration):
     check_sums(
         sweep(model, calibration), brute_force(model, calibration.ids, all_paths(Decoder(model)))
     )
+
+
+@pytest.mark.parametrize("kind", [InputCurvatures, Curvatures])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt"])
+def test_x_of_every_matrix_is_there_and_kept_once(name, kind, calibration):
+    """Of wide ones where it is asked for. Matrices that read one input share it, tall or wide."""
+    decoder = Decoder(build(name))
+    linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
+    collector = kind(
+        [linear.path for linear in linears],
+        inputs=[linear.path for linear in linears if not linear.is_tall],
+    )
+    table = Resident(decoder, calibration).sweep([collector])[kind.name]
+    expected = brute_force(build(name), calibration.ids, all_paths(decoder))
+    shared = {}
+    for linear in linears:
+        found, (_, inputs, gradients, tokens) = table[linear.path], expected[linear.path]
+        x = found.near if linear.is_tall else found.inputs
+        assert close(x, inputs, 1e-4) and found.input_tokens == tokens, linear.path
+        assert found.input_square == pytest.approx(float(inputs.trace()), rel=1e-4)
+        if kind is Curvatures and not linear.is_tall:
+            assert close(found.near, gradients, 1e-4), linear.path
+        shared.setdefault(id(x), []).append(linear.name.rpartition(".")[2])
+    if name == "llama":  # k and v are wide
+        by_input = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"]]
+        assert list(shared.values()) == [*by_input, ["down_proj"]] * LAYERS
 
 
 @pytest.mark.parametrize("name", FAMILIES)

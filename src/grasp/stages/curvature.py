@@ -31,9 +31,9 @@ class InputCurvatures(Collector):
     """Sums of the outer products of inputs, from forward passes alone. Table: matrix path ->
     `Curvature`, of which the gradients' part is 0.
 
-    Sums: the fields of `Curvature`, as "near.PATH" and so on. Tall matrices that read one tensor
-    (q, k and v; gate and up) have the same X, which is kept once, under the first of them; for
-    another, "shared.PATH=FIRST" counts the tokens that it read there.
+    Sums: the fields of `Curvature`, as "near.PATH" and so on. Matrices that read one tensor (q, k
+    and v; gate and up) have the same X, which is kept once, under the first of them; for another,
+    "shared.PATH=FIRST" counts the tokens that it read there. X is "near.PATH" of a tall matrix.
 
     `inputs`: wide matrices of which X itself is wanted too; its sum, "inputs.PATH", stands in for
     "far.PATH", which follows from it. `half`: only the blocks of even (0) or odd (1) number are
@@ -82,10 +82,8 @@ class InputCurvatures(Collector):
                 return
             x = self._tokens(inputs[0])
             self._count("input", linear.path, x)
-            if linear.is_tall:
+            if linear.is_tall or linear.path in self.inputs:
                 self._see_input(linear.path, inputs[0], x)
-            elif linear.path in self.inputs:
-                self._add_gram(f"inputs.{linear.path}", x)
             else:
                 self._add_squares("input", linear.path, x)
                 self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
@@ -97,11 +95,15 @@ class InputCurvatures(Collector):
         done so.
         """
         before, first = self.last_input
-        if before is given and f"near.{path}" not in self.sums:
+        if before is given and self._key(path) not in self.sums:
             self._add(f"shared.{path}={first}", torch.tensor(len(x)))
             return
-        self._add_gram(f"near.{path}", x)
+        self._add_gram(self._key(path), x)
         self.last_input = (given, path)
+
+    def _key(self, path: str) -> str:
+        """The sum that X of a matrix is, where it has one of its own."""
+        return f"inputs.{path}" if path in self.inputs else f"near.{path}"
 
     def _count(self, side: str, path: str, rows: Tensor) -> None:
         """How many rows (tokens, width) of inputs or gradients there are."""
@@ -143,7 +145,7 @@ class InputCurvatures(Collector):
             owners[path] = first
             read = int(sums[f"shared.{path}={first}"])
             seen = [int(sums[f"input_tokens.{one}"]) for one in (path, first)]
-            if f"near.{path}" in sums or seen != [read, read]:
+            if self._key(path) in sums or seen != [read, read]:
                 raise NumericsError(
                     f"'{path}' reads the same input as '{first}' in some blocks and another one in"
                     " others; leave it out: --exclude"
@@ -151,12 +153,12 @@ class InputCurvatures(Collector):
         return {path: self._record(sums, path, owners[path]) for path in self.paths}
 
     def _record(self, sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
-        """The record of one matrix, whose `near` is kept under the path `owner`."""
-        near, far = (sums.get(key) for key in (f"near.{owner}", f"far.{path}"))
-        inputs, nothing = sums.get(f"inputs.{path}"), torch.zeros(())
-        if inputs is not None:
-            far = nothing
-            check_sum(path, inputs)
+        """The record of one matrix, whose X, if there is one, is kept under the path `owner`."""
+        near, far = (sums.get(key) for key in (self._key(owner), f"far.{path}"))
+        inputs, nothing = None, torch.zeros(())
+        if path in self.inputs:
+            inputs = check_sum(path, near)
+            near, far = sums.get(f"near.{path}"), nothing
         if not self.backward:  # the side of the gradients
             near, far = (nothing, far) if near is None else (near, nothing)
         near, far = check_sum(path, near), check_sum(path, far)
