@@ -200,6 +200,17 @@ def test_several_collectors_see_what_each_alone_sees(decoder, data):
         check_equal(together[kind.name], alone[kind.name], 1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 3, 99])
+def test_a_part_of_the_set_is_its_first_blocks(count, decoder, data):
+    text = data("whole")
+    part = grasp.Calibration(text.ids[:count], "part")
+    model = decoder("llama")
+    found = Resident(model, text).sweep([InputNorms(paths(model))], blocks=count)
+    expected = Resident(model, part).sweep([InputNorms(paths(model))])
+    assert found.num_tokens == part.num_tokens
+    check_equal(found["input_norms"], expected["input_norms"], 0)
+
+
 def test_no_gradient_outlives_its_block(decoder, data):
     """The sums are all that grows into memory."""
     model, seen = decoder("llama"), []

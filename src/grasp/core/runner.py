@@ -33,10 +33,12 @@ class Runner(ABC):
         self.journal = journal or Journal()
 
     @abstractmethod
-    def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+    def sweep(
+        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
+    ) -> Statistics:
         """Show the model, as it is now, every block once, with a backward pass if a collector asks
         for gradients, and return what was collected. The model comes back unchanged, also where the
-        sweep fails.
+        sweep fails. `blocks`: only the first so many, or all where there are fewer.
 
         The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
         taken one block at a time, so memory does not grow with the number of blocks. `task` is what
@@ -61,9 +63,12 @@ class Runner(ABC):
 class Resident(Runner):
     """The whole model is in memory."""
 
-    def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+    def sweep(
+        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
+    ) -> Statistics:
         kept = self.journal.sweep(collectors, self.decoder.device)
-        loss, tokens = self.show(collectors, range(self.data.num_blocks), task, kept)
+        shown = range(self.data.num_blocks)[:blocks]
+        loss, tokens = self.show(collectors, shown, task, kept)
         tables = {collector.name: collector.result(collector.sums) for collector in collectors}
         return Statistics(tables, tokens, None if loss is None else loss / tokens)
 
