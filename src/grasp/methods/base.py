@@ -26,8 +26,9 @@ class Plan:
     """What a method will do, as far as it can tell before it has seen the statistics.
 
     `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps`
-    count passes over the calibration set. `statistics_bytes`: what it collects, and makes of that,
-    in memory at once. `decompositions`: matrices whose singular groups are computed.
+    count passes over the calibration set, `forward_blocks` the blocks that are shown beside them,
+    where the set has so many. `statistics_bytes`: what it collects, and makes of that, in memory at
+    once. `decompositions`: matrices whose singular groups are computed.
     """
 
     num_layers: int
@@ -37,6 +38,7 @@ class Plan:
     backward_sweeps: int
     statistics_bytes: int = 0
     decompositions: int = 0
+    forward_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ def estimate(
     memory = parameters * dtype_bytes + plan.statistics_bytes + activations + logits
     tokens = num_samples * seq_len
     work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
+    work += 2.0 * parameters * seq_len * plan.forward_blocks
     linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
     for m, n in (linear.shape for linear in linears):
         work += 20.0 * m * n * min(m, n) * plan.decompositions / len(linears)
