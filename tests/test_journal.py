@@ -30,6 +30,7 @@ from grasp.core.tensor_file import NAMES, read_tensors, write_tensors
 from grasp.errors import CheckpointError, RecipeError
 from grasp.methods.grasp import Grasp
 from grasp.methods.grasp_fisher import GraspFisher
+from grasp.methods.svd_llm import SVDLLM
 from grasp.stages.curvature import Curvatures
 from grasp.stages.statistics import AngularDistance, Similarity, WeightGrad
 
@@ -43,6 +44,7 @@ RUNS = {
     "grasp-fisher": {"method": "grasp-fisher", "ratio": 0.2},
     "two rounds": {"ratio": 0.2, "rounds": 2, "width_multiple": 4},
     "shortgpt": {"method": "shortgpt", "num_layers": 2},
+    "least squares": {"method": "svd-llm", "ratio": 0.2, "update": "lstsq"},
 }
 of_every_run = pytest.mark.parametrize("name", RUNS)
 
@@ -68,6 +70,7 @@ class Stop:
             (Grasp, "_replacement"),
             (GraspFisher, "replacement"),
             (GraspFisher, "narrower"),
+            (SVDLLM, "replacement"),
         ]
         self.made = []
 

@@ -15,6 +15,7 @@ from grasp.errors import RecipeError
 from grasp.methods import make
 from grasp.stages.basis import INPUT_DAMPING
 from grasp.stages.curvature import Curvatures, InputCurvatures
+from grasp.stages.refit import refitted
 
 CONTRACT = {
     "recipe": {"ratio": 0.2},
@@ -22,7 +23,12 @@ CONTRACT = {
         {"retain_ratio": 0.3, "layers": (1, 3)},
         {"retain_ratio": 0.55, "storage": "pivoted", "rank_multiple": 2},
         {"ratio": 0.1, "projections": "mlp"},
+        {"ratio": 0.2, "update": "lstsq", "storage": "pivoted"},
     ),
+    "flags": {
+        "--update": ("lstsq", ("nonsense", "least-squares")),
+        "--update-samples": (4, ("0", "-1", "1.5", "nan", "x")),
+    },
 }
 FAMILIES = ["llama", "gpt2", "phi3", "opt"]
 
@@ -125,6 +131,157 @@ def test_the_ratio_is_of_all_parameters(calibration):
     assert 0 <= result.ratio - 0.2 < (32 + 48) / result.parameters_before
 
 
+# The update by least squares
+
+
+def prefixes(name, result, data, blocks=None):
+    """For every layer, path -> the tokens (tokens, in) that its dense matrices read where the
+    layers before are those of `result`: by plain hooks, one model that is compressed bit by bit.
+    """
+    model = build(name)
+    for layer in Decoder(build(name)).layers():
+        seen, handles = {}, []
+        for linear in layer.linears.values():
+
+            def keep(_module, inputs, path=linear.path, seen=seen):
+                seen[path] = inputs[0].detach().double().flatten(0, -2)
+
+            handles.append(model.get_submodule(linear.path).register_forward_pre_hook(keep))
+        with torch.no_grad():
+            model(input_ids=data.ids[:blocks], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        yield seen
+        for path in layer.linears:
+            full = f"{Decoder(model).family.layers}.{layer.index}.{path}"
+            model.set_submodule(full, result.model.get_submodule(full))
+
+
+def inner(result, path):
+    """A of a pair, or what has the same rows."""
+    return result.model.get_submodule(path).weight_in.detach().double()
+
+
+@pytest.mark.parametrize("storage", ["pair", "pivoted"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_update_is_least_squares_on_the_compressed_layers_before(name, storage, calibration):
+    """Every matrix, by one `lstsq` on all tokens: A is as without the update, B the best there
+    is.
+    """
+    plain = run(calibration, name, retain_ratio=0.4, storage=storage)
+    found = run(calibration, name, retain_ratio=0.4, storage=storage, update="lstsq")
+    assert ranks(found) == ranks(plain)
+    dense = {path: weight for path, (weight, *_) in sums(name, calibration).items()}
+    seen = {}
+    for layer in prefixes(name, found, calibration):
+        for path, x in layer.items():
+            weight, right = dense[path], inner(plain, path)
+            best = torch.linalg.lstsq(x @ right.T, x @ weight.T).solution.T @ right
+            left = (product(found, path) - best).norm() / weight.norm()
+            change = (best - product(plain, path)).norm() / weight.norm()
+            assert float(left) < 1e-4, path
+            # what the first layer reads, its pairs were made for
+            assert float(change) < 1e-4 if ".0." in path else float(change) > 0.05, path
+        seen |= layer
+    assert seen.keys() == dense.keys()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen2", "gemma2", "olmo2", "gpt_neox"])
+def test_the_update_never_leaves_more_of_the_error(name, calibration):
+    """On the inputs that it is fitted to; it falls nearly everywhere behind the first layer."""
+    plain = run(calibration, name, retain_ratio=0.4)
+    found = run(calibration, name, retain_ratio=0.4, update="lstsq")
+    dense = {path: weight for path, (weight, *_) in sums(name, calibration).items()}
+    gained = []
+    for number, layer in enumerate(prefixes(name, found, calibration)):
+        for path, x in layer.items():
+            gram = x.T @ x
+            before, after = (
+                outputs(dense[path] - product(one, path), gram) for one in (plain, found)
+            )
+            assert after <= before * (1 + 1e-6), path
+            gained += [before / after] if number else []
+    assert sum(gain > 1.01 for gain in gained) > len(gained) / 2
+
+
+@pytest.mark.parametrize("storage", ["pair", "pivoted"])
+def test_the_update_reads_as_many_blocks_as_it_is_told(storage, calibration):
+    asked = {"retain_ratio": 0.3, "update": "lstsq", "storage": storage}
+    plain = run(calibration, retain_ratio=0.3, storage=storage)
+    few, all_ = (run(calibration, update_samples=number, **asked) for number in (2, 6))
+    assert few.manifest["method"]["update_samples"] == 2
+    dense = {path: weight for path, (weight, *_) in sums("llama", calibration).items()}
+    for layer in prefixes("llama", few, calibration, 2):
+        for path, x in layer.items():
+            right = inner(plain, path)
+            best = torch.linalg.lstsq(x @ right.T, x @ dense[path].T).solution.T @ right
+            assert float((product(few, path) - best).norm() / dense[path].norm()) < 1e-3, path
+            assert float((product(few, path) - product(all_, path)).norm()) > 0, path
+    same = run(calibration, **asked)  # 16 of 6 are all
+    for one, other in zip(same.model.parameters(), all_.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("samples", "blocks"), [(None, 16), (3, 3), (99, 18)])
+def test_the_update_sweeps_once_a_layer(samples, blocks, calibration):
+    """Of the layers that are edited, each as often as it says."""
+    data = grasp.Calibration(calibration.ids.repeat(3, 1)[:, :6], "random")
+    asked = {"ratio": 0.05, "update": "lstsq", "layers": (3, 1), "update_samples": samples}
+    model, seen = build("llama"), []
+    plan = make("svd-llm", asked).plan(Decoder(model))
+    without = {**asked, "update": "none", "update_samples": None}
+    more = plan.statistics_bytes - make("svd-llm", without).plan(Decoder(model)).statistics_bytes
+    assert (plan.forward_sweeps, plan.forward_blocks) == (1, 2 * (samples or 16))
+    assert more == 4 * (6 * 32**2 + 48**2)  # of one layer
+    model.base_model.register_forward_hook(lambda *_: seen.append(1))
+    grasp.compress(model, method="svd-llm", data=data, **asked)
+    assert len(seen) == 18 + 2 * blocks
+
+
+def test_the_update_leaves_padding_out(calibration):
+    """Whatever stands under the mask."""
+    mask = torch.arange(20) < torch.tensor([20, 13, 20, 20, 9, 18])[:, None]
+    asked = {"retain_ratio": 0.4, "update": "lstsq"}
+    first, second = (
+        run(grasp.Calibration(calibration.ids.where(mask, fill), "x", mask=mask), **asked)
+        for fill in (torch.tensor(0), torch.tensor(77))
+    )
+    for path in ranks(first):
+        assert torch.allclose(product(first, path), product(second, path), atol=1e-5), path
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_a_refit_changes_what_the_inputs_reach_and_nothing_else(shape):
+    """Fewer tokens than ranks: the outputs are met, and B changes by the least that does it.
+    Nothing is read, or no group is kept: as it was.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weight, left, right, x = (
+        torch.randn(*one, generator=draw, dtype=torch.float64)
+        for one in (shape, (shape[0], 5), (5, shape[1]), (3, shape[1]))
+    )
+    found = refitted(weight, left, right, x.T @ x)
+    z = x @ right.T
+    assert torch.allclose(found @ z.T, weight @ x.T, atol=1e-3)
+    size = z.norm(dim=0)  # by which changes are measured
+    least = torch.linalg.lstsq(z / size, x @ weight.T - z @ left.T, driver="gelsd").solution.T
+    assert torch.allclose((found - left) * size, least, atol=1e-3)
+    nothing = torch.zeros(shape[1], shape[1], dtype=torch.float64)
+    assert torch.equal(refitted(weight, left, right, nothing), left)
+    assert refitted(weight, left[:, :0], right[:0], x.T @ x).shape == (shape[0], 0)
+
+
+def test_a_refit_does_not_depend_on_how_a_pair_shares_its_norm():
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(9, 7, generator=draw), torch.randn(40, 7, generator=draw)
+    left, right = torch.randn(9, 4, generator=draw), torch.randn(4, 7, generator=draw)
+    scale = torch.tensor([1e-3, 1.0, 1e3, 1e5])
+    found = refitted(weight, left, right, x.T @ x) @ right
+    scaled = right * scale[:, None]
+    again = refitted(weight, left / scale, scaled, x.T @ x) @ scaled
+    assert torch.allclose(found, again, atol=1e-4)
+
+
 def test_the_loss_is_never_asked_for(calibration):
     """Forward passes are enough, and show what the Fisher sums have of the inputs."""
     decoder = Decoder(build("llama"))
@@ -159,6 +316,10 @@ def test_its_plan_counts_bytes_and_passes(calibration):
         ("--method svd-llm: say how much .*--ratio, --retain-ratio, --speedup; none", {}),
         ("--ratio 0.99: cannot be reached", {"ratio": 0.99}),
         ("--allocation: not a flag of --method svd-llm", {"ratio": 0.2, "allocation": "global"}),
+        ("--update lsq: unknown; allowed: none, lstsq, lora", {"ratio": 0.2, "update": "lsq"}),
+        ("--update lora: is a training.*`grasp recover DIR MID", {"ratio": 0.2, "update": "lora"}),
+        ("--update-samples 4: --update none fits to no", {"ratio": 0.2, "update_samples": 4}),
+        ("--update-samples 0: must be", {"ratio": 0.2, "update": "lstsq", "update_samples": 0}),
     ],
 )
 def test_mistakes_are_one_line(message, fields, calibration):

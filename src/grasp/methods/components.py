@@ -22,7 +22,7 @@ class Component:
 
     layer: int
     offer: Options
-    make: Callable[[int], Step]
+    make: Callable[..., Step]
     whole: int = 0
     matrices: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -231,11 +231,20 @@ class LowRank(Scope, Size):
         yield from carried_out(runner, problem, self.ranks(problem, spend))
 
     def replacement(
-        self, linear: Linear, found: Groups, losses: Tensor, expected: Tensor, rank: int
+        self,
+        linear: Linear,
+        found: Groups,
+        losses: Tensor,
+        expected: Tensor,
+        rank: int,
+        refit: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Step:
-        """The pair that holds the best `rank` groups of a matrix."""
+        """The pair that holds the best `rank` groups of a matrix. `refit(left, right)`: another
+        left factor for the same right one.
+        """
         kept = losses.argsort(descending=True, stable=True)[:rank].sort().values
         left, right = found.pair(linear.weight, kept)
+        left = left if refit is None else refit(left, right)
         dropped = torch.ones(len(losses), dtype=torch.bool).index_fill(0, kept, False)
         seen = float(losses[dropped].double().sum()) if self.predicts else None
         loss = float(expected[rank]) if self.predicts else None
