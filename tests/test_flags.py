@@ -95,7 +95,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "out": FREE, "--data": FREE, "--preset": word(), "--resume": FREE, "--fsdp": FREE,
         "--report-to": Flag(LISTS), "--teacher": FREE, "--teacher-cache": FREE,
         **{name: word() for name in (
-            "--train", "--objective", "--start", "--schedule", "--precision",
+            "--train", "--lora-on", "--objective", "--start", "--schedule", "--precision",
         )},
         **{name: FREE for name in (
             "--offload-teacher", "--keep-adapter", "--pad", "--gradient-checkpointing",

@@ -160,6 +160,89 @@ def test_lora_merges_into_a_checkpoint_of_the_same_shape(checkpoints, alpaca, tm
     assert "exactly" in done.manifest["recovery"]["merged"]
 
 
+@torch.no_grad()
+def loss_on(path: str | Path, text_file: str) -> float:
+    """The cross-entropy of a checkpoint, a token, on all of a text in blocks of 64."""
+    decoder = grasp.load(path)
+    ids = torch.tensor(decoder.tokenizer(Path(text_file).read_text())["input_ids"])
+    blocks = ids[: len(ids) // 64 * 64].view(-1, 64)
+    logits = decoder.model(blocks).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [
+        ("llama", "pair"),
+        ("llama", "pivoted"),
+        ("gpt2", "pair"),
+        ("opt", "pivoted"),
+        ("phi3", "pair"),
+    ],
+)
+def test_factors_are_updated_one_after_the_other(name, storage, tokenizer, text_file, tmp_path):
+    """By adapters: first the output factors alone, then the input factors alone. The loss on the
+    text trained on falls each time, each change is of the adapters' rank, and the result loads
+    again as it was.
+    """
+    build(name).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    asked = {"data": text_file, "num_samples": 2, "seq_len": 32}
+    grasp.compress(
+        str(tmp_path / "dense"),
+        tmp_path / "none",
+        method="svd-llm",
+        retain_ratio=0.5,
+        storage=storage,
+        **asked,
+    )
+    options = {**SMALL, "max_length": 64, "lora_rank": 2, "data": text_file}
+    options |= {"held_out": 4, "eval_every": 6}
+    before, losses = "none", [loss_on(tmp_path / "none", text_file)]
+    for now, ending in (("output-factors", "weight"), ("input-factors", "weight_in")):
+        done = grasp.recover(
+            tmp_path / before, tmp_path / now, preset="sequential", lora_on=now, **options
+        )
+        pairs = factors(tmp_path / "none")
+        held = {one for one in pairs if one.endswith("weight_in") == (ending == "weight_in")}
+        assert changed(tmp_path / before, tmp_path / now) == held
+        old, new = weights(tmp_path / before), weights(tmp_path / now)
+        for one in held:
+            sizes = torch.linalg.svdvals((new[one] - old[one]).double())
+            assert float(sizes[2:].sum()) < 1e-4 * float(sizes[0]), one
+        assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
+        assert done.manifest["recovery"]["merged"].endswith(f"the {now}; all else is as it was")
+        assert done.manifest["recovery"]["trained_parameters"] == 2 * sum(
+            sum(old[one].shape) for one in held
+        )
+        losses.append(loss_on(tmp_path / now, text_file))
+        before = now
+    assert losses[0] > losses[1] > losses[2]
+    assert done.manifest["recovery"]["before"]["recipe"]["lora_on"] == "output-factors"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / now, trust_remote_code=True)
+    ids = torch.arange(20)[None]
+    assert torch.equal(plain(ids).logits, grasp.load(tmp_path / now).model(ids).logits)
+
+
+def test_adapters_on_factors_in_bfloat16(checkpoints, alpaca, tmp_path):
+    """Changes too small for the stored numbers are kept until the end, then rounded once."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["grasp"], dtype=torch.bfloat16)
+    shutil.copytree(checkpoints["grasp"], tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    done = grasp.recover(
+        tmp_path / "half",
+        tmp_path / "out",
+        data=alpaca,
+        preset="sequential",
+        **{**SMALL, "precision": "bfloat16"},
+    )
+    assert changed(tmp_path / "half", tmp_path / "out") == {
+        name for name in factors(tmp_path / "half") if name.endswith("weight")
+    }
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
+
+
 @pytest.mark.parametrize("method", ["grasp", "shortgpt"])
 def test_what_is_saved_has_the_loss_that_was_measured_last(checkpoints, alpaca, tmp_path, method):
     """Through merging, casting and reloading: a second recovery starts where the first ended."""
@@ -399,6 +482,16 @@ def test_a_cache_of_the_teacher_is_made_once(checkpoints, alpaca, tmp_path, monk
         ({"batch_size": 0}, "--batch-size 0: must be a whole number from 1 to"),
         ({"max_length": 4096}, "--max-length 4096: must be from 2 to 512"),
         ({"keep_adapter": True}, "--keep-adapter: --train factors makes no adapter"),
+        ({"lora_on": "factors"}, "--lora-on factors: unknown; allowed: matrices, output-factors"),
+        ({"lora_on": "input-factors"}, "--lora-on input-factors: --train factors makes no adapter"),
+        (
+            {"train": "lora", "lora_on": "input-factors", "lora_dropout": 0.1},
+            "--lora-dropout 0.1: adapters on input-factors change numbers",
+        ),
+        (
+            {"train": "lora", "lora_on": "output-factors", "keep_adapter": True},
+            "--keep-adapter: adapters on output-factors are always merged",
+        ),
         ({"teacher_cache": "x"}, "--teacher-cache: --objective lm reads no teacher's predictions"),
         ({"held_out": 1000}, "--held-out 1000: .* has 60 examples"),
         ({"batch_size": 64}, "--batch-size 64: the text gives"),
@@ -445,6 +538,10 @@ def test_nothing_to_train(dense, checkpoints, alpaca, tmp_path):
         match=r"--train factors: .* has no low-rank matrix; use --train lora, or layers",
     ):
         grasp.recover(checkpoints["shortgpt"], tmp_path / "out", data=alpaca, **SMALL)
+    with pytest.raises(RecipeError, match=r"--lora-on output-factors: .* has no low-rank matrix"):
+        grasp.recover(
+            checkpoints["shortgpt"], tmp_path / "out", data=alpaca, preset="sequential", **SMALL
+        )
     untouched = tmp_path / "untouched"
     shutil.copytree(dense, untouched)
     manifest = json.loads((Path(checkpoints["shortgpt"]) / "grasp.json").read_text())

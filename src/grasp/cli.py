@@ -139,8 +139,9 @@ def inspect(model: str, output: Path, as_json: bool, quiet: bool, **options: Any
     cls=Flag,
     group=TRAINING,
     help=(
-        "paper (the default: the paper's hyperparameters) or quick (distillation in small steps);"
-        " other flags change it."
+        "paper (the default: the paper's hyperparameters), quick (distillation in small steps) or"
+        " sequential (small adapters on the output factors; then once more with --lora-on"
+        " input-factors); other flags change it."
     ),
 )
 @click.option(

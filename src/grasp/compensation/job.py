@@ -212,6 +212,8 @@ class Job:
             "no: kept as adapter/"
             if recipe.keep_adapter
             else "yes, exactly; low-rank pairs were trained as they are"
+            if recipe.lora_on == "matrices"
+            else f"yes, exactly: into the {recipe.lora_on}; all else is as it was"
         )
         return {
             "checkpoint": place,

@@ -26,6 +26,7 @@ from grasp.core.fields import (
 from grasp.errors import RecipeError, did_you_mean
 
 TRAIN = ("factors", "layers", "lora")
+LORA_ON = ("matrices", "output-factors", "input-factors")
 OBJECTIVES = ("lm", "distill", "layer")
 STARTS = ("keep", "least-squares")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -83,6 +84,13 @@ class Recipe:
         "[distill, layer] Keep the teacher's weights outside the device and bring them in layer by"
         " layer.",
         recipe=False,
+    )
+    lora_on: str = flag(
+        "matrices",
+        "[lora] What gets adapters: matrices (all that are dense; low-rank pairs are trained as"
+        " they are), or of every low-rank pair the output-factors or the input-factors, all else"
+        " being frozen.",
+        words=LORA_ON,
     )
     lora_rank: Rank = flag(256, "[lora] Rank of the adapters.")
     lora_alpha: Rank = flag(16, "[lora] Scale of the adapters, over their rank.")
@@ -142,6 +150,20 @@ class Recipe:
                 f"--keep-adapter: --train {self.train} makes no adapter; leave it out or use"
                 " --train lora"
             )
+        if self.lora_on != "matrices" and self.train != "lora":
+            raise RecipeError(
+                f"--lora-on {self.lora_on}: --train {self.train} makes no adapter; leave it out or"
+                " use --train lora"
+            )
+        if self.lora_on != "matrices" and self.keep_adapter:
+            raise RecipeError(
+                f"--keep-adapter: adapters on {self.lora_on} are always merged; leave it out"
+            )
+        if self.lora_on != "matrices" and self.lora_dropout:
+            raise RecipeError(
+                f"--lora-dropout {self.lora_dropout}: adapters on {self.lora_on} change numbers,"
+                " and have no input to drop; give 0, or use --preset sequential"
+            )
         if self.teacher_cache is not None and self.objective != "distill":
             raise RecipeError(
                 f"--teacher-cache: --objective {self.objective} reads no teacher's predictions; it"
@@ -189,10 +211,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 20,
         "held_out": 16,
     },
+    "sequential": {
+        "train": "lora",
+        "lora_on": "output-factors",
+        "lora_rank": 8,
+        "lora_dropout": 0.0,
+        "epochs": 3.0,
+        "batch_size": 64,
+        "learning_rate": 1e-4,
+    },
 }
 """`paper`: the defaults. `quick`: what brought back most in twenty minutes on two cores
 (docs/recovery.md). Its learning rate is settled by the share of the model that is trained
-(`grasp.compensation.trainable.settled`).
+(`grasp.compensation.trainable.settled`). `sequential`: half of a sequential low-rank update (arXiv
+2403.07378, ICLR 2025, as its published script has it, but without dropout): output factors by
+adapters of small rank. The other half is the same once more with `lora_on` "input-factors", on what
+the first one wrote.
 """
 
 

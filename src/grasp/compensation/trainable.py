@@ -6,7 +6,8 @@
     lora      a peft adapter on every dense matrix of the decoder layers, narrowed ones too; pairs,
               which are thin already, are trained as they are, so that everything merges exactly
               and no rank changes. With `keep_adapter` pairs get an adapter too, and nothing is
-              merged
+              merged. With `lora_on` "output-factors" or "input-factors" the adapters are on that
+              factor B or A of every pair, `B + scale b a`, and all else is frozen
 
 What is trained is kept in float32, whatever the rest is in.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from grasp.compensation.recipe import Recipe
 from grasp.core.decoder import Decoder
 from grasp.core.edits import EditLog
-from grasp.core.layer import is_dense
+from grasp.core.layer import is_dense, is_low_rank
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.errors import NumericsError, RecipeError
 
@@ -42,12 +43,16 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     check_trainable(decoder, recipe, log)
     # each factor gets memory of its own below; products are shared only where no gradient is
     fuse(model, together=False)
+    if recipe.lora_on != "matrices":
+        for path in _factors(decoder, recipe):  # or small changes would be lost in rounding
+            parameter = model.get_parameter(path)
+            parameter.data = parameter.detach().float()
     adapted = _targets(decoder, recipe) if recipe.train == "lora" else []
     trained = wrap(decoder, recipe) if recipe.train == "lora" else model
     if recipe.train == "layers":
         for place in log.places or range(len(decoder.stack)):
             decoder.stack[place].requires_grad_(True)
-    elif not recipe.keep_adapter:
+    elif not recipe.keep_adapter and recipe.lora_on == "matrices":
         for path in log.trainable(decoder.family):
             if path.rpartition(".")[0] not in adapted:
                 model.get_parameter(path).requires_grad_(True)
@@ -59,6 +64,13 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
 
 def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
+    if recipe.lora_on != "matrices" and not _factors(decoder, recipe):
+        raise RecipeError(
+            f"--lora-on {recipe.lora_on}: {decoder.source} has no low-rank matrix; use --lora-on"
+            " matrices"
+        )
+    if recipe.lora_on != "matrices":
+        return
     if log.trainable(decoder.family):
         if recipe.train == "lora" and not _targets(decoder, recipe):
             raise RecipeError(
@@ -103,6 +115,7 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = _targets(decoder, recipe)
+    factors = _factors(decoder, recipe)
     transposed = bool(targets) and not isinstance(
         decoder.model.get_submodule(targets[0]), nn.Linear
     )
@@ -111,6 +124,7 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=targets,
+        target_parameters=factors or None,
         fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
@@ -124,10 +138,25 @@ def wrap(decoder: Decoder, recipe: Recipe) -> nn.Module:
     return wrapped
 
 
+def _factors(decoder: Decoder, recipe: Recipe) -> list[str]:
+    """Paths of the factors that get an adapter: one of every pair, as far as it holds numbers."""
+    name = {"output-factors": "weight", "input-factors": "weight_in"}.get(recipe.lora_on)
+    if name is None:
+        return []
+    return [
+        f"{decoder.family.layers}.{index}.{path}.{name}"
+        for index, layer in enumerate(decoder.stack)
+        for path, module in layer.named_modules()
+        if is_low_rank(module) and module.get_parameter(name).numel()
+    ]
+
+
 def _targets(decoder: Decoder, recipe: Recipe) -> list[str]:
     """Paths of the matrices that get an adapter: the dense ones, and with an adapter that is kept
     the pairs too.
     """
+    if recipe.lora_on != "matrices":
+        return []
     names = {name for _, name in decoder.family.matrices}
     return [
         f"{decoder.family.layers}.{index}.{name}"

@@ -86,7 +86,7 @@ def recover(
             ".recovery", gone when it is done.
         data: a named set, a file (Alpaca columns, `messages`, or plain text), or several, separated
             by commas.
-        preset: "paper" (the default) or "quick"; `fields` change it: see
+        preset: "paper" (the default), "quick" or "sequential"; `fields` change it: see
             `grasp.compensation.recipe.Recipe`.
         resume: go on from the last state of an interrupted run with the same recipe.
         fsdp: under torchrun, share the weights among the processes instead of giving each all of
