@@ -424,8 +424,13 @@ class Killed(BaseException):
     """Not an error that anything catches."""
 
 
-def test_resume_is_bit_identical(checkpoints, alpaca, tmp_path):
-    options = {**SMALL, "train": "lora", "lora_dropout": 0.2, "data": alpaca, "max_steps": 8}
+@pytest.mark.parametrize(
+    "more",
+    [{"lora_dropout": 0.2}, {"lora_on": "output-factors"}],
+    ids=lambda more: next(iter(more)),
+)
+def test_resume_is_bit_identical(checkpoints, alpaca, tmp_path, more):
+    options = {**SMALL, "train": "lora", "data": alpaca, "max_steps": 8, **more}
 
     def die(task: str, done: int, total: int) -> None:
         if task.startswith("training") and done == 5:
@@ -673,10 +678,14 @@ def command(*words: str, processes: int = 0) -> list[str]:
         ("fsdp", "factors"),
         pytest.param("ddp", "factors", marks=pytest.mark.slow),
         pytest.param("fsdp", "lora", marks=pytest.mark.slow),
+        pytest.param("ddp", "input-factors", marks=pytest.mark.slow),
+        pytest.param("fsdp", "output-factors", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, train):
     options = {**SMALL, "train": train}
+    if train.endswith("-factors"):
+        options = {**SMALL, "train": "lora", "lora_on": train}
     flags = [
         word
         for name, value in options.items()

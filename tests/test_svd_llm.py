@@ -10,6 +10,7 @@ from test_curvature import all_paths, brute_force, damped_gram
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
+from grasp.core.linalg import rank_for_ratio
 from grasp.core.runner import Resident
 from grasp.errors import RecipeError
 from grasp.methods import make
@@ -119,6 +120,44 @@ def test_every_matrix_keeps_the_same_share(name, retain, calibration):
     }
     pairs = [found for found in result.model.modules() if isinstance(found, LowRankLinear)]
     assert len(pairs) == len(shapes) and not any(pair.pivoted for pair in pairs)
+
+
+@pytest.mark.parametrize("update", ["none", "lstsq"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_under_gqa_keys_and_values_have_ranks_of_their_own(name, update, calibration):
+    """By hand, at the paper's 20 %: k and v have half the rows of q here, not half its rank."""
+    found = ranks(run(calibration, name, retain_ratio=0.8, update=update))
+    by_hand = {"q": 12, "k": 8, "v": 8, "o": 12, "gate": 15, "up": 15, "down": 15}
+    assert {path.split(".")[-1].removesuffix("_proj"): rank for path, rank in found.items()} == (
+        by_hand
+    )
+    assert len(found) == 4 * 7 and len({(p.split(".")[-1], r) for p, r in found.items()}) == 7
+
+
+def test_the_papers_ranks():
+    """Llama-7B's matrices at 20 %, and the keys of a model with eight of them for 32 queries."""
+    shapes = {(4096, 4096): 1638, (11008, 4096): 2388, (4096, 11008): 2388, (1024, 4096): 655}
+    assert {shape: rank_for_ratio(*shape, 0.8) for shape in shapes} == shapes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_error_is_the_sum_of_the_squared_singular_values_that_were_dropped(name, calibration):
+    """Those that grasp.json tells, which are means over tokens; measured on the tokens by hand. The
+    damping adds its share.
+    """
+    result = run(calibration, name, retain_ratio=0.4)
+    dense = sums(name, calibration)
+    for edit in result.manifest["edits"]:
+        weight, gram, tokens = dense[edit["path"]]
+        kept, sigmas = edit["note"]["kept"], edit["note"]["singular_values"]
+        assert kept == list(range(edit["rank"])) and sigmas == sorted(sigmas, reverse=True)
+        dropped = sum(sigma**2 for sigma in sigmas[len(kept) :])
+        change = weight - product(result, edit["path"])
+        found = outputs(change, gram) / tokens
+        mean = INPUT_DAMPING * gram.diagonal().mean() / tokens
+        damped = found + float(mean * change.square().sum())
+        assert damped == pytest.approx(dropped, rel=1e-4), edit["path"]
+        assert 0.95 * dropped < found <= dropped, edit["path"]
 
 
 def test_the_ratio_is_of_all_parameters(calibration):
