@@ -18,8 +18,14 @@ from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.errors import NumericsError
 from grasp.stages.curvature import Curvatures, InputCurvatures
-from grasp.stages.input_norms import InputNorms
-from grasp.stages.statistics import AngularDistance, GroupGrad, Similarity, WeightGrad
+from grasp.stages.input_norms import InputMeans, InputNorms
+from grasp.stages.statistics import (
+    AngularDistance,
+    FeatureFisher,
+    GroupGrad,
+    Similarity,
+    WeightGrad,
+)
 from grasp.stages.sublayers import LayerLosses
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3"]
@@ -46,8 +52,10 @@ COLLECTORS = {
     GroupGrad: lambda decoder: GroupGrad(
         {linear.path: svd(linear.weight) for linear in linears(decoder)}
     ),
+    FeatureFisher: lambda decoder: FeatureFisher(paths(decoder)),
     Curvatures: lambda decoder: Curvatures(paths(decoder)),
     InputCurvatures: lambda decoder: InputCurvatures(paths(decoder)),
+    InputMeans: lambda decoder: InputMeans(paths(decoder)),
     InputNorms: lambda decoder: InputNorms(paths(decoder)),
     LayerLosses: lambda decoder: LayerLosses(decoder.family),
 }
@@ -224,7 +232,8 @@ def test_no_gradient_outlives_its_block(decoder, data):
 
 def test_missing_sums_are_named(decoder):
     model = decoder("llama")
-    for kind in (WeightGrad, GroupGrad, Curvatures, InputCurvatures, InputNorms):
+    of_matrices = (WeightGrad, FeatureFisher, GroupGrad, Curvatures, InputCurvatures)
+    for kind in (*of_matrices, InputMeans, InputNorms):
         with pytest.raises(NumericsError, match=r"model.layers.0.self_attn.q_proj.* missing"):
             COLLECTORS[kind](model).result({})
     with pytest.raises(NumericsError, match="no decoder layer ran"):

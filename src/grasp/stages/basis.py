@@ -2,6 +2,7 @@
 out.
 
     plain    W itself: what dropping a group does to the weights
+    scaled   W diag(s): the same, with one weight a column (`scaled_groups`)
     input    W X^½: what it does to the outputs (SVD-LLM, arXiv 2403.07378)
     fisher   D^½ W X^½: what it does to the loss, in nats a token: half the squared singular value
 
@@ -65,8 +66,7 @@ def groups(
     """The singular groups of a matrix in `basis`, their vectors kept in `scratch`. The plain one
     needs no curvature.
     """
-    # that device has no float64
-    weight = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    weight = _double(weight)
     is_tall = weight.shape[0] >= weight.shape[1]
     if not is_tall:
         weight = weight.mT
@@ -87,6 +87,24 @@ def groups(
             far = far_of(curvature, weight if is_tall else weight.mT).to(weight) / tokens
             far = far + damping * square / tokens / tall * gram
     expand, squares, contract = metric_groups(near, far)
+    return Groups(squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
+
+
+def scaled_groups(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, "in"], scratch: Scratch
+) -> Groups:
+    """The singular groups of W diag(scale), the scale (positive) undone; their vectors are kept in
+    `scratch`. Exact: from all eigenvectors of the float64 Gram matrix of the shorter side.
+    """
+    weight = _double(weight)
+    scale = scale.to(weight)
+    scaled = weight * scale
+    is_tall = weight.shape[0] >= weight.shape[1]
+    gram = scaled.mT @ scaled if is_tall else scaled @ scaled.mT
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    expand, squares, contract = metric_groups(eye, gram)
+    if is_tall:  # a wide W is projected onto its outputs, where there is no scale to undo
+        expand, contract = scale[:, None] * expand, contract / scale
     return Groups(squares.float().cpu(), scratch.hold(expand), scratch.hold(contract))
 
 
@@ -123,6 +141,11 @@ def suffix_sums(products: Float[Tensor, "k k"]) -> Float[Tensor, "k_and_1"]:
     """The sum of a symmetric matrix from row and column r on, for r = 0 to k."""
     rows = 2 * products.triu(1).sum(1) + products.diagonal()
     return torch.cat([rows.flip(0).cumsum(0).flip(0), rows.new_zeros(1)])
+
+
+def _double(weight: Tensor) -> Tensor:
+    """In float64, which Apple's devices lack."""
+    return (weight.cpu() if weight.device.type == "mps" else weight).double()
 
 
 def _damped(total: Tensor, tokens: int, damping: float, identity: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from grasp.core.collector import Collector, ask_for_gradient
 from grasp.core.layer import Layer, Linear
+from grasp.core.linalg import wide
 from grasp.errors import NumericsError
 
 
@@ -147,6 +148,20 @@ class WeightGrad(_OfGradients):
 
     def _take(self, path: str, grad: Tensor) -> None:
         self._add(path, grad)
+
+
+class FeatureFisher(_OfGradients):
+    """How much the loss depends on the weights that read each input feature: the diagonal of the
+    empirical Fisher information, summed over outputs.
+
+    Table: path -> (in,) in float64, `f_j = sum over blocks of sum_i (dL_s/dW_ij)^2`, where L_s is
+    the loss of block s alone, summed over its tokens. Sums: the same.
+    """
+
+    name: ClassVar[str] = "feature_fisher"
+
+    def _take(self, path: str, grad: Tensor) -> None:
+        self._add(path, wide(grad).square().sum(0).to("cpu", torch.float64))
 
 
 class GroupGrad(_OfGradients):
