@@ -4,6 +4,7 @@ the docs; it yields edits.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,3 +185,23 @@ def ratio_unreachable(ratio: float, largest: float, hint: str) -> RecipeError:
         f"--ratio {ratio}: cannot be reached; the largest reachable is {int(largest * 1e4) / 1e4}"
         f" ({hint})"
     )
+
+
+def layer_sizes(decoder: Decoder) -> dict[int, int]:
+    """Numbers of every layer that is there, by its index."""
+    return {
+        layer.index: sum(p.numel() for p in layer.module.parameters()) for layer in decoder.layers()
+    }
+
+
+def fewest_layers(decoder: Decoder, ratio: float) -> int:
+    """The fewest layers without which the share `ratio` of all parameters is gone, whichever they
+    are. Raises `RecipeError` where that is more than all but one.
+    """
+    total, smallest = decoder.num_parameters(), min(layer_sizes(decoder).values())
+    count = math.ceil((ratio * total - 1e-6) / smallest)
+    if count >= decoder.num_layers:
+        raise ratio_unreachable(
+            ratio, smallest * (decoder.num_layers - 1) / total, "all layers but one"
+        )
+    return count

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +18,7 @@ from grasp.core.edits import Drop, Step
 from grasp.core.edits.droppable import check_droppable
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
-from grasp.methods.base import LayerMethod, Plan, ratio_unreachable
+from grasp.methods.base import LayerMethod, Plan, fewest_layers, layer_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class ShortGPT(LayerMethod):
 
     def plan(self, decoder: Decoder) -> Plan:
         count = self._count(decoder)
-        sizes = _layer_sizes(decoder)
+        sizes = layer_sizes(decoder)
         layers = self.layers if self.layers is not None else range(count)
         return Plan(
             count, count, decoder.num_parameters() - sum(sizes[index] for index in layers), 1, 0
@@ -61,17 +60,4 @@ class ShortGPT(LayerMethod):
         if self.num_layers is not None:
             return self.num_layers
         assert self.ratio is not None
-        total, sizes = decoder.num_parameters(), _layer_sizes(decoder)
-        smallest = min(sizes.values())
-        count = math.ceil((self.ratio * total - 1e-6) / smallest)
-        if count >= decoder.num_layers:
-            raise ratio_unreachable(
-                self.ratio, smallest * (decoder.num_layers - 1) / total, "all layers but one"
-            )
-        return count
-
-
-def _layer_sizes(decoder: Decoder) -> dict[int, int]:
-    return {
-        layer.index: sum(p.numel() for p in layer.module.parameters()) for layer in decoder.layers()
-    }
+        return fewest_layers(decoder, self.ratio)
