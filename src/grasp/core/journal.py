@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from grasp.core.collector import Collector
 from grasp.core.destination import beside, shown
 from grasp.core.edits import Step, from_spec
 from grasp.core.journal_folder import EditLine, Folder, SumsLine
@@ -39,12 +38,25 @@ SPEED = 5e8
 Made = TypeVar("Made")
 
 
+class Summing(Protocol):
+    """What has sums that may be kept: collectors, the losses of a search."""
+
+    sums: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        """What they are sums of."""
+
+    def take(self, key: str, value: Tensor) -> None:
+        """Begin the sum `key` with what was summed up before."""
+
+
 class Sums:
     """Where the sums of one sweep are kept. `blocks`, `loss` and `tokens` say what is in the
     collectors' sums already.
     """
 
-    def __init__(self, journal: Journal, number: int, collectors: Sequence[Collector]):
+    def __init__(self, journal: Journal, number: int, collectors: Sequence[Summing]):
         self.journal, self.number, self.collectors = journal, number, collectors
         self.blocks, self.loss, self.tokens = 0, 0.0, 0
         self.began = self.written = time.perf_counter()
@@ -226,7 +238,7 @@ class Journal:
         else:
             self._waiting.append((line, step))
 
-    def sweep(self, collectors: Sequence[Collector], device: torch.device) -> Sums:
+    def sweep(self, collectors: Sequence[Summing], device: torch.device) -> Sums:
         """The next sweep of the run; what its collectors have summed up before is in their sums."""
         found = Sums(self, self._sweeps, collectors)
         self._sweeps += 1

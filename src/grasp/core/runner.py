@@ -1,14 +1,14 @@
 """Who holds what in memory while a model is measured and edited: decided here and nowhere else.
 
 A method gets a runner and asks it for what it needs: the calibration set shown to the model
-(`sweep`), the weights of a layer (`holding`), a result worth keeping (`once`). It does not know
-whether the model lies in memory.
+(`sweep`), what an edit would do to the loss (`tried`), the weights of a layer (`holding`), a result
+worth keeping (`once`). It does not know whether the model lies in memory.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
+from grasp.core.edits import Edit, trial
 from grasp.core.journal import Journal, Sums
 from grasp.core.records import Calibration, Statistics
 from grasp.errors import NumericsError
@@ -48,6 +49,17 @@ class Runner(ABC):
         """
 
     @abstractmethod
+    def tried(
+        self, edits: Mapping[str, Callable[[], Edit]], num_blocks: int, task: str = "trying"
+    ) -> dict[str, float]:
+        """Name -> loss on the first `num_blocks` blocks of the set, or all where it has fewer, of
+        the model as it is now with that edit alone: mean cross-entropy in nats a token.
+
+        Each edit is made, applied and undone before the next is made. Raises `NumericsError` where
+        a loss is not finite.
+        """
+
+    @abstractmethod
     def holding(self, layer: int) -> AbstractContextManager[None]:
         """Inside, the weights of layer number `layer` are in memory. Several threads may hold the
         same layer or different ones.
@@ -58,6 +70,18 @@ class Runner(ABC):
         on from its journal does not make it again. None is not remembered.
         """
         return self.journal.once(key, make)
+
+
+class Losses:
+    """The losses of what was tried, by name, as a journal keeps them."""
+
+    name = "losses"
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, key: str, value: Tensor) -> None:
+        self.sums[key] = value
 
 
 class Resident(Runner):
@@ -71,6 +95,26 @@ class Resident(Runner):
         loss, tokens = self.show(collectors, shown, task, kept)
         tables = {collector.name: collector.result(collector.sums) for collector in collectors}
         return Statistics(tables, tokens, None if loss is None else loss / tokens)
+
+    @torch.no_grad()
+    def tried(
+        self, edits: Mapping[str, Callable[[], Edit]], num_blocks: int, task: str = "trying"
+    ) -> dict[str, float]:
+        losses = Losses()
+        kept = self.journal.sweep([losses], torch.device("cpu"))
+        self.decoder.progress(task, kept.blocks, len(edits))
+        # one trial counts as one block of the journal's
+        for done, name in enumerate(list(edits)[kept.blocks :], kept.blocks + 1):
+            with trial(self.decoder, edits[name]()):
+                found = [
+                    self._loss(block, *self._block(block))
+                    for block in range(min(num_blocks, self.data.num_blocks))
+                ]
+            total, tokens = sum(float(loss) for loss, _ in found), sum(count for _, count in found)
+            losses.take(name, torch.tensor(total / tokens, dtype=torch.float64))
+            kept.add(total, tokens, last=done == len(edits))
+            self.decoder.progress(task, done, len(edits))
+        return {name: float(losses.sums[name]) for name in edits}
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -118,14 +162,19 @@ class Resident(Runner):
 
     def _backward(self, block: int, ids: Tensor, mask: Tensor | None) -> tuple[float, int]:
         """The loss of one block after its backward pass, and the number of tokens predicted."""
+        loss, count = self._loss(block, ids, mask)
+        loss.backward()
+        return float(loss.detach()), count
+
+    def _loss(self, block: int, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+        """The loss of one block, summed over the tokens predicted, and their number."""
         loss, count = self.decoder.loss(ids, mask)
         if not bool(torch.isfinite(loss)):
             raise NumericsError(
                 f"calibration block {block}: the loss is {float(loss.detach())};"
                 f" {self.decoder.first_non_finite(ids, mask)}"
             )
-        loss.backward()
-        return float(loss.detach()), count
+        return loss, count
 
     @contextmanager
     def _attached(self, collectors: Sequence[Collector]) -> Iterator[None]:

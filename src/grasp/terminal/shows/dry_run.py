@@ -85,7 +85,7 @@ def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str,
             (
                 f"{plan.forward_sweeps} forward, {plan.backward_sweeps} forward and backward over"
                 f" {blocks.num_samples} × {blocks.seq_len} tokens"
-                + (f", and {plan.forward_blocks} blocks forward" if plan.forward_blocks else "")
+                + (f", and {plan.forward_blocks:,} blocks forward" if plan.forward_blocks else "")
             ),
         ),
         ("statistics", f"about {megabytes(plan.statistics_bytes)}"),
