@@ -1,6 +1,7 @@
 """Method random-layers: which layers go is drawn by the seed, and by nothing else."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_one_seed_is_one_choice(calibration):
         other = grasp.Calibration(calibration.ids[:2].flip(1), "other", seed)
         found = [dropped(run(data, num_layers=count)) for count in range(LAYERS)]
         assert [len(layers) for layers in found] == list(range(LAYERS))
-        assert all(one < more for one, more in zip(found, found[1:], strict=False))
+        assert all(one < more for one, more in pairwise(found))
         assert dropped(run(data, num_layers=2)) == dropped(run(other, num_layers=2)) == found[2]
         assert dropped(run(data, "gpt2", num_layers=2)) == found[2]
 

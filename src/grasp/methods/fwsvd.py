@@ -4,9 +4,9 @@
 1. Sweep the calibration set once, with a backward pass. A sample is one block, and its loss is its
    own: `f_j = sum over samples, sum over outputs i of (dL/dW_ij)^2` says how much the loss depends
    on the weights that read input feature j (the diagonal of the empirical Fisher information, one
-   weight a feature; sections 3.2 and 3.3).
+   weight a feature).
 2. With D = diag(sqrt f), the singular value decomposition `W D = U Sigma V'`: dropping group k
-   changes `sum_ij f_j (W - W')_ij^2` by sigma_k^2, and no other matrix of that rank changes it less.
+   changes `sum_ij f_j (W - W')_ij^2` by sigma_k^2, and no matrix of that rank changes it less.
 3. Every matrix keeps the same share of its parameters, `rank = int(m n r / (m + n))`, and becomes
    `U Sigma^½` and `Sigma^½ V' D^-1`.
 

@@ -1,5 +1,5 @@
-"""Magnitude SVD: plain truncated singular value decomposition of every matrix, a control (Eckart and
-Young, 1936).
+"""Magnitude SVD: plain truncated singular value decomposition of every matrix, a control (Eckart
+and Young, 1936).
 
 1. `W = U Sigma V'`: dropping group k changes `||W - W'||^2` by sigma_k^2, and no other matrix of
    that rank changes it less. Nothing is asked of the text.
