@@ -43,9 +43,9 @@ from grasp.core.records import Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.size import STORAGES, STORED
 from grasp.methods.structure import Structure
-from grasp.stages.basis import BASES, Groups, groups, judged, on_the_shorter_side
+from grasp.stages.basis import BASES, Groups, groups
 from grasp.stages.curvature import Curvatures
-from grasp.stages.forecast import forecast, halves
+from grasp.stages.forecast import forecast_ranks, halves
 from grasp.stages.statistics import WeightGrad
 
 SCORES = ("magnitude", "taylor", "random")
@@ -82,13 +82,7 @@ class GraspFisher(Structure):
         if not self.predicts:
             return seen
         parts = halves(stats, linear.path).parts
-        parts = tuple(on_the_shorter_side(one, linear.weight) for one in parts)
-        gaps = []
-        for chooser, judge in zip(parts, reversed(parts), strict=True):
-            found = groups(linear.weight, chooser, self.basis, Scratch())
-            seen_too, out = (judged(found, linear.weight, one).cpu() for one in (chooser, judge))
-            gaps.append((seen_too, out))
-        return forecast(seen, gaps)
+        return forecast_ranks(linear.weight, seen, parts, self.basis)
 
     def losses(self, linear: Linear, found: Groups, stats: Statistics, seed: int) -> Tensor:
         """In the Fisher basis by magnitude: nats a token."""

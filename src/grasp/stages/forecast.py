@@ -25,6 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grasp.core.records import Curvature, Statistics
+from grasp.core.scratch import Scratch
+from grasp.stages.basis import groups, judged, on_the_shorter_side
 from grasp.stages.curvature import Curvatures
 
 SPREAD, LEAST = 0.15, 0.02
@@ -61,6 +63,24 @@ def forecast(
     if not gaps:
         return whole
     return falling(whole + torch.stack(gaps).mean(0).clamp_min(0) / 2)
+
+
+def forecast_ranks(
+    weight: Float[Tensor, "out in"],
+    whole: Float[Tensor, "k_and_1"],
+    parts: tuple[Curvature, ...],
+    basis: str,
+) -> Float[Tensor, "k_and_1"]:
+    """`forecast` at every rank of a matrix that loses `whole` on all tokens: decomposed on each
+    half of the blocks, and judged on both.
+    """
+    parts = tuple(on_the_shorter_side(one, weight) for one in parts)
+    gaps = []
+    for chooser, judge in zip(parts, reversed(parts), strict=True):
+        found = groups(weight, chooser, basis, Scratch())
+        seen, out = (judged(found, weight, one).cpu() for one in (chooser, judge))
+        gaps.append((seen, out))
+    return forecast(whole, gaps)
 
 
 def falling(losses: Float[Tensor, "sizes"]) -> Float[Tensor, "sizes"]:
