@@ -583,7 +583,7 @@ def test_the_repeat_command_of_the_model_card_repeats_it(
             "--method shortgpt --num-layers 1 --retain-ratio 0.1",
             "--retain-ratio",
             "shortgpt",
-            "grasp, grasp-fisher, svd-llm",
+            "asvd, fwsvd, grasp, grasp-fisher, magnitude-svd, obd-llm, svd-llm",
         ),
         ("--method grasp --num-layers 1 --basis input", "--basis", "grasp", "grasp-fisher"),
         ("--ratio 0.2 --iterative", "--iterative", "grasp-fisher", "grasp"),
