@@ -73,8 +73,8 @@ class ASVD(LowRank):
     )
     search_samples: NumSamples | None = flag(
         None,
-        "Blocks of the calibration set on which --allocation strs measures each loss (default"
-        f" {SEARCH_SAMPLES}).",
+        "Blocks of the calibration set on which --allocation strs measures each loss: the first so"
+        f" many, or all there are (default {SEARCH_SAMPLES}).",
     )
 
     def __post_init__(self) -> None:
