@@ -29,6 +29,7 @@ here they are the first of the calibration set, whose blocks are drawn at random
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,8 @@ from grasp.methods.low_rank import LowRank, square_bytes
 from grasp.stages.basis import Groups, groups
 from grasp.stages.curvature import InputCurvatures
 from grasp.stages.refit import refitted
+
+logger = logging.getLogger(__name__)
 
 UPDATES = ("none", "lstsq", "lora")
 TRAINING = (
@@ -119,6 +122,15 @@ class SVDLLM(LowRank):
             return
         taken = problem.taken(self.ranks(problem, spend))
         by_layer = sorted(taken, key=lambda one: one[1].layer)
+        shown = runner.data.ids[: self._blocks].numel()
+        largest = max((rank for *_, rank in by_layer), default=0)
+        if shown < 2 * largest:
+            logger.warning(
+                "--update lstsq: %d tokens are few to fit ranks up to %d to; give more"
+                " --update-samples, or a larger --seq-len",
+                shown,
+                largest,
+            )
         for layer, found in groupby(by_layer, key=lambda one: one[1].layer):
             yield from self._updated(
                 runner, layer, {name: (component, rank) for name, component, rank in found}
