@@ -2,18 +2,23 @@
 means.
 """
 
+import shlex
+
 import pytest
 import torch
 from conftest import build
 from test_curvature import all_paths, brute_force, damped_gram
 
 import grasp
+from grasp.cli import cli
+from grasp.compensation.recipe import make_recipe
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.linalg import rank_for_ratio
 from grasp.core.runner import Resident
 from grasp.errors import RecipeError
 from grasp.methods import make
+from grasp.methods.svd_llm import TRAINING
 from grasp.stages.basis import INPUT_DAMPING
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.refit import refitted
@@ -343,6 +348,20 @@ def test_a_refit_does_not_depend_on_how_a_pair_shares_its_norm():
     scaled = right * scale[:, None]
     again = refitted(weight, left / scale, scaled, x.T @ x) @ scaled
     assert torch.allclose(found, again, atol=1e-4)
+
+
+def test_the_commands_that_stand_for_the_lora_update():
+    """They are read by `grasp recover` as they stand, and are the published script's."""
+    made = []
+    for words in TRAINING:
+        told = cli.commands["recover"].make_context("recover", shlex.split(words)[2:]).params
+        asked = {} if told["lora_on"] is None else {"lora_on": told["lora_on"]}
+        made.append(make_recipe(told["preset"], asked))
+    assert [one.lora_on for one in made] == ["output-factors", "input-factors"]
+    for one in made:
+        assert (one.train, one.objective, one.lora_rank, one.lora_alpha) == ("lora", "lm", 8, 16)
+        assert (one.learning_rate, one.batch_size, one.epochs) == (1e-4, 64, 3)
+        assert (one.max_length, one.warmup_steps, one.schedule) == (256, 100, "linear")
 
 
 def test_the_loss_is_never_asked_for(calibration):
