@@ -24,6 +24,8 @@ from grasp.stages.statistics import (
     FeatureFisher,
     GroupGrad,
     Similarity,
+    SquaredGrad,
+    VectorGrad,
     WeightGrad,
 )
 from grasp.stages.sublayers import LayerLosses
@@ -49,6 +51,8 @@ COLLECTORS = {
     Similarity: lambda decoder: Similarity(),
     AngularDistance: lambda decoder: AngularDistance(),
     WeightGrad: lambda decoder: WeightGrad(paths(decoder)),
+    SquaredGrad: lambda decoder: SquaredGrad(paths(decoder)),
+    VectorGrad: lambda decoder: VectorGrad(paths(decoder)),
     GroupGrad: lambda decoder: GroupGrad(
         {linear.path: svd(linear.weight) for linear in linears(decoder)}
     ),
@@ -232,8 +236,8 @@ def test_no_gradient_outlives_its_block(decoder, data):
 
 def test_missing_sums_are_named(decoder):
     model = decoder("llama")
-    of_matrices = (WeightGrad, FeatureFisher, GroupGrad, Curvatures, InputCurvatures)
-    for kind in (*of_matrices, InputMeans, InputNorms):
+    of_matrices = (WeightGrad, FeatureFisher, SquaredGrad, VectorGrad, GroupGrad)
+    for kind in (*of_matrices, Curvatures, InputCurvatures, InputMeans, InputNorms):
         with pytest.raises(NumericsError, match=r"model.layers.0.self_attn.q_proj.* missing"):
             COLLECTORS[kind](model).result({})
     with pytest.raises(NumericsError, match="no decoder layer ran"):

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "methods": (
         "core data stages methods.base methods.components methods.costs methods.low_rank"
         " methods.parts"
-        " methods.plugin methods.scope methods.size methods.sparse methods.structure errors"
+        " methods.plugin methods.scope methods.size methods.sparse methods.structure methods.widths"
+        " errors"
     ),
     "evaluation": "core data evaluation errors",
     "report": "core data report errors",

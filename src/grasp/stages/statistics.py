@@ -164,6 +164,38 @@ class FeatureFisher(_OfGradients):
         self._add(path, wide(grad).square().sum(0).to("cpu", torch.float64))
 
 
+class SquaredGrad(_OfGradients):
+    """The squares of every block's `G_s` (out, in), summed over the blocks. Table: path -> that in
+    float32 or wider. Sums: the same.
+    """
+
+    name: ClassVar[str] = "squared_grad"
+
+    def _take(self, path: str, grad: Tensor) -> None:
+        self._add(path, wide(grad).square())
+
+
+class VectorGrad(_OfGradients):
+    """`W o G` summed over each row and over each column, where G is as for `WeightGrad`: what the
+    loss loses, to first order, where that row or column is zero.
+
+    Table: path -> (out + in,), rows first, in float64. Sums: the same; since they are linear in G,
+    no matrix is kept.
+    """
+
+    name: ClassVar[str] = "vector_grad"
+
+    def _taking(self, linear: Linear) -> Any:
+        def take(grad: Tensor) -> None:
+            product = wide(linear.weight) * wide(linear.oriented(grad.detach()))
+            self._take(linear.path, torch.cat([product.sum(1), product.sum(0)]).double())
+
+        return take
+
+    def _take(self, path: str, grad: Tensor) -> None:
+        self._add(path, grad)
+
+
 class GroupGrad(_OfGradients):
     """Per-sample sums of every singular group's `g_k = sigma_k u_k' G_s v_k`, where G_s is the
     gradient of block s alone.

@@ -45,18 +45,12 @@ def cuts(decoder: Decoder, layer: int, axis: str, keep: Tensor) -> list[Cut]:
     that there is not.
     """
     family, sizes = decoder.family, sizes_of(decoder, layer)
-    lengths = {
-        CHANNELS: sizes.channels,
-        KV_GROUPS: sizes.kv_heads,
-        VALUE_DIMS: sizes.kv_heads * sizes.head_dim,
-    }
-    if axis not in lengths:
-        raise RecipeError(f"layer {layer}: there is no axis '{axis}'; there are {', '.join(WORDS)}")
+    length = length_of(decoder, layer, axis)
     whole = keep.dim() == 1 and not keep.is_floating_point() and bool((keep.diff() > 0).all())
-    if not whole or not len(keep) or not 0 <= int(keep[0]) <= int(keep[-1]) < lengths[axis]:
+    if not whole or not len(keep) or not 0 <= int(keep[0]) <= int(keep[-1]) < length:
         raise RecipeError(
-            f"layer {layer}: what is kept of its {lengths[axis]} {WORDS[axis]} must be some of"
-            " them, rising"
+            f"layer {layer}: what is kept of its {length} {WORDS[axis]} must be some of them,"
+            " rising"
         )
     units = keep.tolist()
     if axis == CHANNELS:
@@ -74,6 +68,21 @@ def cuts(decoder: Decoder, layer: int, axis: str, keep: Tensor) -> list[Cut]:
         columns = family.columns("o", sizes, queries)
         return [*found, Cut(family.path("o"), columns=columns, gathered=wide)]
     return _of_values(decoder, layer, sizes, keep)
+
+
+def length_of(decoder: Decoder, layer: int, axis: str) -> int:
+    """How many places an axis of a layer has now. Raises `RecipeError` for an axis that there is
+    not.
+    """
+    sizes = sizes_of(decoder, layer)
+    lengths = {
+        CHANNELS: sizes.channels,
+        KV_GROUPS: sizes.kv_heads,
+        VALUE_DIMS: sizes.kv_heads * sizes.head_dim,
+    }
+    if axis not in lengths:
+        raise RecipeError(f"layer {layer}: there is no axis '{axis}'; there are {', '.join(WORDS)}")
+    return lengths[axis]
 
 
 def _check_norms(decoder: Decoder, layer: int, sizes: Sizes) -> None:
