@@ -32,7 +32,7 @@ from grasp.core.edits import (
     read_log,
     trial,
 )
-from grasp.core.edits.cuts import cuts, sizes_of
+from grasp.core.edits.cuts import cuts, rotary, sizes_of
 from grasp.core.edits.log import checked_entries
 from grasp.core.families import FAMILIES
 from grasp.core.layers.modeling_grasp import GraspConfig
@@ -92,6 +92,11 @@ def value_dims(decoder: Decoder) -> Narrow:
     return Narrow(1, "value_dims", torch.arange(sizes.kv_heads * sizes.head_dim)[1::2])
 
 
+def key_dims(decoder: Decoder) -> Narrow:
+    sizes = sizes_of(decoder, 1)
+    return Narrow(1, "key_dims", torch.arange(sizes.kv_heads * sizes.head_dim)[::3])
+
+
 def replace(decoder: Decoder) -> Replace:
     hidden = decoder.config.hidden_size
     path = f"{decoder.family.layers}.1"
@@ -112,6 +117,7 @@ MAKE = {
     "channels": channels,
     "kv_groups": kv_groups,
     "value_dims": value_dims,
+    "key_dims": key_dims,
     "replace": replace,
     "first_span": first_span,
 }
@@ -260,6 +266,84 @@ def test_what_is_left_out_counts_as_zero(name, axis):
     edit.apply(decoder)
     assert close(logits(decoder.model), logits(wide.model))
     assert decoder.num_parameters() < before
+
+
+def rows_of_keys(name: str, keep: torch.Tensor) -> dict[str, list[int]]:
+    """Role -> the rows of its matrix that go with the other key dimensions: four query heads of
+    width 8, by hand.
+    """
+    grouped = name not in ("gpt_neox", "gpt2", "opt")
+    gone = sorted(set(range(16 if grouped else 32)) - set(keep.tolist()))
+    at = [(place // 8, place % 8) for place in gone]  # key-value head, number
+    queries = [(2 * kv + j, i) for kv, i in at for j in (0, 1)] if grouped else at
+    if name == "gpt_neox":  # a head's q, k and v, then the next head's
+        return {"q": [24 * h + i for h, i in queries], "k": [24 * h + 8 + i for h, i in at]}
+    behind = 32 if name in ("phi3", "gpt2") else 0
+    return {"q": [8 * h + i for h, i in queries], "k": [behind + 8 * h + i for h, i in at]}
+
+
+NORMED = ("qwen3", "gemma3_text", "olmo2")
+"""Families with norms of queries and keys."""
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_ROWS if name not in NORMED])
+@pytest.mark.parametrize("first", [None, "value_dims"])
+def test_fewer_key_dimensions_are_zeroed_rows_of_queries_and_keys(name, first):
+    """Biases too; also where a matrix of q, k and v lost rows of v before."""
+    decoder, wide = Decoder(build(name)), Decoder(build(name))
+    for one in (decoder, wide):
+        if first:
+            value_dims(one).apply(one)
+    edit, before = key_dims(decoder), decoder.num_parameters()
+    rows = rows_of_keys(name, edit.keep)
+    for role_, places in rows.items():
+        module = wide.layer(1).module.get_submodule(wide.family.path(role_))
+        left = getattr(module, "out_places", None)
+        gone = places if left is None else [left.tolist().index(one) for one in places]
+        with torch.no_grad():
+            (module.weight if isinstance(module, nn.Linear) else module.weight.T)[gone] = 0
+            if module.bias is not None:
+                module.bias[gone] = 0
+    edit.apply(decoder)
+    assert close(logits(decoder.model), logits(wide.model))
+    numbers = 32 + (name in ("qwen2", "gpt_neox", "gpt2", "opt"))
+    assert before - decoder.num_parameters() == numbers * sum(map(len, rows.values()))
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_key_dimensions_stay_where_a_norm_reads_them(name):
+    decoder = Decoder(build(name))
+    with pytest.raises(GraspError, match="k_norm' takes the scale of all numbers of a key"):
+        key_dims(decoder).apply(decoder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_keys_and_values_of_one_layer(name, tmp_path):
+    """In either order; saved, loaded, undone, and with one record a matrix."""
+    said = []
+    for makers in ((value_dims, key_dims), (key_dims, value_dims)):
+        decoder = Decoder(build(name))
+        edits = [make(decoder) for make in makers]
+        first = edits[0].apply(decoder)
+        before, middle = traces(decoder), logits(decoder.model)
+        with trial(decoder, edits[1]):
+            assert not torch.equal(logits(decoder.model), middle)
+        assert traces(decoder) == before and torch.equal(logits(decoder.model), middle)
+        edits[1].apply(decoder)
+        said.append(logits(decoder.model))
+    assert close(said[0], said[1]) and first is not None
+    assert not any("of" in record for record in structure_of(decoder.model).values())
+    decoder.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert close(logits(loaded), said[1])
+    assert structure_of(loaded) == structure_of(decoder.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"), [("llama", 8), ("phi3", 8), ("gpt_neox", 2), ("gpt2", 0), ("opt", 0)]
+)
+def test_how_much_of_a_head_is_rotary(name, turned):
+    assert rotary(Decoder(build(name))) == turned
 
 
 def test_numbers_given_with_a_cut_are_put_in():

@@ -147,6 +147,7 @@ def test_the_record_counts_what_the_model_stores(name):
         "channels": sizes.channels,
         "kv_groups": sizes.kv_heads,
         "value_dims": sizes.kv_heads * sizes.head_dim,
+        "key_dims": sizes.kv_heads * sizes.head_dim,
     }
     assert [round(strip.share, 3) for strip in kept.widths] == [
         round((3 * sizes.channels + -(-sizes.channels // 2)) / (4 * sizes.channels), 3),

@@ -89,6 +89,12 @@ def is_narrow(record: dict[str, Any]) -> bool:
     return record["kind"] == "narrow" and not record.keys() & {"scattered", "gathered", "of"}
 
 
+def is_scattered(module: nn.Module) -> bool:
+    """True for a linear that lost outputs and no inputs, with zeros in their place."""
+    name, gaps = type(module).__name__, getattr(module, "out_places", None)
+    return name == "NarrowLinear" and gaps is not None and module.in_places is None
+
+
 def is_dense(module: nn.Module) -> bool:
     """True for an ordinary linear, also one that only became smaller (`NarrowLinear`)."""
     return not hasattr(module, "record") or bool(getattr(module, "is_plain", False))

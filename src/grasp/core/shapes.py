@@ -1,7 +1,8 @@
 """What the layers of a model are made of, and what is left of it after all edits: the entry
 "layers" of `grasp.json`, one a decoder layer of the model as it was loaded.
 
-    {"widths": {"channels": 1536, "kv_groups": 3, "value_dims": 192}, "mlp": {...},
+    {"widths": {"channels": 1536, "kv_groups": 3, "value_dims": 192, "key_dims": 192},
+     "mlp": {...},
      "attention": {"self_attn.q_proj":
          {"of": [576, 576], "left": [576, 576], "numbers": 115200, "rank": 100}}}
 
@@ -117,5 +118,6 @@ def _widths(decoder: Decoder, layer: nn.Module) -> dict[str, int]:
             continue
         sizes = Sizes.of(decoder.config)
         groups = width // sizes.head_dim // sizes.group
-        found |= {"kv_groups": groups, "value_dims": groups * sizes.head_dim}
+        dims = groups * sizes.head_dim
+        found |= {"kv_groups": groups, "value_dims": dims, "key_dims": dims}
     return found

@@ -17,7 +17,12 @@ from grasp.core.edits import EditLog, Summary, read_log
 from grasp.report.old_shapes import shapes_from_ranks
 
 ATTENTION, MLP = "attention", "mlp"
-AXES = {"channels": "MLP channels", "kv_groups": "KV groups", "value_dims": "value dims"}
+AXES = {
+    "channels": "MLP channels",
+    "kv_groups": "KV groups",
+    "value_dims": "value dims",
+    "key_dims": "key dims",
+}
 """Axes that can become narrower, in the words of the picture."""
 
 
@@ -181,7 +186,7 @@ def _widths(
             absent = layer in gone[part_of_axis(axis)]
             left = min(cut.left, of) if cut else of
             groups = lefts.get(("kv_groups", layer))
-            if axis == "value_dims" and cut is None and groups and groups.of:
+            if axis in ("value_dims", "key_dims") and cut is None and groups and groups.of:
                 left = of * groups.left // groups.of  # they went with their group
             left = 0 if absent else left
             cells[layer] = Cell(of, left, narrower=0 < left < of)

@@ -13,8 +13,14 @@ from grasp.core.decoder import Decoder
 from grasp.core.layers.reading_grasp import features
 from grasp.errors import RecipeError
 
-CHANNELS, KV_GROUPS, VALUE_DIMS = "channels", "kv_groups", "value_dims"
-WORDS = {CHANNELS: "channels", KV_GROUPS: "KV groups", VALUE_DIMS: "value dimensions"}
+CHANNELS, KV_GROUPS = "channels", "kv_groups"
+VALUE_DIMS, KEY_DIMS = "value_dims", "key_dims"
+WORDS = {
+    CHANNELS: "channels",
+    KV_GROUPS: "KV groups",
+    VALUE_DIMS: "value dimensions",
+    KEY_DIMS: "key dimensions",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def cuts(decoder: Decoder, layer: int, axis: str, keep: Tensor) -> list[Cut]:
         found = [Cut(path, rows=places, scattered=wide) for path, places in rows.items()]
         columns = family.columns("o", sizes, queries)
         return [*found, Cut(family.path("o"), columns=columns, gathered=wide)]
-    return _of_values(decoder, layer, sizes, keep)
+    of_heads = _of_values if axis == VALUE_DIMS else _of_keys
+    return of_heads(decoder, layer, sizes, keep)
 
 
 def length_of(decoder: Decoder, layer: int, axis: str) -> int:
@@ -78,7 +85,7 @@ def length_of(decoder: Decoder, layer: int, axis: str) -> int:
     lengths = {
         CHANNELS: sizes.channels,
         KV_GROUPS: sizes.kv_heads,
-        VALUE_DIMS: sizes.kv_heads * sizes.head_dim,
+        **dict.fromkeys((VALUE_DIMS, KEY_DIMS), sizes.kv_heads * sizes.head_dim),
     }
     if axis not in lengths:
         raise RecipeError(f"layer {layer}: there is no axis '{axis}'; there are {', '.join(WORDS)}")
@@ -109,27 +116,74 @@ def sizes_of(decoder: Decoder, layer: int) -> Sizes:
     return replace(sizes, channels=channels, heads=queries, kv_heads=kv_heads)
 
 
+def rotary(decoder: Decoder) -> int:
+    """How many numbers of a head rotary embeddings turn: the first ones, number i in a plane with
+    number i + half (so in every family of the table). 0 where positions are learnt.
+    """
+    found = [
+        2 * buffer.numel()
+        for name, buffer in decoder.model.named_buffers()
+        if name.endswith("inv_freq")
+    ]
+    return max(found, default=0)
+
+
 def _of_values(decoder: Decoder, layer: int, sizes: Sizes, keep: Tensor) -> list[Cut]:
     """The dimensions `keep` of the value heads leave v, and o in every query head that reads them.
     Both keep their width: the attention between them has heads of one size.
     """
-    family = decoder.family
-    values, kept = family.rows("v", sizes), set(keep.tolist())
-    gone = {int(values[place]) for place in range(len(values)) if place not in kept}
-    path = family.path("v")
-    height = features(decoder.layer(layer).module.get_submodule(path))[1]
-    rows = torch.tensor([row for row in range(height) if row not in gone])
-    head, place = keep // sizes.head_dim, keep % sizes.head_dim
-    queries = [
-        (int(kv) * sizes.group + number) * sizes.head_dim + int(where)
-        for kv, where in zip(head, place, strict=True)
-        for number in range(sizes.group)
-    ]
-    columns = family.columns("o", sizes)[torch.tensor(sorted(queries))]
+    family, path = decoder.family, decoder.family.path("v")
+    gone = family.rows("v", sizes)[_others(sizes, keep)]
+    columns = family.columns("o", sizes)[_of_queries(sizes, keep)]
     return [
-        Cut(path, rows=rows, scattered=True),
+        Cut(path, rows=_left(decoder, layer, path, gone), scattered=True),
         Cut(family.path("o"), columns=columns, gathered=True),
     ]
+
+
+def _of_keys(decoder: Decoder, layer: int, sizes: Sizes, keep: Tensor) -> list[Cut]:
+    """The dimensions `keep` of the key heads leave k, and q in every query head that meets them.
+    Both keep their width, with zeros on the way, which add nothing to their product, rotated or
+    not. Raises `RecipeError` where a norm follows, whose scale zeros would change.
+    """
+    family = decoder.family
+    if family.norms.heads:
+        raise RecipeError(
+            f"layer {layer}: '{family.norms.heads[-1]}' takes the scale of all numbers of a key, so"
+            " no key dimension can go; take value dimensions"
+        )
+    others = _others(sizes, keep)
+    gone = {
+        "k": family.rows("k", sizes)[others],
+        "q": family.rows("q", sizes)[_of_queries(sizes, others)],
+    }
+    rows: dict[str, list[Tensor]] = {}
+    for role, places in gone.items():
+        rows.setdefault(family.path(role), []).append(places)
+    return [
+        Cut(path, rows=_left(decoder, layer, path, torch.cat(places)), scattered=True)
+        for path, places in rows.items()
+    ]
+
+
+def _others(sizes: Sizes, keep: Tensor) -> Tensor:
+    """The dimensions of key-value heads that are not among `keep`."""
+    stay = torch.zeros(sizes.kv_heads * sizes.head_dim, dtype=torch.bool)
+    return (~stay.index_fill(0, keep.long().cpu(), True)).nonzero()[:, 0]
+
+
+def _of_queries(sizes: Sizes, places: Tensor) -> Tensor:
+    """Where these dimensions of key-value heads are in all query heads of their groups, rising."""
+    head, place = places.cpu() // sizes.head_dim, places.cpu() % sizes.head_dim
+    queries = head[:, None] * sizes.group + torch.arange(sizes.group)
+    return (queries * sizes.head_dim + place[:, None]).flatten().sort().values
+
+
+def _left(decoder: Decoder, layer: int, path: str, gone: Tensor) -> Tensor:
+    """The rows of a matrix, which keeps its width, without these."""
+    height = features(decoder.layer(layer).module.get_submodule(path))[1]
+    stay = torch.ones(height, dtype=torch.bool)
+    return stay.index_fill(0, gone, False).nonzero()[:, 0]
 
 
 def _rows(decoder: Decoder, sizes: Sizes, units: dict[str, list[int]]) -> dict[str, Tensor]:

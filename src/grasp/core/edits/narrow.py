@@ -1,9 +1,9 @@
-"""A layer becomes narrower: fewer MLP channels, KV groups or value dimensions."""
+"""A layer becomes narrower: fewer MLP channels, KV groups, value or key dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msgspec import Meta, Struct
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grasp.core.decoder import Decoder
+    from grasp.core.edits.cuts import Cut
     from grasp.core.families import Family
+    from grasp.core.layer import Linear
 
 ROLES = {
     "channels": ("gate", "up", "down"),
     "kv_groups": ("q", "k", "v", "o"),
     "value_dims": ("v", "o"),
+    "key_dims": ("q", "k"),
 }
 """Axis -> whose matrices become narrower, in a family that has them."""
 
@@ -39,12 +42,13 @@ class Narrow(Edit):
 
     `axis`: "channels" of the MLP; "kv_groups", a key-value head with the query heads that read it;
     "value_dims", numbers of value heads, counted along all of them (kv_heads x head_dim), which go
-    from v and from o. `keep`: which, rising. `numbers`: what the narrower matrices hold, by path
-    inside the layer (out, in), and biases by path + ".bias"; those not named keep what they held.
-    `of`: how many there were, for people; a log from before it was kept does not say.
+    from v and from o; "key_dims", the same of key heads, from k and from q. `keep`: which, rising.
+    `numbers`: what the narrower matrices hold, by path inside the layer (out, in), and biases by
+    path + ".bias"; those not named keep what they held. `of`: how many there were, for people; a
+    log from before it was kept does not say.
 
     Where the model's code cannot do with a smaller width, what is left out is 0 on the way, and
-    not stored (`NarrowLinear`).
+    not stored (`NarrowLinear`). A matrix of q, k and v that has lost rows so may lose others.
     """
 
     layer: int
@@ -71,14 +75,10 @@ class Narrow(Edit):
 
         if self.keep is None:
             raise RecipeError(f"layer {self.layer}: this edit was read from a log, without tensors")
-        linears = decoder.layer(self.layer).linears
         modules = {}
-        for cut in cuts(decoder, self.layer, self.axis, self.keep):
-            if cut.path not in linears:
-                raise RecipeError(
-                    f"layer {self.layer}: '{cut.path}' is no dense matrix, so it cannot be narrowed"
-                )
-            linear, (rows, columns) = linears[cut.path], cut.size(linears[cut.path].shape)
+        for whole in cuts(decoder, self.layer, self.axis, self.keep):
+            linear, cut, places = self._matrix(decoder, whole)
+            rows, columns = cut.size(linear.shape)
             old: Any = linear.module
             new = narrow_like(old, rows, columns, cut.scattered, cut.gathered, old.weight.device)
             weight = self.numbers.get(cut.path, cut.of(linear.weight))
@@ -92,9 +92,9 @@ class Narrow(Edit):
                 if old.bias is not None:
                     bias = old.bias if cut.rows is None else old.bias[cut.rows]
                     new.bias.copy_(self.numbers.get(f"{cut.path}.bias", bias))
-                for name, places in (("out_places", cut.rows), ("in_places", cut.columns)):
+                for name, kept in (("out_places", places), ("in_places", cut.columns)):
                     if getattr(new, name) is not None:
-                        getattr(new, name).copy_(places)
+                        getattr(new, name).copy_(kept)
             if not bool(torch.isfinite(new.weight).all()):
                 raise NumericsError(
                     f"'{linear.path}': the weights are not finite in {new.weight.dtype}; try"
@@ -102,6 +102,28 @@ class Narrow(Edit):
                 )
             modules[linear.path] = new
         return put(decoder, modules)
+
+    def _matrix(self, decoder: Decoder, cut: Cut) -> tuple[Linear, Cut, Tensor | None]:
+        """The matrix that is cut, the cut in rows that it has now, and where these go. Raises
+        `RecipeError` where it is neither dense nor one that lost rows only, and keeps its width.
+        """
+        import torch
+
+        from grasp.core.layer import Linear, is_scattered
+
+        layer = decoder.layer(self.layer)
+        if cut.path in layer.linears:
+            return layer.linears[cut.path], cut, cut.rows
+        module: Any = layer.module.get_submodule(cut.path)
+        if not (is_scattered(module) and cut.scattered and cut.columns is None):
+            raise RecipeError(
+                f"layer {self.layer}: '{cut.path}' is no dense matrix, so it cannot be narrowed"
+            )
+        assert cut.rows is not None
+        left = torch.isin(module.out_places.cpu(), cut.rows.cpu().int()).nonzero()[:, 0]
+        path = f"{decoder.family.layers}.{self.layer}.{cut.path}"
+        linear = Linear(path, self.layer, cut.path, module)
+        return linear, replace(cut, rows=left), module.out_places[left.to(module.out_places.device)]
 
     def spec(self) -> dict[str, Any]:
         place = {"edit": self.kind, "layer": self.layer, "axis": self.axis}

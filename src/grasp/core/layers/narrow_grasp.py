@@ -123,9 +123,15 @@ def narrow_like(
         old.weight.dtype,
     )
     # narrowed again: the record of the narrower one says it all
-    again = new.is_plain and bool(getattr(old, "is_plain", False))
+    ours = type(old).__name__ == "NarrowLinear"
+    again = ours and not gathered and _gaps(old) == _gaps(new)
     new.of = old.of if again else record_of(old)  # type: ignore[assignment]
     return new
+
+
+def _gaps(linear: Any) -> tuple[bool, bool]:
+    """Whether its inputs, its outputs keep a width that it does not have itself."""
+    return linear.in_places is not None, linear.out_places is not None
 
 
 def check_record(path: str, record: dict[str, Any]) -> None:
