@@ -14,11 +14,13 @@ import grasp
 import grasp.stages
 from grasp.core.collector import Collector, add
 from grasp.core.decoder import Decoder
+from grasp.core.edits.cuts import sizes_of
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.errors import NumericsError
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputMeans, InputNorms
+from grasp.stages.modular import HeadMoments
 from grasp.stages.statistics import (
     AngularDistance,
     FeatureFisher,
@@ -62,6 +64,11 @@ COLLECTORS = {
     InputMeans: lambda decoder: InputMeans(paths(decoder)),
     InputNorms: lambda decoder: InputNorms(paths(decoder)),
     LayerLosses: lambda decoder: LayerLosses(decoder.family),
+    HeadMoments: lambda decoder: HeadMoments(
+        decoder.family,
+        {layer: sizes_of(decoder, layer) for layer in (1, 2)},
+        {1: "v", 2: "qkv"},
+    ),
 }
 """Class -> how to make one for a model."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
@@ -240,6 +247,8 @@ def test_missing_sums_are_named(decoder):
     for kind in (*of_matrices, Curvatures, InputCurvatures, InputMeans, InputNorms):
         with pytest.raises(NumericsError, match=r"model.layers.0.self_attn.q_proj.* missing"):
             COLLECTORS[kind](model).result({})
+    with pytest.raises(NumericsError, match="layer 1: the outputs of v are missing"):
+        COLLECTORS[HeadMoments](model).result({})
     with pytest.raises(NumericsError, match="no decoder layer ran"):
         AngularDistance().result({})
 

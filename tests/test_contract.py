@@ -20,6 +20,7 @@ from grasp.core.edits import Drop
 from grasp.core.fields import declared
 from grasp.methods import available, class_of, make
 from grasp.methods.low_rank import LowRank
+from grasp.methods.widths import Widths
 
 METHODS = sorted(available())
 RECIPES = {
@@ -203,8 +204,8 @@ def test_recipe_round_trip(family, method, calibration, tmp_path):
 
 @everywhere
 def test_plan_predicts_the_result(family, method, calibration):
-    """To the number; where ranks follow from losses not yet known, what is planned is the most,
-    missed by less than one rank, or by what a pair must save to be one.
+    """To the number; where ranks or widths follow from scores not yet known, what is planned is the
+    most, missed by less than one rank, or by what a pair must save to be one, or by one channel.
     """
     for fields in (RECIPES[method], *SIZES[method]):
         chosen, model = make(method, fields), Decoder(build(family))
@@ -215,6 +216,10 @@ def test_plan_predicts_the_result(family, method, calibration):
             one_step = max(
                 *(float(sum(shape)) for shape in shapes),
                 *(chosen.least_saving * math.prod(shape) for shape in shapes),
+            )
+        if issubclass(class_of(method), Widths):
+            one_step = next(
+                float(one.each) for one in chosen.parts(model) if one.axis == "channels"
             )
         assert 0 <= chosen.plan(model).parameters - result.parameters_after < one_step, fields
 

@@ -59,14 +59,14 @@ class Metric:
         weight = weight.float()
         mean = curvature.gradient_square / max(curvature.gradient_tokens, 1) / weight.shape[0]
         gram = self.gram + GRADIENT_DAMPING * mean * (weight.mT @ weight)
-        return Metric(_lifted(self.inputs, INPUT_DAMPING), gram)
+        return Metric(lifted(self.inputs, INPUT_DAMPING), gram)
 
     def turned(self, turn: Float[Tensor, "n n"], back: Float[Tensor, "n n"]) -> Metric:
         """In other coordinates, in float64: the inputs become `turn` h, the matrix W `back`."""
         return Metric(turn @ self.inputs.double() @ turn.mT, back.mT @ self.gram.double() @ back)
 
 
-def _lifted(gram: Tensor, share: float) -> Tensor:
+def lifted(gram: Tensor, share: float) -> Tensor:
     """With a share of the mean of its diagonal added; the identity in the place of zeros."""
     mean = float(gram.diagonal().mean())
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
