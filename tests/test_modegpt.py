@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import rotary, sizes_of
+from grasp.core.layers.structure_grasp import structure_of
 from grasp.core.runner import Resident
 from grasp.errors import RecipeError
 from grasp.methods import make
@@ -333,6 +334,20 @@ def test_it_loads_again(name, calibration, tmp_path):
     result = run(calibration, name, ratio=0.3)
     with torch.no_grad():
         assert close(again(calibration.ids).logits, result.model(calibration.ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_exported_dense_it_has_zeros_for_what_is_gone(name, calibration, tmp_path):
+    """An ordinary checkpoint, also where q, k and v of one matrix lost rows of their own."""
+    result = grasp.compress(
+        build(name), tmp_path / "a", method="modegpt", data=calibration, ratio=0.3
+    )
+    grasp.export(tmp_path / "a", tmp_path / "b", format="dense")
+    plain = grasp.load(tmp_path / "b").model
+    assert not structure_of(plain)
+    with torch.no_grad():
+        expected = result.model(calibration.ids).logits
+        assert close(plain(calibration.ids).logits, expected)
 
 
 def test_statistics_in_files_are_the_same(calibration, tmp_path):
