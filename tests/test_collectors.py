@@ -273,7 +273,7 @@ def test_a_shared_input_is_added_once_over_processes(decoder, data):
         for layer in range(LAYERS):
             mlp = f"model.layers.{layer}.mlp"
             assert f"near.{mlp}.gate_proj" in sums and f"near.{mlp}.up_proj" not in sums
-            assert int(sums[f"shared.{mlp}.up_proj={mlp}.gate_proj"]) == 2 * 20
+            assert int(sums[f"shared.near.{mlp}.up_proj=near.{mlp}.gate_proj"]) == 2 * 20
 
 
 def apart(model, index, blocks):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import grasp
 from grasp.core import scratch
+from grasp.core.collector import add
 from grasp.core.decoder import Decoder
 from grasp.core.linalg import metric_groups, roots, symmetric_roots
 from grasp.core.records import Curvature
@@ -106,11 +107,11 @@ def test_x_of_every_matrix_is_there_and_kept_once(name, kind, calibration):
     """Of wide ones where it is asked for. Matrices that read one input share it, tall or wide."""
     decoder = Decoder(build(name))
     linears = [linear for layer in decoder.layers() for linear in layer.linears.values()]
-    collector = kind(
-        [linear.path for linear in linears],
-        inputs=[linear.path for linear in linears if not linear.is_tall],
-    )
-    table = Resident(decoder, calibration).sweep([collector])[kind.name]
+    paths = [linear.path for linear in linears]
+    collectors = [kind(paths, inputs=paths) for _ in range(2)]  # each on its half of the blocks
+    for one, blocks in zip(collectors, ((0, 1, 2), (3, 4, 5)), strict=True):
+        Resident(decoder, calibration).show([one], blocks)
+    table = collectors[0].result(add(collectors[0].sums, collectors[1].sums))
     expected = brute_force(build(name), calibration.ids, all_paths(decoder))
     shared = {}
     for linear in linears:

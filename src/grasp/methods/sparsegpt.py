@@ -80,8 +80,8 @@ class SparseGPT(Sparse):
     def statistic(self, linears: Sequence[Linear], decoder: Decoder) -> Collector:
         size = 4 * sum(linear.shape[1] ** 2 for linear in linears)
         scratch = Scratch.for_bytes(size, decoder.device, self.scratch)
-        wide_ones = (linear.path for linear in linears if not linear.is_tall)
-        return InputCurvatures((linear.path for linear in linears), scratch, inputs=wide_ones)
+        paths = [linear.path for linear in linears]
+        return InputCurvatures(paths, scratch, inputs=paths)
 
     def statistic_bytes(self, linears: Sequence[Linear]) -> int:
         squares = [linear.shape[1] ** 2 for linear in linears]

@@ -31,13 +31,14 @@ class InputCurvatures(Collector):
     """Sums of the outer products of inputs, from forward passes alone. Table: matrix path ->
     `Curvature`, of which the gradients' part is 0.
 
-    Sums: the fields of `Curvature`, as "near.PATH" and so on. Matrices that read one tensor (q, k
-    and v; gate and up) have the same X, which is kept once, under the first of them; for another,
-    "shared.PATH=FIRST" counts the tokens that it read there. X is "near.PATH" of a tall matrix.
+    Sums: the fields of `Curvature`, as "near.PATH" and so on. X is "near.PATH" of a tall matrix.
+    Matrices that read one tensor (q, k and v; gate and up) have the same X, which is kept once, for
+    the first of them; for another, "shared.near.PATH=near.FIRST" counts the tokens that it read
+    there.
 
-    `inputs`: wide matrices of which X itself is wanted too; its sum, "inputs.PATH", stands in for
-    "far.PATH", which follows from it. `half`: only the blocks of even (0) or odd (1) number are
-    looked at; None: all.
+    `inputs`: matrices of which X itself is wanted, also where they are wide; there its sum,
+    "inputs.PATH", stands in for "far.PATH", which follows from it. `half`: only the blocks of even
+    (0) or odd (1) number are looked at; None: all.
     """
 
     name: ClassVar[str] = "input_curvature"
@@ -82,28 +83,26 @@ class InputCurvatures(Collector):
                 return
             x = self._tokens(inputs[0])
             self._count("input", linear.path, x)
-            if linear.is_tall or linear.path in self.inputs:
-                self._see_input(linear.path, inputs[0], x)
+            if linear.is_tall:
+                self._see_input(f"near.{linear.path}", inputs[0], x)
+            elif linear.path in self.inputs:
+                self._see_input(f"inputs.{linear.path}", inputs[0], x)
             else:
                 self._add_squares("input", linear.path, x)
                 self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
 
         return forward
 
-    def _see_input(self, path: str, given: Tensor, x: Tensor) -> None:
-        """Add the tokens x (tokens, in) of the input `given` to X, unless the matrix before has
-        done so.
+    def _see_input(self, key: str, given: Tensor, x: Tensor) -> None:
+        """Add the tokens x (tokens, in) of the input `given` to X, the sum `key`, unless the matrix
+        before has done so.
         """
         before, first = self.last_input
-        if before is given and self._key(path) not in self.sums:
-            self._add(f"shared.{path}={first}", torch.tensor(len(x)))
+        if before is given and key not in self.sums:
+            self._add(f"shared.{key}={first}", torch.tensor(len(x)))
             return
-        self._add_gram(self._key(path), x)
-        self.last_input = (given, path)
-
-    def _key(self, path: str) -> str:
-        """The sum that X of a matrix is, where it has one of its own."""
-        return f"inputs.{path}" if path in self.inputs else f"near.{path}"
+        self._add_gram(key, x)
+        self.last_input = (given, key)
 
     def _count(self, side: str, path: str, rows: Tensor) -> None:
         """How many rows (tokens, width) of inputs or gradients there are."""
@@ -139,26 +138,26 @@ class InputCurvatures(Collector):
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Curvature]:
         if self.half is not None and not sums:
             return {}  # there was only one block
-        owners = {path: path for path in self.paths}
+        own = dict(sums)
         shared = [key.removeprefix("shared.") for key in sums if key.startswith("shared.")]
-        for path, _, first in (names.partition("=") for names in shared):
-            owners[path] = first
-            read = int(sums[f"shared.{path}={first}"])
-            seen = [int(sums[f"input_tokens.{one}"]) for one in (path, first)]
-            if self._key(path) in sums or seen != [read, read]:
+        for key, _, first in (names.partition("=") for names in shared):
+            read, paths = int(sums[f"shared.{key}={first}"]), [_path(key), _path(first)]
+            seen = [int(sums[f"input_tokens.{path}"]) for path in paths]
+            if key in sums or seen != [read, read]:
                 raise NumericsError(
-                    f"'{path}' reads the same input as '{first}' in some blocks and another one in"
-                    " others; leave it out: --exclude"
+                    f"'{paths[0]}' reads the same input as '{paths[1]}' in some blocks and another"
+                    " one in others; leave it out: --exclude"
                 )
-        return {path: self._record(sums, path, owners[path]) for path in self.paths}
+            own[key] = sums[first]
+        return {path: self._record(own, path) for path in self.paths}
 
-    def _record(self, sums: Mapping[str, Tensor], path: str, owner: str) -> Curvature:
-        """The record of one matrix, whose X, if there is one, is kept under the path `owner`."""
-        near, far = (sums.get(key) for key in (self._key(owner), f"far.{path}"))
-        inputs, nothing = None, torch.zeros(())
-        if path in self.inputs:
-            inputs = check_sum(path, near)
-            near, far = sums.get(f"near.{path}"), nothing
+    def _record(self, sums: Mapping[str, Tensor], path: str) -> Curvature:
+        """The record of one matrix; in `sums` is its X under its own path."""
+        near, far = (sums.get(key) for key in (f"near.{path}", f"far.{path}"))
+        inputs, nothing = sums.get(f"inputs.{path}"), torch.zeros(())
+        if inputs is not None:
+            far = nothing
+            check_sum(path, inputs)
         if not self.backward:  # the side of the gradients
             near, far = (nothing, far) if near is None else (near, nothing)
         near, far = check_sum(path, near), check_sum(path, far)
@@ -171,6 +170,11 @@ class InputCurvatures(Collector):
             int(sums.get(f"gradient_tokens.{path}", 0)),
             inputs,
         )
+
+
+def _path(key: str) -> str:
+    """Of the matrix whose sum `key` is."""
+    return key.partition(".")[2]
 
 
 def _squares(sums: Mapping[str, Tensor], key: str, gram: Tensor) -> float:
