@@ -8,16 +8,18 @@ import pkgutil
 
 import pytest
 import torch
-from conftest import LAYERS, build
+from conftest import LAYERS, WIDTH, build
 
 import grasp
 import grasp.stages
 from grasp.core.collector import Collector, add
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
+from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.errors import NumericsError
+from grasp.stages.closeness import Closeness, LastHidden
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputMeans, InputNorms
 from grasp.stages.modular import HeadMoments
@@ -49,6 +51,10 @@ def paths(decoder):
     return [linear.path for linear in linears(decoder)]
 
 
+def states(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 COLLECTORS = {
     Similarity: lambda decoder: Similarity(),
     AngularDistance: lambda decoder: AngularDistance(),
@@ -69,9 +75,16 @@ COLLECTORS = {
         {layer: sizes_of(decoder, layer) for layer in (1, 2)},
         {1: "v", 2: "qkv"},
     ),
+    LastHidden: lambda decoder: LastHidden(),
+    Closeness: lambda decoder: Closeness(
+        {block: states(1, 20, WIDTH, seed=block) for block in range(6)}
+    ),
 }
 """Class -> how to make one for a model."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
+of_those_with_hooks = pytest.mark.parametrize(
+    "kind", COLLECTORS.keys() - {LastHidden, Closeness}, ids=lambda kind: kind.name
+)
 of_every_mask = pytest.mark.parametrize("padding", MASKS)
 
 
@@ -148,7 +161,7 @@ def layer_first(decoder, data, collector):
     """
     decoder.model.requires_grad_(False)
     calls = {layer.index: [] for layer in decoder.layers()}
-    gradients = []
+    gradients, ends = [], []
 
     def keep(index):
         return lambda _module, args, kwargs: calls[index].append((args, kwargs))
@@ -164,6 +177,11 @@ def layer_first(decoder, data, collector):
         for layer in decoder.layers()
     ]
     handles.append(decoder.stack[-1].register_forward_hook(begin))
+    handles.append(
+        text_decoder(decoder.model)[1].register_forward_hook(
+            lambda _module, _args, output: ends.append(output[0].detach())
+        )
+    )
     for block, mask in enumerate(masks):
         decoder.loss(data.ids[block : block + 1], mask)[0].backward()
     for handle in handles:
@@ -182,6 +200,9 @@ def layer_first(decoder, data, collector):
             output.backward(gradients[block])
             gradients[block] = hidden.grad
         collector.detach(layer)
+    for block, (mask, hidden) in enumerate(zip(masks, ends, strict=True)):
+        collector.begin(block, mask)
+        collector.end(hidden)
     return collector.result(collector.sums)
 
 
@@ -344,7 +365,7 @@ def used():
     return Decoder(model)
 
 
-@of_every_collector
+@of_those_with_hooks
 def test_detach_takes_off_what_attach_put_on(kind, used):
     before = traces(used.model)
     collector, layer = COLLECTORS[kind](used), used.layer(2)

@@ -34,8 +34,9 @@ class Collector(ABC):
     """Measures one statistic. `name` is its table in `Statistics`; `backward` asks for gradients of
     the loss.
 
-    Every block is shown to every layer once: `begin(block, mask)`, then the passes. A layer is
-    measured between `attach` and `detach`, in whatever order the layers and the blocks come.
+    Every block is shown to every layer once: `begin(block, mask)`, then the passes, and `end(hidden)`
+    behind the last layer. A layer is measured between `attach` and `detach`, in whatever order the
+    layers and the blocks come.
     `sums` holds float tensors of 32 bits or wider and int64 counts.
     """
 
@@ -53,6 +54,11 @@ class Collector(ABC):
         on real tokens, None if all are.
         """
         self.block, self.mask = block, mask
+
+    def end(self, hidden: Tensor) -> None:
+        """The block has been read; `hidden` (batch, seq, width) is what the body of the model gives
+        to its head, behind the final norm.
+        """
 
     def attach(self, layer: Layer) -> None:
         """Hook onto one layer, and ask for the gradients of its weights that are needed."""

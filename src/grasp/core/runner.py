@@ -10,15 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, trial
 from grasp.core.journal import Journal, Sums
+from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.errors import NumericsError
 
@@ -176,6 +177,16 @@ class Resident(Runner):
             )
         return loss, count
 
+    def _ends(self, collectors: Sequence[Collector]) -> Callable[..., None]:
+        """A hook for the body of the model: tells the collectors what it gave."""
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            for collector in collectors:
+                collector.end(hidden.detach())
+
+        return hook
+
     @contextmanager
     def _attached(self, collectors: Sequence[Collector]) -> Iterator[None]:
         """Gradients off except where a collector turns them on, hooks attached; all of it undone at
@@ -194,6 +205,8 @@ class Resident(Runner):
                     for collector in collectors:
                         collector.attach(layer)
                         stack.callback(collector.detach, layer)
+                body = text_decoder(self.decoder.model)[1]
+                stack.callback(body.register_forward_hook(self._ends(collectors)).remove)
                 yield
         finally:
             for parameter, requires_grad, grad in before:

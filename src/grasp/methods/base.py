@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -127,13 +127,7 @@ class LayerMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = {"--ratio": self.ratio, "--num-layers": self.num_layers, "--layers": self.layers}
-        given = [name for name, value in sizes.items() if value is not None]
-        if len(given) != 1:
-            said = f"got {' and '.join(given)}" if given else "none was given"
-            raise RecipeError(
-                f"--method {self.name}: say how much to compress with one of {', '.join(sizes)};"
-                f" {said}"
-            )
+        check_one_size(self.name, sizes)
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise RecipeError(f"--layers {','.join(map(str, self.layers))}: a layer is named twice")
         if self.layers == ():
@@ -165,6 +159,16 @@ class LayerMethod(Method):
     def redundancy(self, stats: Statistics) -> Redundancy:
         """The scores that the choice of layers goes by."""
         return angular_distance(stats) if self.angular else block_influence(stats)
+
+
+def check_one_size(name: str, sizes: Mapping[str, object]) -> None:
+    """Raise `RecipeError` unless exactly one of these flags of method `name` has a value."""
+    given = [one for one, value in sizes.items() if value is not None]
+    if len(given) != 1:
+        said = f"got {' and '.join(given)}" if given else "none was given"
+        raise RecipeError(
+            f"--method {name}: say how much to compress with one of {', '.join(sizes)}; {said}"
+        )
 
 
 def check_rank_multiple(multiple: int, linears: Sequence[Linear]) -> None:
