@@ -34,9 +34,9 @@ class Collector(ABC):
     """Measures one statistic. `name` is its table in `Statistics`; `backward` asks for gradients of
     the loss.
 
-    Every block is shown to every layer once: `begin(block, mask)`, then the passes, and `end(hidden)`
-    behind the last layer. A layer is measured between `attach` and `detach`, in whatever order the
-    layers and the blocks come.
+    Every block is shown to every layer once: `begin(block, mask)`, then the passes, then
+    `end(hidden)`. A layer is measured between `attach` and `detach`, in whatever order the layers
+    and the blocks come.
     `sums` holds float tensors of 32 bits or wider and int64 counts.
     """
 

@@ -34,6 +34,12 @@ class Linear:
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def bias(self) -> Tensor | None:
+        """b (out_features), where there is one."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         rows, columns = self.parameter.shape

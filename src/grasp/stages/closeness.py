@@ -7,6 +7,7 @@ of `cos(h, h')`, in [-1, 1], high = near (LaCo, arXiv 2402.11187, section 3.3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import ClassVar
@@ -21,8 +22,8 @@ from grasp.errors import NumericsError
 
 
 class LastHidden(Collector):
-    """The last hidden state of every block. Table: block -> (batch, seq, width) in float32 or wider,
-    0 at padding, which is what `Closeness` compares with. Sums: "BLOCK".
+    """The last hidden state of every block. Table: block -> (batch, seq, width), 0 at padding;
+    `Closeness` compares with it. Sums: "BLOCK".
     """
 
     name: ClassVar[str] = "last_hidden"
@@ -66,7 +67,7 @@ class Closeness(Collector):
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
         """A model whose states are not finite is as far away as can be: -1."""
         found = float(sums["cosine"]) / int(sums["blocks"])
-        return {"cosine": found if found == found else -1.0}
+        return {"cosine": -1.0 if math.isnan(found) else found}
 
 
 def cosine(
