@@ -66,6 +66,18 @@ class Runner(ABC):
         same layer or different ones.
         """
 
+    @abstractmethod
+    def loss(self, block: int) -> tuple[Tensor, int]:
+        """The loss of the model, as it is now, on one block of the set: summed over the predicted
+        tokens in nats, and their number. Gradients can be taken of it where they are asked for.
+        """
+
+    @abstractmethod
+    def standing_in(self, layer: int, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Inside, `forward` computes what layer number `layer` gives, called with the arguments of
+        that layer; no weight of the model asks for a gradient. The model comes back unchanged.
+        """
+
     def once(self, key: str, make: Callable[[], Made]) -> Made:
         """The step that `make()` gives. `key` names it among all that a run makes: a run that goes
         on from its journal does not make it again. None is not remembered.
@@ -152,6 +164,25 @@ class Resident(Runner):
                 kept.add(loss, count, last=done == len(blocks))
                 self.decoder.progress(task, done, len(blocks))
         return kept.loss if backward else None, kept.tokens
+
+    def loss(self, block: int) -> tuple[Tensor, int]:
+        return self.decoder.loss(*self._block(block))
+
+    @contextmanager
+    def standing_in(self, layer: int, forward: Callable[..., Any]) -> Iterator[None]:
+        own = vars(self.decoder.layer(layer).module)
+        before = {name: own[name] for name in ("forward",) if name in own}
+        parameters = [(one, one.requires_grad) for one in self.decoder.model.parameters()]
+        try:
+            for parameter, _ in parameters:
+                parameter.requires_grad_(False)
+            own["forward"] = forward  # what a module has itself comes before what its class has
+            yield
+        finally:
+            del own["forward"]
+            own.update(before)
+            for parameter, requires_grad in parameters:
+                parameter.requires_grad_(requires_grad)
 
     def _block(self, block: int) -> tuple[Tensor, Tensor | None]:
         """(ids, mask) of one block, (1, seq_len), on the model's device."""
