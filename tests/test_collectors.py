@@ -18,6 +18,7 @@ from grasp.core.edits.cuts import sizes_of
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
+from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
 from grasp.stages.closeness import Closeness, LastHidden
 from grasp.stages.curvature import Curvatures, InputCurvatures
@@ -33,6 +34,7 @@ from grasp.stages.statistics import (
     WeightGrad,
 )
 from grasp.stages.sublayers import LayerLosses
+from grasp.stages.windows import WindowSimilarity, WindowStates
 
 FAMILIES = ["llama", "gpt2", "opt", "phi3"]
 MASKS = {
@@ -79,6 +81,8 @@ COLLECTORS = {
     Closeness: lambda decoder: Closeness(
         {block: states(1, 20, WIDTH, seed=block) for block in range(6)}
     ),
+    WindowSimilarity: lambda decoder: WindowSimilarity(decoder.kept, 2),
+    WindowStates: lambda decoder: WindowStates(1, 2, Scratch()),
 }
 """Class -> how to make one for a model."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
