@@ -27,6 +27,7 @@ from grasp.core.edits import (
     Note,
     Quantize,
     Replace,
+    ReplaceMLP,
     Rewrite,
     from_spec,
     read_log,
@@ -108,6 +109,12 @@ def first_span(decoder: Decoder) -> Replace:
     return Replace(f"{decoder.family.layers}.0", 0, random(hidden, hidden), random(hidden, seed=2))
 
 
+def mlp_span(decoder: Decoder) -> ReplaceMLP:
+    hidden = decoder.config.hidden_size
+    path = f"{decoder.family.layers}.1"
+    return ReplaceMLP(path, 2, random(7, hidden), random(hidden, 7, seed=2))
+
+
 MAKE = {
     "drop": lambda _: Drop(1),
     "factorize": factorize,
@@ -120,6 +127,7 @@ MAKE = {
     "key_dims": key_dims,
     "replace": replace,
     "first_span": first_span,
+    "mlp_span": mlp_span,
 }
 SOME = ("llama", "qwen2", "gemma2", "gpt2", "opt", "gpt_neox", "phi3")
 """Rows that differ in what an edit must mind: biases, windows by layer, Conv1D, fused matrices."""
@@ -357,6 +365,25 @@ def test_numbers_given_with_a_cut_are_put_in():
     assert torch.equal(module.weight, weight) and torch.equal(module.bias, bias)
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_an_mlp_in_the_place_of_two_layers(name):
+    """What the layer behind it reads, by hand."""
+    decoder, read = Decoder(build(name)), []
+    edit = mlp_span(decoder)
+    edit.apply(decoder)
+
+    def keep(_module, args, kwargs):
+        read.append(args[0] if args else kwargs["hidden_states"])
+
+    for layer in decoder.stack:
+        layer.register_forward_pre_hook(keep, with_kwargs=True)
+    logits(decoder.model)
+    before, after = read[1:3]
+    unit = before / before.square().mean(-1, keepdim=True).sqrt()
+    inner = unit @ edit.up.T
+    assert close(after, before + (inner * inner.sigmoid()) @ edit.down.T, 2000)
+
+
 def test_edits_on_top_of_each_other(tmp_path):
     """Narrowed, then factorised, then in 8 bits; and back."""
     pytest.importorskip("torchao")
@@ -392,6 +419,9 @@ WRONG = {
     "of its 48 channels": Narrow(1, "channels", torch.tensor([3, 48])),
     "KV groups": Narrow(1, "kv_groups", torch.tensor([], dtype=torch.long)),
     "numbers (3, 3)": Narrow(1, "channels", torch.arange(5), {"mlp.down_proj": torch.zeros(3, 3)}),
+    "(8, 32) and (8, 32) do not fit the hidden size": ReplaceMLP(
+        "model.layers.1", 1, torch.zeros(8, 32), torch.zeros(8, 32)
+    ),
     "not all in the model": Replace("model.layers.3", 4, torch.zeros(32, 32), torch.zeros(32)),
     "hidden size 32": Replace("model.layers.1", 1, torch.zeros(8, 8), torch.zeros(8)),
     "are not finite": Replace(

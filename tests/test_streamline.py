@@ -30,7 +30,7 @@ CONTRACT = {
     },
 }
 SOME = ["llama", "gpt2", "opt", "gemma2", "phi3"]
-"""Rows that call their layers otherwise: by place, by name, with rotary angles, windows by layer."""
+"""Rows that call their layers otherwise: by place or name, with rotary angles, by-layer windows."""
 
 
 def run(data, name="llama", model=None, out=None, **fields):

@@ -228,6 +228,9 @@ TABLES = {
     "only 32 x 32": {Q_PROJ: {"kind": "narrow", "rows": 64, "columns": 32}},
     "'scattered' of": {Q_PROJ: {"kind": "narrow", "rows": 4, "columns": 32, "scattered": 3}},
     "hidden size of 'model.layers.1'": {"model.layers.1": {"kind": "span", "hidden": 0}},
+    "the width of 'model.layers.1'": {
+        "model.layers.1": {"kind": "mlp-span", "hidden": 32, "width": "x"}
+    },
     "names the layer 'model.layers.9'": {"model.layers.9": {"kind": "span", "hidden": 32}},
     "names the layer 'model.layers.1.mlp'": {"model.layers.1.mlp": {"kind": "span", "hidden": 32}},
     "LlamaForCausalLM lacks": {"model.layers.0.mlp": {"kind": "low-rank", "rank": 4}},

@@ -275,7 +275,7 @@ def test_the_tree_in_contributing_is_the_folder():
 
 def test_nobody_else_asks_what_kind_an_edit_is():
     """No `isinstance` on an edit and no reader of its JSON outside core/edits."""
-    kinds = ("Drop", "Factorize", "Narrow", "Quantize", "Replace", "Rewrite")
+    kinds = ("Drop", "Factorize", "Narrow", "Quantize", "Replace", "ReplaceMLP", "Rewrite")
     for name, text in FILES.items():
         if name.startswith("core/edits/"):
             continue

@@ -10,6 +10,7 @@ from grasp.core.edits.log import EditLog, Entry, Note, Step, noted, read_log
 from grasp.core.edits.narrow import Narrow
 from grasp.core.edits.quantize import Quantize
 from grasp.core.edits.replace import Replace
+from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Note",
     "Quantize",
     "Replace",
+    "ReplaceMLP",
     "Rewrite",
     "Step",
     "Summary",

@@ -14,6 +14,7 @@ from grasp.core.edits.factorize import Factorize
 from grasp.core.edits.narrow import Narrow
 from grasp.core.edits.quantize import Quantize
 from grasp.core.edits.replace import Replace
+from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
 from grasp.errors import CheckpointError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS: dict[str, type[Edit]] = {
-    one.kind: one for one in (Drop, Factorize, Narrow, Quantize, Replace, Rewrite)
+    one.kind: one for one in (Drop, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite)
 }
 
 

@@ -41,6 +41,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "low-rank": Kind(check_low_rank, place_low_rank),
+    "mlp-span": Kind(check_span, place_span),
     "narrow": Kind(check_narrow, place_narrow),
     "quantized": Kind(check_quantized, place_quantized),
     "span": Kind(check_span, place_span),
@@ -86,7 +87,7 @@ def made(path: str, old: nn.Module, record: Record) -> nn.Module:
 
 def _is_layer(record: Record) -> bool:
     """Whether the record stands for a whole decoder layer, not for a linear in one."""
-    return bool(record["kind"] == "span")
+    return record["kind"] in ("span", "mlp-span")
 
 
 def structure_of(model: nn.Module) -> dict[str, Record]:
