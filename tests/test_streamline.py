@@ -2,6 +2,8 @@
 text shows, nothing else of the model changes, and what is saved loads again.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from closeness import close, same_weights
@@ -9,7 +11,7 @@ from conftest import LAYERS, build
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, trial
+from grasp.core.edits import Drop, Replace, trial
 from grasp.core.runner import Resident
 from grasp.errors import GraspError, NumericsError, RecipeError
 from grasp.methods import make
@@ -20,9 +22,11 @@ CONTRACT = {
     "sizes": (
         {"num_layers": 3, "epochs": 1},
         {"ratio": 0.2, "net": "layer", "loss": "lm", "epochs": 1},
+        {"num_layers": 2, "net": "ffn", "net_width": 8, "epochs": 1},
     ),
     "flags": {
         "--net": ("none", ("nonsense",)),
+        "--net-width": (8, ("0", "1.5", "x")),
         "--loss": ("lm", ("nonsense",)),
         "--learning-rate": (1e-3, ("0", "2", "nan", "x")),
         "--weight-decay": (0.0, ("-0.5", "2", "nan", "x")),
@@ -135,15 +139,57 @@ def test_a_trained_layer_does_what_the_window_did(name, text):
     assert matrices and not any(torch.equal(own[key], before[key]) for key in matrices)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "phi3"])
+def test_a_trained_mlp_is_nearer_than_nothing(name, text):
+    """On text that was never shown: to the window's output than its input is, from which it began.
+    Nothing else of the model changes.
+    """
+    data, unseen = text
+    result = run(data, name, num_layers=2, net="ffn", learning_rate=1e-2, epochs=8)
+    [edit] = result.manifest["edits"]
+    first = int(edit["path"].rpartition(".")[2])
+    states = hidden_states(build(name), unseen)
+    wanted, began = states[first + 2], states[first]
+    found = hidden_states(result.model, unseen)[first + 1]
+    assert edit["last"] == first + 1
+    assert (found - wanted).square().mean() < 0.9 * (began - wanted).square().mean()
+    dense, stack = Decoder(build(name)), Decoder(result.model).stack
+    left = [index for index in range(LAYERS) if index != first + 1]
+    for place, index in enumerate(left):
+        if index != first:
+            before, after = dense.stack[index].state_dict(), stack[place].state_dict()
+            assert all(torch.equal(before[key], after[key]) for key in before)
+    inner = dense.layer(0).linears[dense.family.path("down")].shape[1]
+    assert stack[first].up.shape == (inner, dense.config.hidden_size)
+
+
+def test_an_mlp_begins_as_nothing(calibration):
+    """Untrained it computes what the model without the window does."""
+    fields = {"num_layers": 2, "net": "ffn", "learning_rate": 1e-30, "epochs": 1}
+    with torch.no_grad():
+        one = run(calibration, **fields).model(calibration.ids).logits
+        other = run(calibration, num_layers=2, net="none").model(calibration.ids).logits
+    assert close(one, other)
+
+
+def test_another_seed_is_another_mlp(text):
+    data, _ = text
+    fields = {"num_layers": 2, "net": "ffn", "net_width": 8, "epochs": 1}
+    seeds = [grasp.Calibration(data.ids, "x", seed=seed) for seed in (0, 0, 1)]
+    one, same, other = (run(seed, **fields).model for seed in seeds)
+    assert same_weights(one, same) and not same_weights(one, other)
+
+
+@pytest.mark.parametrize("net", ["layer", "ffn"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_by_the_models_loss(name, text):
+def test_by_the_models_loss(name, net, text):
     """The loss of the whole model falls, on text that was never shown too."""
     data, unseen = text
     losses = [
         float(Decoder(result.model).loss(unseen)[0].detach())
         for result in (
-            run(data, name, num_layers=3, loss="lm", learning_rate=3e-3, epochs=6),
-            run(data, name, num_layers=3, loss="lm", learning_rate=1e-12, epochs=1),
+            run(data, name, num_layers=3, net=net, loss="lm", learning_rate=3e-3, epochs=6),
+            run(data, name, num_layers=3, net=net, loss="lm", learning_rate=1e-12, epochs=1),
         )
     ]
     assert losses[0] < 0.95 * losses[1]
@@ -243,7 +289,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(loss, text, monkeypatch):
     assert close(decoder.model(data.ids).logits, before(data.ids).logits)
 
 
-@pytest.mark.parametrize("fields", [{"loss": "mse"}, {"loss": "lm"}, {"net": "none"}])
+@pytest.mark.parametrize("fields", [{"loss": "lm"}, {"net": "ffn"}, {"net": "none"}])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 def test_it_loads_again_with_and_without_a_cache(name, fields, text, tmp_path):
     data, unseen = text
@@ -253,7 +299,7 @@ def test_it_loads_again_with_and_without_a_cache(name, fields, text, tmp_path):
         out=tmp_path / "out",
         num_layers=2,
         **fields,
-        **({} if "net" in fields else {"epochs": 1}),
+        **({"epochs": 1}),
     )
     again = grasp.load(tmp_path / "out").model
     assert same_weights(again, result.model)
@@ -265,7 +311,7 @@ def test_it_loads_again_with_and_without_a_cache(name, fields, text, tmp_path):
     assert close(torch.cat([begun.logits, rest], dim=1), whole)
 
 
-@pytest.mark.parametrize("net", ["layer", "none"])
+@pytest.mark.parametrize("net", ["layer", "ffn", "none"])
 def test_the_ratio_is_of_all_parameters(net, text):
     data, _ = text
     total = build("qwen3").num_parameters()
@@ -317,6 +363,11 @@ def test_a_layer_that_was_stood_in_for_comes_back(calibration):
         ("one of --ratio, --num-layers; none was given", {}),
         ("got --ratio and --num-layers", {"ratio": 0.1, "num_layers": 2}),
         ("--num-layers 1: --net layer stands in for at least 2 layers", {"num_layers": 1}),
+        ("--net-width 8: only --net ffn has a width", {"num_layers": 2, "net_width": 8}),
+        (
+            "--net-width 999: the network would be no smaller than a window of 2 layers",
+            {"num_layers": 2, "net": "ffn", "net_width": 999},
+        ),
         ("--num-layers 5: the model has 4 layers; at most 4 .*--net layer", {"num_layers": 5}),
         ("--num-layers 4: .*at most 3 .*--net none", {"num_layers": 4, "net": "none"}),
         ("--ratio 0.9: cannot be reached; the largest reachable is 0", {"ratio": 0.9}),
@@ -333,6 +384,21 @@ def test_one_block_is_too_few_to_train(calibration):
     with pytest.raises(RecipeError, match="--num-samples 1: one block is held out"):
         run(one, num_layers=2)
     assert run(one, num_layers=2, net="none").ratio > 0
+
+
+def test_a_model_that_does_not_say_how_wide_its_mlps_are():
+    decoder = Decoder(build("llama"))
+    decoder.family = dataclasses.replace(decoder.family, mlp=(("?", "mlp.down_proj"),))
+    with pytest.raises(RecipeError, match="MLPs is not known; give --net-width"):
+        make("streamline", {"num_layers": 2, "net": "ffn"}).check(decoder)
+    make("streamline", {"num_layers": 2, "net": "ffn", "net_width": 8}).check(decoder)
+
+
+def test_a_layer_without_matrices_cannot_be_trained():
+    decoder = Decoder(build("llama"))
+    Replace("model.layers.1", 1, torch.zeros(32, 32), torch.zeros(32)).apply(decoder)
+    with pytest.raises(RecipeError, match="--net layer: layer 1 has no dense matrix"):
+        make("streamline", {"num_layers": 2}).check(decoder)
 
 
 def test_a_model_whose_layers_cannot_go_is_refused(calibration):

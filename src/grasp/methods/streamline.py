@@ -35,7 +35,7 @@ from torch import nn
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, Rewrite, Step
+from grasp.core.edits import Drop, ReplaceMLP, Rewrite, Step
 from grasp.core.edits.droppable import check_droppable
 from grasp.core.fields import Count, NumLayers, Place, Share, flag
 from grasp.core.layer import Linear
@@ -44,13 +44,13 @@ from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
 from grasp.errors import RecipeError
 from grasp.methods.base import Method, Plan, check_one_size, ratio_unreachable
-from grasp.stages.light_network import Training, by_states, in_place, learn
+from grasp.stages.light_network import Training, by_states, in_place, learn, new_mlp
 from grasp.stages.statistics import Similarity
 from grasp.stages.windows import WindowSimilarity
 
 logger = logging.getLogger(__name__)
 
-NETS, LOSSES = ("layer", "none"), ("mse", "lm")
+NETS, LOSSES = ("layer", "ffn", "none"), ("mse", "lm")
 BLOCKS, LENGTH = 64, 512
 """What a plan takes for the size of the calibration set, of which it is not told."""
 
@@ -71,8 +71,11 @@ class Streamline(Method):
     num_layers: NumLayers | None = flag(None, "Layers in the window.")
     net: str = flag(
         "layer",
-        "What stands in for the window: layer (a decoder layer) or none (nothing).",
+        "What stands in for the window: layer (a decoder layer), ffn (an MLP) or none (nothing).",
         words=NETS,
+    )
+    net_width: Count | None = flag(
+        None, "Inner width of --net ffn (default: that of the model's own MLPs)."
     )
     loss: str = flag(
         "mse",
@@ -89,11 +92,13 @@ class Streamline(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_size(self.name, {"--ratio": self.ratio, "--num-layers": self.num_layers})
-        if self.num_layers == 1 and self.net != "none":
+        if self.num_layers == 1 and self.net == "layer":
             raise RecipeError(
-                f"--num-layers 1: --net {self.net} stands in for at least 2 layers, or nothing"
-                " would go; take more, or --net none"
+                "--num-layers 1: --net layer stands in for at least 2 layers, or nothing would go;"
+                " take more, or another --net"
             )
+        if self.net_width is not None and self.net != "ffn":
+            raise RecipeError(f"--net-width {self.net_width}: only --net ffn has a width")
 
     # --- what is asked of it
 
@@ -105,8 +110,13 @@ class Streamline(Method):
             if self.net == "layer" and not layer.linears:
                 raise RecipeError(
                     f"--net layer: layer {layer.index} has no dense matrix that could be trained;"
-                    " take --net none"
+                    " take another --net"
                 )
+        if self._removed(decoder, count) <= 0:
+            raise RecipeError(
+                f"--net-width {self._width(decoder)}: the network would be no smaller than a window"
+                f" of {count} layers; take a smaller one, or more layers"
+            )
         # which window goes is not known yet; one in the middle stands for all
         begin = (len(decoder.kept) - count) // 2
         gone = decoder.kept[begin : begin + count][self._stays :]
@@ -116,8 +126,8 @@ class Streamline(Method):
         count, total = self._count(decoder), decoder.num_parameters()
         if not count:
             return Plan(0, 0, total, 1, 0)
-        trains = self.net != "none"
-        edits = count - self._stays + (len(decoder.linears(decoder.kept[0])) if trains else 0)
+        trains, matrices = self.net != "none", len(decoder.linears(decoder.kept[0]))
+        edits = {"none": count, "layer": count - 1 + matrices, "ffn": 1}[self.net]
         state = 4 * LENGTH * decoder.config.hidden_size
         held = count * state + (2 * BLOCKS * state if trains and self.loss == "mse" else 0)
         learnt = self.epochs if trains and self.loss == "lm" else 0
@@ -142,6 +152,9 @@ class Streamline(Method):
             window[-1],
             similarity[window[0]],
         )
+        if self.net == "ffn":
+            yield runner.once(f"layers {window}", partial(self._mlp, runner, window))
+            return
         if self.net == "layer":
             yield from self._layer(runner, window)
         for layer in reversed(window[self._stays :]):
@@ -172,6 +185,15 @@ class Streamline(Method):
         for linear in list(runner.decoder.layer(window[0]).linears.values()):
             yield runner.once(linear.path, partial(step, linear))
 
+    def _mlp(self, runner: Runner, window: list[int]) -> Step:
+        """The window's MLP, trained."""
+        decoder = runner.decoder
+        net = new_mlp(decoder.config.hidden_size, self._width(decoder), runner.data.seed)
+        net = net.to(decoder.device)
+        self._train(runner, net, window)
+        path = f"{decoder.family.layers}.{window[0]}"
+        return Step(ReplaceMLP(path, window[-1], net.up.detach(), net.down.detach()))
+
     def _train(self, runner: Runner, net: nn.Module, window: list[int]) -> None:
         data, device = runner.data, runner.decoder.device
         size = 8 * data.ids.numel() * runner.decoder.config.hidden_size
@@ -189,22 +211,37 @@ class Streamline(Method):
 
     @property
     def _stays(self) -> int:
-        """Layers of the window that are still there in the end."""
-        return 1 if self.net == "layer" else 0
+        """Layers of the window whose place in the list something still takes in the end."""
+        return 0 if self.net == "none" else 1
+
+    def _width(self, decoder: Decoder) -> int:
+        """Inner width of an MLP. Raises `RecipeError` where the model does not say it."""
+        if self.net_width is not None:
+            return self.net_width
+        layer, family = decoder.layer(decoder.kept[0]), decoder.family
+        paths = [path for path in family.holding("down") if path in layer.linears]
+        if not paths:
+            raise RecipeError(
+                f"--net ffn: the width of {family.name}'s MLPs is not known; give --net-width"
+            )
+        return layer.linears[paths[0]].shape[1]
 
     def _removed(self, decoder: Decoder, count: int) -> int:
         """The fewest parameters that go with a window of `count` layers, wherever it is."""
         sizes = [sum(p.numel() for p in one.module.parameters()) for one in decoder.layers()]
-        return min(
-            sum(sizes[begin + self._stays : begin + count])
-            for begin in range(len(sizes) - count + 1)
+        begin = 1 if self.net == "layer" else 0
+        gone = min(
+            sum(sizes[first + begin : first + count]) for first in range(len(sizes) - count + 1)
         )
+        if self.net != "ffn":
+            return gone
+        return gone - 2 * decoder.config.hidden_size * self._width(decoder)
 
     def _count(self, decoder: Decoder) -> int:
         """How many layers the window has; for a ratio, the fewest that reach it. Raises
         `RecipeError` where that is more than can be.
         """
-        most = len(decoder.kept) - 1 + self._stays
+        most = len(decoder.kept) - (0 if self.net == "layer" else 1)
         if self.num_layers is not None:
             if self.num_layers > most:
                 raise RecipeError(
@@ -216,8 +253,8 @@ class Streamline(Method):
         total = decoder.num_parameters()
         if self.ratio * total < 1e-6:
             return 0
-        for count in range(1 + self._stays, most + 1):
+        for count in range(2 if self.net == "layer" else 1, most + 1):
             if self._removed(decoder, count) >= self.ratio * total - 1e-6:
                 return count
-        largest = self._removed(decoder, most) / total if most > 0 else 0.0
+        largest = max(self._removed(decoder, most), 0) / total if most > 0 else 0.0
         raise ratio_unreachable(self.ratio, largest, f"a window of {most} layers, --net {self.net}")

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from grasp.core.edits import Drop, trial
+from grasp.core.layers.span_grasp import MLPSpan
 from grasp.core.linalg import wide
 from grasp.core.progress import Progress
 from grasp.core.runner import Runner
@@ -58,6 +59,7 @@ def split(num_blocks: int) -> tuple[list[int], list[int]]:
     return list(range(num_blocks - held)), list(range(num_blocks - held, num_blocks))
 
 
+@torch.enable_grad()
 def learn(
     net: nn.Module, loss: Loss, num_blocks: int, how: Training, progress: Progress
 ) -> tuple[float, float]:
@@ -139,13 +141,15 @@ def by_states(runner: Runner, net: nn.Module, window: Sequence[int], scratch: Sc
 
 
 def in_place(runner: Runner, net: nn.Module, window: Sequence[int], stack: ExitStack) -> Loss:
-    """The "lm" loss: `net` stands in the model in the place of the window until `stack` is left."""
+    """The "lm" loss: `net` stands in the model in the place of the window until `stack` is left. It
+    may give hidden states alone where a layer gives a tuple.
+    """
+    as_tuple = _gives_tuples(runner, window[0])
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = net(wide(hidden), *widened(args), **widened(kwargs))
-        if isinstance(output, tuple):
-            return (output[0].to(hidden.dtype), *output[1:])
-        return output.to(hidden.dtype)
+        found = (output[0] if isinstance(output, tuple) else output).to(hidden.dtype)
+        return (found,) if as_tuple else found
 
     def named(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs) if args else forward(kwargs.pop("hidden_states"), **kwargs)
@@ -180,6 +184,29 @@ def _calls(runner: Runner, layer: int) -> list[tuple[tuple[Any, ...], dict[str, 
     finally:
         handle.remove()
     return found
+
+
+@torch.no_grad()
+def _gives_tuples(runner: Runner, layer: int) -> bool:
+    """Whether the layers of this model return a tuple, found out by one block."""
+    found: list[bool] = []
+    handle = runner.decoder.layer(layer).module.register_forward_hook(
+        lambda _module, _args, output: found.append(isinstance(output, tuple))
+    )
+    try:
+        runner.loss(0)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def new_mlp(hidden: int, width: int, seed: int) -> MLPSpan:
+    """An MLP that gives back what it reads: `down` is 0, `up` drawn by the seed."""
+    net = MLPSpan(hidden, width, as_tuple=False).requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(net.up, std=hidden**-0.5, generator=generator)
+    nn.init.zeros_(net.down)
+    return net
 
 
 def widened(value: Any) -> Any:
