@@ -58,8 +58,8 @@ STEPS = 8
 
 EVERYTHING = -math.inf
 """A threshold below every cosine."""
-BLOCKS, LENGTH = 64, 512
-"""What a plan takes for the size of the calibration set, of which it is not told."""
+LENGTH = 512
+"""What a plan takes for the length of a block, of which it is not told."""
 
 Similar = Callable[[Sequence[Merge]], float]
 """How near a model with these merges is to the original."""
@@ -135,7 +135,8 @@ class LaCo(Method):
         runs = 1 if goal is None else STEPS * len(widths) / 3
         blocks = runs * len(decoder.kept) * self.compare_samples
         states = 4 * self.compare_samples * LENGTH * decoder.config.hidden_size
-        return Plan(gone + merges, edits, left, 1 + math.ceil(blocks / BLOCKS), 0, states)
+        shown = math.ceil(blocks)
+        return Plan(gone + merges, edits, left, 1, 0, states, forward_blocks=shown)
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         return [Similarity()]
