@@ -63,6 +63,8 @@ class Family:
     """One row: the module path of the list of decoder layers, the linears of a layer in their order
     of use, its norms, and the model's ends. A layer may lack some of them.
 
+    `mlp_steps`: where the MLP is no module of its own, what the layer calls one after another.
+    `ends_as_begun`: whether the model's code gives its outputs the width of its embeddings.
     `fused`: how a matrix of several roles shares its rows. `heads_by_width`: whether the attention
     code takes the number of heads from the width of the projections, so that a KV group is taken
     out with plain smaller matrices (MLP channels are, in every family).
@@ -78,6 +80,8 @@ class Family:
     ends: Ends | None = None
     fused: str = STACKED
     heads_by_width: bool = False
+    mlp_steps: tuple[str, ...] = ()
+    ends_as_begun: bool = False
 
     @property
     def matrices(self) -> Matrices:
@@ -198,6 +202,7 @@ FAMILIES: tuple[Family, ...] = (
         "Conv1D (weights stored in x out), biases",
         Norms("ln_1", "ln_2"),
         Ends("transformer.wte", "transformer.ln_f", "lm_head", "transformer.wpe"),
+        ends_as_begun=True,
     ),
     # counts heads by the config, and mixes tokens without an error where the width is another;
     # where do_layer_norm_before is false (350m), the norms stand behind the residual sums
@@ -219,6 +224,7 @@ FAMILIES: tuple[Family, ...] = (
             "model.decoder.embed_positions",
             ("model.decoder.project_in", "model.decoder.project_out"),
         ),
+        mlp_steps=("fc1", "activation_fn", "fc2"),
     ),
 )
 

@@ -12,6 +12,7 @@ from grasp.core.edits.quantize import Quantize
 from grasp.core.edits.replace import Replace
 from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
+from grasp.core.edits.slice import Slice
 
 __all__ = [
     "KINDS",
@@ -26,6 +27,7 @@ __all__ = [
     "Replace",
     "ReplaceMLP",
     "Rewrite",
+    "Slice",
     "Step",
     "Summary",
     "Undo",

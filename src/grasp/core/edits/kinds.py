@@ -16,13 +16,15 @@ from grasp.core.edits.quantize import Quantize
 from grasp.core.edits.replace import Replace
 from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
+from grasp.core.edits.slice import Slice
 from grasp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS: dict[str, type[Edit]] = {
-    one.kind: one for one in (Drop, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite)
+    one.kind: one
+    for one in (Drop, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite, Slice)
 }
 
 

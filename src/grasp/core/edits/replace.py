@@ -76,7 +76,7 @@ class Span(Edit):
         self.empty(hidden, False, "meta", decoder.dtype)
         if span[1:]:
             check_droppable(decoder, span[1:])
-        as_tuple = _gives_tuples(decoder, old)
+        as_tuple = gives_tuples(decoder, old)
         new = in_place_of(old, self.empty(hidden, as_tuple, decoder.device, decoder.dtype))
         for name, parameter in new.named_parameters():
             with torch.no_grad():
@@ -153,7 +153,7 @@ class Replace(Span):
         return cls(spec["path"], spec["last"], tensors.get("weight"), tensors.get("bias"))
 
 
-def _gives_tuples(decoder: Decoder, layer: Any) -> bool:
+def gives_tuples(decoder: Decoder, layer: Any) -> bool:
     """Whether the layers of this model return a tuple, found out by one token."""
     import torch
 

@@ -86,8 +86,8 @@ class GraspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         said: Any = self.quantization_config
         places = place(model, said.structure)
-        self.quantization_config = GraspConfig({places[p]: r for p, r in said.structure.items()})
-        watch_keys(model, list(said.structure))
+        self.quantization_config = GraspConfig({here: said.structure[p] for p, here in places.items()})
+        watch_keys(model, list(places))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -50,31 +50,34 @@ def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return next((path for path, module in model.named_modules() if module is found), ""), found
 
 
-def own_path(model: nn.Module, path: str, is_layer: bool = False) -> str:
-    """Where the linear that config.json calls `path` is in this model, which may be of another
-    class than the one saved; with `is_layer`, where the decoder layer of that name is.
+def own_path(model: nn.Module, path: str, what: str = "linear") -> str:
+    """Where that is in this model which config.json calls `path`, as it may be of another class
+    than the one saved: a "linear" of a decoder layer, a "layer", or an "end", which is in none.
     """
-    if _is_there(model, path, is_layer):
+    if _is_there(model, path, what):
         return path
     parts, begin = path.split("."), text_decoder(model)[0]
     for start in range(len(parts)):
         rest = ".".join(parts[start:])
-        if not any(part.isdigit() for part in parts[start:]):
+        if what != "end" and not any(part.isdigit() for part in parts[start:]):
             break  # what is left no longer says which layer
         for candidate in (rest, f"{begin}.{rest}"):
-            if _is_there(model, candidate, is_layer):
+            if _is_there(model, candidate, what):
                 return candidate
-    what = "layer" if is_layer else "linear"
-    raise ValueError(f"config.json names the {what} '{path}', which {type(model).__name__} lacks")
+    word = "module" if what == "end" else what
+    raise ValueError(f"config.json names the {word} '{path}', which {type(model).__name__} lacks")
 
 
-def _is_there(model: nn.Module, path: str, is_layer: bool) -> bool:
+def _is_there(model: nn.Module, path: str, what: str) -> bool:
     try:
         found = model.get_submodule(path)
         parent = model.get_submodule(path.rpartition(".")[0])
     except AttributeError:
         return False
-    return isinstance(parent, nn.ModuleList) if is_layer else isinstance(found, (nn.Linear, Conv1D))
+    if what == "end":
+        return True
+    is_layer = isinstance(parent, nn.ModuleList)
+    return is_layer if what == "layer" else isinstance(found, (nn.Linear, Conv1D))
 
 
 def watch_keys(model: Any, paths: list[str]) -> None:

@@ -26,6 +26,8 @@ from .narrow_grasp import place as place_narrow
 from .quantized_grasp import check_record as check_quantized
 from .quantized_grasp import place as place_quantized
 from .reading_grasp import own_path, record_of
+from .sliced_grasp import check_record as check_sliced
+from .sliced_grasp import place as place_sliced
 from .span_grasp import check_record as check_span
 from .span_grasp import place as place_span
 
@@ -44,6 +46,7 @@ KINDS = {
     "mlp-span": Kind(check_span, place_span),
     "narrow": Kind(check_narrow, place_narrow),
     "quantized": Kind(check_quantized, place_quantized),
+    "sliced": Kind(check_sliced, place_sliced),
     "span": Kind(check_span, place_span),
 }
 
@@ -69,12 +72,16 @@ def check_structure(structure: Any) -> None:
 def place(model: nn.Module, structure: dict[str, Record]) -> dict[str, str]:
     """Put what the records describe, unfilled and without memory (meta device), in its place.
 
-    Returns where each path is in this model, which may be of another class than the one saved.
-    Raises `ValueError`.
+    Returns where each path is in this model, which may be of another class than the one saved; a
+    body alone has no head. Raises `ValueError`.
     """
-    places = {path: own_path(model, path, _is_layer(record)) for path, record in structure.items()}
-    for path, record in structure.items():
-        model.set_submodule(places[path], made(path, model.get_submodule(places[path]), record))
+    places = {
+        path: own_path(model, path, _stands_for(record))
+        for path, record in structure.items()
+        if not (record.get("part") == "head" and getattr(model, "base_model", None) is model)
+    }
+    for path, here in places.items():
+        model.set_submodule(here, made(path, model.get_submodule(here), structure[path]))
     return places
 
 
@@ -85,9 +92,13 @@ def made(path: str, old: nn.Module, record: Record) -> nn.Module:
     return KINDS[record["kind"]].place(path, old, record)
 
 
-def _is_layer(record: Record) -> bool:
-    """Whether the record stands for a whole decoder layer, not for a linear in one."""
-    return record["kind"] in ("span", "mlp-span")
+def _stands_for(record: Record) -> str:
+    """What a record is about: a whole decoder layer, a linear in one, or what is before or behind
+    the layers.
+    """
+    if record["kind"] in ("span", "mlp-span") or record.get("part") == "layer":
+        return "layer"
+    return "end" if record["kind"] == "sliced" else "linear"
 
 
 def structure_of(model: nn.Module) -> dict[str, Record]:
