@@ -4,6 +4,8 @@ tests/test_NAME.py.
     recipe    fields of an ordinary run
     sizes     more fields that say how much
     neutral   fields that change nothing; default: ratio 0
+    refuses   families that it does not suit; its own tests have what is said then
+    unties    True where embedding and head become two matrices
     flags     its own flags, each with a value that it takes and those that it refuses
 """
 
