@@ -74,6 +74,7 @@ FAMILY_ROWS: dict[str, Row] = {
         biased=True,
     ),
     "qwen3": Row("Qwen3Config", _GATED),
+    "gemma": Row("GemmaConfig", {**_GATED}, tied=True),
     "gemma2": Row(
         "Gemma2Config", {**_GATED, "sliding_window": 8, "query_pre_attn_scalar": 8}, tied=True
     ),

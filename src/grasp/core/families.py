@@ -153,6 +153,7 @@ FAMILIES: tuple[Family, ...] = (
     _llama_like("Mistral", "mistral", notes="sliding window"),
     _llama_like("Qwen2", "qwen2", notes="q/k/v biases, max_window_layers"),
     _llama_like("Qwen3", "qwen3", notes="q/k norms", norms=replace(_BEFORE, heads=_QK)),
+    _llama_like("Gemma", "gemma", notes="scaled embedding, norms scale by 1 + weight"),
     _llama_like(
         "Gemma 2", "gemma2", notes="post-norms, alternating window, soft-capped logits", norms=_BOTH
     ),
