@@ -13,12 +13,16 @@ from closeness import close
 from conftest import FAMILY_ROWS, build
 
 import grasp
+from grasp.compensation.recipe import Recipe
+from grasp.compensation.trainable import check_trainable
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop
+from grasp.core.edits import Drop, EditLog
 from grasp.core.edits.slicing import Place, places
 from grasp.core.layers.sliced_grasp import RootNorm
+from grasp.core.layers.structure_grasp import check_structure
 from grasp.errors import GraspError, ModelError, RecipeError
 from grasp.methods import make
+from grasp.serving import narrowing
 from grasp.stages.signals import principal
 
 REFUSED = ("gemma2", "gemma3_text", "olmo2")
@@ -37,7 +41,11 @@ CONTRACT = {
 
 def run(calibration, name="llama", out=None, model=None, **fields):
     return grasp.compress(
-        model or build(name), out, method="slicegpt", data=calibration, **(fields or {"slicing": 0.25})
+        model or build(name),
+        out,
+        method="slicegpt",
+        data=calibration,
+        **(fields or {"slicing": 0.25}),
     )
 
 
@@ -66,7 +74,7 @@ def test_rotating_is_exact(name, calibration):
     assert torch.allclose(logits(result.model, calibration.ids), said, atol=1e-12, rtol=1e-10)
 
 
-def test_the_published_size_of_opt_125m():
+def test_the_published_size_of_opt_125m(caplog):
     """Its shape at 0.2: the shortcuts, a second embedding and a bias of the head make it grow."""
     with torch.device("meta"):
         decoder = Decoder(transformers.OPTForCausalLM(transformers.OPTConfig()))
@@ -74,6 +82,7 @@ def test_the_published_size_of_opt_125m():
     method = make("slicegpt", {"slicing": 0.2})
     method.check(decoder)
     assert (method.width(decoder), method.plan(decoder).parameters) == (608, 147_250_880)
+    assert "grow, from 125,239,296 to 147,250,880 parameters" in caplog.text
 
 
 @pytest.mark.parametrize("name", SUITED)
@@ -81,8 +90,15 @@ def test_the_size_is_the_true_one(name, calibration):
     """By a formula of its own: rows and columns, shortcuts, head."""
     dense, width, hidden, vocab = build(name), 24, 32, 260
     layers = [layer.linears.values() for layer in Decoder(dense).layers()]
-    tables = [p for n, p in dense.named_parameters() if p.dim() == 2 and "layers" not in n
-              and ".h." not in n and "head" not in n and "embed_out" not in n]
+    tables = [
+        p
+        for n, p in dense.named_parameters()
+        if p.dim() == 2
+        and "layers" not in n
+        and ".h." not in n
+        and "head" not in n
+        and "embed_out" not in n
+    ]
     expected = sum(len(table) * width for table in tables)
     parallel = name == "gpt_neox"
     for index, linears in enumerate(layers):
@@ -100,7 +116,8 @@ def test_the_size_is_the_true_one(name, calibration):
             else:
                 expected += rows * (width + biased)
         expected += sum(  # the norms of heads stay
-            p.numel() for n, p in Decoder(dense).layer(index).module.named_parameters()
+            p.numel()
+            for n, p in Decoder(dense).layer(index).module.named_parameters()
             if "q_norm" in n or "k_norm" in n
         )
     expected += vocab * (hidden + (name in ("gpt2", "opt", "gpt_neox")))
@@ -189,12 +206,16 @@ def test_the_sliced_model_is_the_dense_one_with_projected_states(name, calibrati
     factor = getattr(dense.config, "residual_multiplier", 1.0)
     states = {}
     for layer in decoder.layers():
+
         def project(_module, args, kwargs, layer=layer.index):
-            states[layer] = (args[0] if args else kwargs["hidden_states"]) @ onto[layer, "attention"].T
+            states[layer] = (args[0] if args else kwargs["hidden_states"]) @ onto[
+                layer, "attention"
+            ].T
             return (states[layer], *args[1:]), kwargs
 
         layer.module.register_forward_pre_hook(project, with_kwargs=True)
         if (layer.index, "mlp") in onto:
+
             def turn(_module, _args, output, layer=layer.index):
                 whole = states[layer] + factor * output.view_as(states[layer])
                 return ((whole @ onto[layer, "mlp"].T - states[layer]) / factor).view_as(output)
@@ -247,38 +268,40 @@ import sys
 sys.modules["grasp"] = None
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
-path = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 ids = torch.tensor([[5, 17, 60, 2]])
-torch.save(model(ids).logits.detach(), path + "/logits.pt")
-one, two = (model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False,
-                           pad_token_id=0, use_cache=cache) for cache in (True, False))
-assert torch.equal(one, two)
-body = AutoModel.from_pretrained(path, trust_remote_code=True)
-assert body(ids).last_hidden_state.shape == (1, 4, 32)
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    torch.save(model(ids).logits.detach(), path + "/logits.pt")
+    one, two = (model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False,
+                               pad_token_id=0, use_cache=cache) for cache in (True, False))
+    assert torch.equal(one, two)
+    body = AutoModel.from_pretrained(path, trust_remote_code=True)
+    assert body(ids).last_hidden_state.shape == (1, 4, 32)
 """
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_it_loads_where_grasp_is_not_installed(name, calibration, tmp_path):
+def test_it_loads_where_grasp_is_not_installed(calibration, tmp_path):
     """Tied before, two matrices now; the body alone loads too."""
-    result = run(calibration, name, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is False
+    results = {name: run(calibration, name, tmp_path / name) for name in ("llama", "gpt2")}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(tmp_path / "out")],
+        [sys.executable, "-c", WITHOUT, *(str(tmp_path / name) for name in results)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = logits(result.model, torch.tensor([[5, 17, 60, 2]]))
-    assert close(torch.load(tmp_path / "out" / "logits.pt"), said)
-    again = grasp.load(tmp_path / "out").model
-    assert again.num_parameters() == result.parameters_after
-    assert again.get_input_embeddings().weight.shape == (260, 24)
+    for name, result in results.items():
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+        said = logits(result.model, torch.tensor([[5, 17, 60, 2]]))
+        assert close(torch.load(tmp_path / name / "logits.pt"), said)
+        again = grasp.load(tmp_path / name).model
+        assert again.num_parameters() == result.parameters_after
+        assert again.get_input_embeddings().weight.shape == (260, 24)
+    again = grasp.load(tmp_path / "llama").model
     hidden = again(calibration.ids[:1], output_hidden_states=True).hidden_states
-    assert [one.shape[-1] for one in hidden[1:]] == [24, 24, 24, 32]
+    # the last one is after the final norm
+    assert [one.shape[-1] for one in hidden] == [24, 24, 24, 24, 32]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -290,15 +313,24 @@ def test_norms_behind_a_block_are_refused(name, calibration):
 def opt_350m():
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(
-            vocab_size=260, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            word_embed_proj_dim=32, do_layer_norm_before=False,
+            vocab_size=260,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=False,
         )
     )
 
 
 def projected():
     config = transformers.OPTConfig(
-        vocab_size=260, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=260,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         word_embed_proj_dim=16,
     )
     return transformers.OPTForCausalLM(config)
@@ -323,9 +355,18 @@ def test_models_that_the_maths_does_not_hold_for(make_model, message, calibratio
         ("with one of --slicing, --ratio; got both", {"slicing": 0.2, "ratio": 0.2}),
         ("--slicing 1: must be at least 0 and below 1", {"slicing": 1}),
         ("--slicing 0.9: leaves nothing .* in multiples of 8; at most 0.75", {"slicing": 0.9}),
-        ("--width-multiple 64: the model's hidden size is 32", {"slicing": 0.2, "width_multiple": 64}),
-        ("--width-multiple 0: must be at least 1", {"slicing": 0.2, "width_multiple": 0}),
-        (r"--ratio 0.9: cannot be reached; the largest reachable is 0\.\d+ \(8 of 32", {"ratio": 0.9}),
+        (
+            "--width-multiple 64: the model's hidden size is 32",
+            {"slicing": 0.2, "width_multiple": 64},
+        ),
+        (
+            "--width-multiple 0: must be a whole number from 1",
+            {"slicing": 0.2, "width_multiple": 0},
+        ),
+        (
+            r"--ratio 0.9: cannot be reached; the largest reachable is 0\.\d+ \(8 of 32",
+            {"ratio": 0.9},
+        ),
     ],
 )
 def test_mistakes_are_one_line(message, fields, calibration):
@@ -340,14 +381,21 @@ def test_what_comes_after_says_what_it_cannot(calibration, tmp_path):
     sliced = str(tmp_path / "out")
     with pytest.raises(GraspError, match="sliced"):
         grasp.export(sliced, tmp_path / "dense", format="dense")
-    for method, fields in (("slicegpt", {"slicing": 0.25}), ("shortgpt", {"num_layers": 1}),
-                           ("svd-llm", {"ratio": 0.1}), ("wanda", {})):
+    for method, fields in (
+        ("slicegpt", {"slicing": 0.25}),
+        ("shortgpt", {"num_layers": 1}),
+        ("svd-llm", {"ratio": 0.1}),
+        ("wanda", {}),
+    ):
         with pytest.raises(GraspError, match="sliced"):
             grasp.compress(sliced, tmp_path / "again", method=method, data=calibration, **fields)
     with pytest.raises(GraspError, match="sliced"):
         Drop(1).apply(Decoder(grasp.load(sliced).model))
-    from grasp.serving import narrowing
-
+    with pytest.raises(GraspError, match="sliced, so what its layers read"):
+        grasp.inspect(sliced, data=calibration)
+    decoder = Decoder(grasp.load(sliced).model)
+    with pytest.raises(GraspError, match="no layer's output is like the teacher's"):
+        check_trainable(decoder, Recipe(objective="layer", teacher="x"), EditLog())
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match="'sliced', which the plug-in for vLLM does not know"):
         narrowing.check(said["structure"])
@@ -357,12 +405,60 @@ def test_what_comes_after_says_what_it_cannot(calibration, tmp_path):
 def test_a_trial_of_all_places_leaves_no_trace(decoder, calibration):
     found = decoder("gpt2")
     said = logits(found.model, calibration.ids)
-    undo = [
-        entry.edit.apply(found) for entry in run(calibration, "gpt2", slicing=0.25).log
-    ]
+    undo = [entry.edit.apply(found) for entry in run(calibration, "gpt2", slicing=0.25).log]
     assert not close(logits(found.model, calibration.ids), said)
     for one in reversed(undo):
         one()
     assert torch.equal(logits(found.model, calibration.ids), said)
     assert found.model.get_input_embeddings().weight is found.model.get_output_embeddings().weight
     assert found.config.tie_word_embeddings and len(places(found)) == 9
+
+
+LAYER = {"kind": "sliced", "part": "layer", "hidden": 32, "widths": [24, None], "blocks": [[]]}
+BRANCH = {
+    "norm": "input_layernorm",
+    "run": ["self_attn"],
+    "reads": [],
+    "writes": "self_attn.o_proj",
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "record"),
+    [
+        ("the part of 'x' is None", {"kind": "sliced"}),
+        ("the width of 'x' is 0", {"kind": "sliced", "part": "table", "width": 0}),
+        ("padded to less", {"kind": "sliced", "part": "table", "width": 9, "padded": 8}),
+        ("the hidden of 'x' is '32'", {"kind": "sliced", "part": "norm", "hidden": "32"}),
+        ("the width 0 of 'x' is 0", {**LAYER, "widths": [0, None]}),
+        ("a width before and behind each block", {**LAYER, "widths": [24]}),
+        ("what its blocks are made of", {**LAYER, "blocks": [[{**BRANCH, "run": []}]]}),
+        ("what its blocks are made of", {**LAYER, "blocks": None}),
+    ],
+)
+def test_a_record_that_makes_no_sense(message, record):
+    with pytest.raises(ValueError, match=message):
+        check_structure({"x": record})
+
+
+def test_a_config_that_does_not_fit_the_files(calibration, tmp_path):
+    """Another width, another layer, a missing head: each is an error, never other numbers."""
+    run(calibration, out=tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    said = json.loads(file.read_text())
+    structure = said["quantization_config"]["structure"]
+    layer, table = structure["model.layers.1"], structure["model.embed_tokens"]
+    for record, key, value, message in (
+        (layer, "widths", [24, 16, 24], "5 weights are of another shape"),
+        (table, "width", 16, "1 weights are of another shape"),
+        (layer["blocks"][0][0], "run", ["no_such"], "is another layer than it says"),
+    ):
+        right, record[key] = record[key], value
+        file.write_text(json.dumps(said))
+        with pytest.raises(GraspError, match=message):
+            grasp.load(tmp_path / "out")
+        record[key] = right
+    file.write_text(json.dumps(said))
+    grasp.load(tmp_path / "out")
+    with pytest.raises(ValueError, match="'lm_head', which LlamaForSequenceClassification lacks"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from grasp.compensation.recipe import Recipe
 from grasp.core.decoder import Decoder
 from grasp.core.edits import EditLog
+from grasp.core.edits.slicing import check_unsliced
 from grasp.core.layer import is_dense, is_low_rank
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.errors import NumericsError, RecipeError
@@ -64,6 +65,8 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
 
 def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
+    if recipe.objective == "layer":
+        check_unsliced(decoder, "no layer's output is like the teacher's; take another --objective")
     if recipe.lora_on != "matrices" and not _factors(decoder, recipe):
         raise RecipeError(
             f"--lora-on {recipe.lora_on}: {decoder.source} has no low-rank matrix; use --lora-on"

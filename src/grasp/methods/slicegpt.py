@@ -21,16 +21,18 @@ a bias. So 20 % less of the hidden size is not 20 % less of the model: OPT-125m 
 
 **What we chose.** The published code takes the eigenvectors of the states in front of the norm in
 place of those that the norm hands on; we do as the paper says. It rotates the unsliced end by
-eigenvectors too; we leave that in its own basis, which is as large and as exact. It hands the states
-of all samples from layer to layer; we sweep the whole model once a block, for the same statistics,
-or once for all on the dense model (`--one-shot`). Damping changes no eigenvector.
+eigenvectors too; we leave that in its own basis, which is as large and as exact. It hands the
+states of all samples from layer to layer; we sweep the whole model once a block, for the same
+statistics, or once for all on the dense model (`--one-shot`). Damping changes no eigenvector.
 
 Not for norms behind a block (Gemma 2 and 3, OLMo 2): their weight is followed by the sum, not by a
-matrix, and `diag(weight) norm(Wx)` in another basis is no such thing. vLLM does not serve the result.
+matrix, and `diag(weight) norm(Wx)` in another basis is no such thing. vLLM does not serve the
+result.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +61,8 @@ from grasp.errors import RecipeError
 from grasp.methods.base import Method, Plan, ratio_unreachable
 from grasp.stages.signals import Signals, principal
 from grasp.stages.statistics import Similarity
+
+logger = logging.getLogger(__name__)
 
 Multiple = Annotated[int, Meta(ge=1, le=65_536)]
 
@@ -94,7 +98,16 @@ class SliceGPT(Method):
 
     def check(self, decoder: Decoder) -> None:
         check_sliceable(decoder)
-        self.width(decoder)
+        width, before = self.width(decoder), decoder.num_parameters()
+        after = before if width is None else self._parameters(decoder, width)
+        if after > before:
+            logger.warning(
+                "--slicing %s: shortcuts and a head of its own make the model grow, from %s to %s"
+                " parameters",
+                self.slicing,
+                f"{before:,}",
+                f"{after:,}",
+            )
 
     def width(self, decoder: Decoder) -> int | None:
         """The hidden size that is left; None where nothing is to be done. Raises `RecipeError`

@@ -30,6 +30,7 @@ from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import EditLog, Entry
+from grasp.core.edits.slicing import check_unsliced
 from grasp.core.fields import PathLike, declared
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
@@ -227,6 +228,7 @@ def _check(
     if isinstance(calibration.data, str):
         check_lengths(decoder, calibration.num_samples, calibration.seq_len)
     settle_class(decoder)
+    check_unsliced(decoder, "it can be recovered and quantized, but not compressed further")
     method.check(decoder)
     if out is not None:
         before, after = decoder.num_parameters(), method.plan(decoder).parameters

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grasp.core.edits.slicing import check_unsliced
 from grasp.core.linalg import svd
 from grasp.core.models import open_model
 from grasp.core.progress import Progress, silent
@@ -42,6 +43,7 @@ def inspect(
 ) -> Inspection:
     """Layer redundancy and, unless `spectra` is False, singular values; nothing is changed."""
     decoder = open_model(**vars(source), dequantize=True)
+    check_unsliced(decoder, "what its layers read and hand on cannot be compared")
     decoder.check_finite()
     blocks = {name: value for name, value in vars(recipe).items() if name != "angular"}
     calibration = calibrate(decoder, **blocks, progress=progress)

@@ -13,6 +13,7 @@ from typing import Any
 from grasp.core.building import INDEX, built_layers, layers_differ
 from grasp.core.decoder import Decoder
 from grasp.core.edits.placing import renumber, sync
+from grasp.core.edits.slicing import check_unsliced
 from grasp.errors import ModelError, RecipeError
 
 
@@ -31,6 +32,7 @@ def check_droppable(decoder: Decoder, layers: Iterable[int]) -> None:
     is in memory, and so not load again; `RecipeError` for a layer that is not there, or the last.
     """
     model, layers = decoder.model, list(layers)
+    check_unsliced(decoder, "each layer hands on in a basis of its own and none can be dropped")
     for layer in layers:
         if layer not in decoder.kept:
             raise RecipeError(

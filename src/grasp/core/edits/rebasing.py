@@ -178,7 +178,9 @@ def _matrix(module: Any) -> Tensor:
 
 
 def _check_finite(draft: _Draft) -> None:
-    found = {path: list(module.parameters()) for path, module in draft.modules.items()}
+    found: dict[str, list[Tensor]] = {
+        path: list(module.parameters()) for path, module in draft.modules.items()
+    }
     found |= {f"shortcut of layer {at[0]}": [one] for at, one in draft.shortcuts.items()}
     for path, tensors in found.items():
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):

@@ -4,10 +4,11 @@ Between two blocks of a pre-norm decoder (attention, MLP) the hidden states x (d
 the norm of the next block, whose outputs only matrices read; matrices that add to them; and the
 sum itself. With orthonormal columns Q (d, w), states z = Q'x (w) can stand in their place:
 
-1. The norm's weight goes into the matrices that read it, `W diag(weight) Q`, its bias into theirs.
-   What is left of it divides by the root of the mean square, which no rotation changes (`RootNorm`).
-2. A LayerNorm subtracts the mean too. That is a product with M = I - 11'/d, which goes to where the
-   states come from. There Q is T = MQ.
+1. The norm's weight goes into the matrices that read it, `W diag(weight) Q`, its bias into
+   theirs. What is left of it divides by the root of the mean square, which no rotation changes
+   (`RootNorm`).
+2. A LayerNorm subtracts the mean too. That is a product with M = I - 11'/d, which goes to where
+   the states come from. There Q is T = MQ.
 3. What writes becomes `T'W`, `T'b`; embeddings become `E T`.
 4. The sum goes on in the next basis: the shortcut of a block is Q' T of the next.
 
@@ -133,45 +134,51 @@ def check_sliceable(decoder: Decoder) -> None:
         )
     if structure_of(decoder.model):
         raise ModelError(
-            "the hidden size can be sliced of a model as it was trained only, and this one holds"
-            " modules of grasp's: slice first, then do the rest"
+            "the hidden size cannot be sliced of a model with modules of grasp's in it; slice the"
+            " one it was made from"
         )
-    if reason := _reason(decoder, family):
+    if reason := next(_reasons(decoder, family), ""):
         raise ModelError(f"the hidden size of {family.name} cannot be sliced: {reason}")
+
+
+def check_unsliced(decoder: Decoder, why: str) -> None:
+    """Raise `ModelError`, saying `why`, where the hidden size of the model was sliced."""
+    if any(record["kind"] == "sliced" for record in structure_of(decoder.model).values()):
+        raise ModelError(f"MODEL {decoder.source}: its hidden size was sliced, so {why}")
 
 
 def _known() -> set[str]:
     return {name for family in FAMILIES for name in family.model_types}
 
 
-def _reason(decoder: Decoder, family: Family) -> str:
-    """Why a model does not suit; empty where it does."""
+def _reasons(decoder: Decoder, family: Family) -> Iterator[str]:
+    """Why a model does not suit; none where it does."""
     ends, config = ends_of(decoder), decoder.config
     if family.norms.after:
-        return (
+        yield (
             "its norms stand behind attention and MLP, where their weights meet the sum, not a"
             " matrix, and do not commute with a rotation"
         )
     if not getattr(config, "do_layer_norm_before", True):
-        return "its norms stand behind the sums (do_layer_norm_before is false)"
+        yield "its norms stand behind the sums (do_layer_norm_before is false)"
     if any(_there(decoder, path) is not None for path in ends.between):
-        return "matrices stand between its embedding and its layers"
+        yield "matrices stand between its embedding and its layers"
     if getattr(config, "add_cross_attention", False):
-        return "it has cross-attention"
-    needed = [*tables(decoder), ends.norm, ends.head]
-    if missing := next((path for path in needed if _there(decoder, path) is None), None):
-        return f"it has no '{missing}'"
-    if not isinstance(_there(decoder, ends.head), nn.Linear):
-        return f"its head is no linear, but {type(_there(decoder, ends.head)).__name__}"
+        yield "it has cross-attention"
+    for path in (*tables(decoder), ends.norm, ends.head):
+        if _there(decoder, path) is None:
+            yield f"it has no '{path}'"
+    head = _there(decoder, ends.head)
+    if not isinstance(head, nn.Linear):
+        yield f"its head is no linear, but {type(head).__name__}"
+    if not _scales(_there(decoder, ends.norm)):
+        yield f"'{ends.norm}' is no norm with a weight"
     for layer in decoder.layers():
-        if odd := next((path for _, path in family.matrices if path not in layer.linears), None):
-            return f"layer {layer.index} has no dense matrix '{odd}'"
+        for path in (one for _, one in family.matrices if one not in layer.linears):
+            yield f"layer {layer.index} has no dense matrix '{path}'"
         for path in (family.norms.attention, family.norms.mlp):
             if not _scales(getattr(layer.module, path, None)):
-                return f"layer {layer.index} has no norm '{path}' with a weight"
-    if not _scales(_there(decoder, ends.norm)):
-        return f"'{ends.norm}' is no norm with a weight"
-    return ""
+                yield f"layer {layer.index} has no norm '{path}' with a weight"
 
 
 def _scales(norm: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from grasp.core.axes import AXES, Sizes
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
+from grasp.core.edits.slicing import check_unsliced
 from grasp.core.families import Family
 from grasp.core.layer import is_low_rank
 from grasp.core.layers.reading_grasp import features, record_of
@@ -95,7 +96,10 @@ def _roles(family: Family, path: str) -> list[str]:
 
 
 def dense_parameters(decoder: Decoder) -> int:
-    """Numbers the model stores once its pairs are multiplied out and its layers filled up."""
+    """Numbers the model stores once its pairs are multiplied out and its layers filled up. Raises
+    `ModelError` where that cannot be.
+    """
+    check_unsliced(decoder, "no ordinary model holds it; export it as onnx or openvino")
     layers, size = widths(decoder), decoder.num_parameters()
     there = widest(decoder, layers) if layers else None
     for path, module in decoder.model.named_modules():

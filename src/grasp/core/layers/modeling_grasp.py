@@ -86,7 +86,9 @@ class GraspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         said: Any = self.quantization_config
         places = place(model, said.structure)
-        self.quantization_config = GraspConfig({here: said.structure[p] for p, here in places.items()})
+        self.quantization_config = GraspConfig(
+            {here: said.structure[p] for p, here in places.items()}
+        )
         watch_keys(model, list(places))
         return model
 

@@ -136,9 +136,14 @@ class SlicedLayer(nn.Module):
                 check_shape(f"{path}.{name}", module.weight, shape)
 
 
+def marked(old: Any, mark: Any) -> type:
+    """The class of `old` with what `mark` adds; hooks and device maps go by its name."""
+    kind: Any = type(old)
+    return _marked(kind, mark)
+
+
 @cache
-def sliced_class(mark: type, kind: type) -> type:
-    """The class `kind` with what `mark` adds; hooks and device maps go by its name."""
+def _marked(kind: Any, mark: Any) -> type:
     return type(kind.__name__, (mark, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
@@ -147,7 +152,7 @@ def become(layer: nn.Module, record: Record) -> None:
     the caller's.
     """
     if not isinstance(layer, SlicedLayer):
-        layer.__class__ = sliced_class(SlicedLayer, type(layer))
+        layer.__class__ = marked(layer, SlicedLayer)
     layer.slicing = record  # type: ignore[assignment]
     for name, _ in shortcuts(record):
         if name not in layer._parameters:
@@ -197,7 +202,7 @@ def sliced_table(old: Any, weight: Tensor, padded: int | None = None) -> Any:
     new = copy.copy(old)
     new._parameters = dict(old._parameters)
     if not isinstance(old, Sliced):
-        new.__class__ = sliced_class(Sliced if padded is None else PaddedTable, type(old))
+        new.__class__ = marked(old, Sliced if padded is None else PaddedTable)
     new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
     new.embedding_dim = weight.shape[1]
     new.slicing = {"kind": "sliced", "part": TABLE, "width": weight.shape[1]}
@@ -208,7 +213,7 @@ def sliced_table(old: Any, weight: Tensor, padded: int | None = None) -> Any:
 def sliced_head(old: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """A head like `old` with W (vocabulary, width) and b (vocabulary)."""
     new = resized(old, weight, bias)
-    new.__class__ = sliced_class(Sliced, type(old))
+    new.__class__ = marked(old, Sliced)
     new.slicing = {"kind": "sliced", "part": HEAD, "width": weight.shape[1]}
     new.slicing |= {"biased": True} if bias is not None else {}
     return new
@@ -227,21 +232,26 @@ def check_record(path: str, record: Record) -> None:
         raise ValueError(
             f"config.json: the part of '{path}' is {part!r}; it must be one of {', '.join(wanted)}"
         )
-    sizes = {name: record.get(name) for name in wanted[part]}
+    sizes: dict[str, Any] = {name: record.get(name) for name in wanted[part]}
     sizes |= {"padded": record["padded"]} if "padded" in record else {}
     if part == LAYER:
-        blocks, widths = record.get("blocks"), record.get("widths")
+        blocks: Any = record.get("blocks")
+        widths = record.get("widths")
         if not _are_blocks(blocks) or not isinstance(widths, list):
             raise ValueError(f"config.json: '{path}' does not say what its blocks are made of")
-        sizes |= {f"width {place}": width for place, width in enumerate(widths) if width}
+        sizes |= {f"width {place}": width for place, width in enumerate(widths)}
         if len(widths) != len(blocks) + 1:
             raise ValueError(f"config.json: '{path}' needs a width before and behind each block")
     for name, size in sizes.items():
+        if name.startswith("width ") and size is None:
+            continue  # as in the dense model
         if type(size) is not int or size < 1:
             raise ValueError(
                 f"config.json: the {name} of '{path}' is {size!r}; it must be a whole number, 1 or"
                 " more"
             )
+    if "padded" in record and record["padded"] < record["width"]:
+        raise ValueError(f"config.json: '{path}' is padded to less than its own width")
 
 
 def _are_blocks(found: Any) -> bool:
@@ -255,6 +265,7 @@ def _are_blocks(found: Any) -> bool:
             and isinstance(one.get("norm"), str)
             and isinstance(one.get("writes"), str)
             and names(one.get("run"))
+            and bool(one["run"])
             and names(one.get("reads"))
             for one in branches
         )
@@ -269,29 +280,35 @@ def place(path: str, old: Any, record: Record) -> nn.Module:
         return SlicedNorm(record["hidden"], eps_of(old))
     if part == TABLE:
         empty = _empty(old, len(old.weight), record["width"])
-        return sliced_table(old, empty, record.get("padded"))  # type: ignore[no-any-return]
+        return sliced_table(old, empty, record.get("padded"))
     if part == HEAD:
         rows = len(old.weight)
         bias = _empty(old, rows) if record.get("biased") else None
-        return sliced_head(old, _empty(old, rows, record["width"]), bias)  # type: ignore[no-any-return]
+        return sliced_head(old, _empty(old, rows, record["width"]), bias)
     try:
         _shape_layer(old, record)
     except AttributeError as missing:
-        raise ValueError(f"config.json: '{path}' is another layer than it says: {missing}") from None
-    return old  # type: ignore[no-any-return]
+        raise ValueError(
+            f"config.json: '{path}' is another layer than it says: {missing}"
+        ) from None
+    return old
 
 
 def _shape_layer(layer: nn.Module, record: Record) -> None:
     """Give an empty layer the norms, matrices and shortcuts of the record."""
-    biased = {
-        path for branches in record["blocks"] for branch in branches for path in branch["reads"]
-    } if record.get("biased") else set()
+    biased = (
+        {path for branches in record["blocks"] for branch in branches for path in branch["reads"]}
+        if record.get("biased")
+        else set()
+    )
     dtype = next(layer.parameters()).dtype
     for path, (rows, columns) in list(shapes(layer, record)):
         old: Any = layer.get_submodule(path)
         bias = _empty(old, rows) if old.bias is not None or path in biased else None
         layer.set_submodule(path, resized(old, _empty(old, rows, columns), bias))
     for width, branches in zip(record["widths"], record["blocks"], strict=False):
+        for name in (name for branch in branches for name in branch["run"]):
+            layer.get_submodule(name)
         for branch in branches if width is not None else ():
             norm = layer.get_submodule(branch["norm"])
             layer.set_submodule(branch["norm"], RootNorm(record["hidden"], eps_of(norm)))
