@@ -152,8 +152,6 @@ MAKE = {
     "replace": replace,
     "first_span": first_span,
     "mlp_span": mlp_span,
-
-
     "slice": slice_attention,
     "slice_first": slice_first,
     "slice_mlp": slice_mlp,
