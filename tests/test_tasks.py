@@ -26,7 +26,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.core.score import Score
 from grasp.errors import DataError, NumericsError, RecipeError
-from grasp.evaluation import task_files, tasks
+from grasp.evaluation import task_files, task_rows, tasks
 from grasp.evaluation.task_questions import Answers, bootstrap_error
 from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
 
@@ -818,7 +818,7 @@ def test_each_blank_of_clue_becomes_a_question():
             "answers": {"text": ["二", "一", "三"], "candidate_id": [1, 0, 2]},
         }
     ]
-    made = task_files.one_blank_a_row(datasets.Dataset.from_list(rows)).to_list()
+    made = task_rows.one_blank_a_row(datasets.Dataset.from_list(rows)).to_list()
     assert [(row["content"], row["answer"]) for row in made] == [
         ("甲#idiom#乙一", 1),
         ("甲二乙#idiom#", 0),

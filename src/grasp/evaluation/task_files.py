@@ -1,5 +1,6 @@
-"""Task data from a folder in place of the hub: `FOLDER/<task>/<split>.jsonl`. Prompts and metrics
-stay lm-eval's own.
+"""Task data from a folder in place of the hub: `FOLDER/<task>/<split>.jsonl`, or, of a task that
+needs no second split, `FOLDER/<task>.jsonl`. Prompts and metrics stay lm-eval's own. A task may
+read the folder of another with the same rows (`data_of` in its metadata).
 
 A file is `.jsonl`, `.jsonl.gz`, `.json` or `.parquet`, named after its split: `train`, `validation`
 (or `valid`, `val`, `dev`), `test`; a prefix (`c3-m-test.json`) and the hub's shard numbers
@@ -54,11 +55,12 @@ def with_local_data(
     questions = config.get("test_split") or config.get("validation_split") or "test"
     files = _files_of_questions(config, name, folder, questions, strict + likely)
     rows = {questions: _joined(files, name, strict, likely)}
+    home = files[0].parent
     fewshot = dict(config.get("fewshot_config") or {})
     named = fewshot.get("split") or config.get("fewshot_split")
     examples = named or config.get("training_split") or config.get("validation_split") or questions
     if num_fewshot > 0 and examples not in rows and (named or "samples" not in fewshot):
-        found = _find(folder / name, examples)
+        found = _find(home, examples)
         if not found:
             raise DataError(
                 f"--task-data {folder}: {name} shows {num_fewshot} worked examples from the split"
@@ -93,17 +95,22 @@ def _files_of_questions(
     held-out split, with a warning.
     """
     home = folder / name
-    for instead in (split, "validation", "test"):
-        files = _find(home, instead)
-        if files:
-            if instead != split:
-                logger.warning(
-                    "%s: the task asks the split '%s'; %s is taken in its place",
-                    name,
-                    split,
-                    ", ".join(map(str, files)),
-                )
-            return files
+    for place in _homes(config, name, folder):
+        for instead in (split, "validation", "test"):
+            files = _find(place, instead)
+            if files:
+                if instead != split:
+                    logger.warning(
+                        "%s: the task asks the split '%s'; %s is taken in its place",
+                        name,
+                        split,
+                        ", ".join(map(str, files)),
+                    )
+                return files
+        for kind in FILE_TYPES:
+            whole = place.with_name(place.name + kind)
+            if whole.is_file():
+                return [whole]
     if home.is_dir():
         there = "; it holds " + (
             ", ".join(sorted(path.name for path in home.iterdir())) or "nothing"
@@ -121,6 +128,13 @@ def _files_of_questions(
         f" one row a question with the columns {', '.join(columns) or 'of its data set'}, as in"
         f" {source} on the Hugging Face hub{there}"
     )
+
+
+def _homes(config: Mapping[str, Any], name: str, folder: Path) -> list[Path]:
+    """Where a task's data may lie, the place of its own name first."""
+    metadata = config.get("metadata")
+    others = metadata.get("data_of", ()) if isinstance(metadata, Mapping) else ()
+    return [folder / one for one in (name, *others)]
 
 
 def _find(home: Path, split: str) -> list[Path]:
@@ -346,43 +360,3 @@ def no_bars() -> Iterator[None]:
     finally:
         if not hidden:
             datasets.enable_progress_bars()
-
-
-def one_blank_a_row(table: Any) -> Any:
-    """CHID in the form of FewCLUE: `content` with one "#idiom#", `candidates`, `answer`. Rows in
-    that form stay as they are.
-
-    CLUE's own rows hold several passages and blanks ("#idiom000123#") that share their candidates.
-    Each blank becomes a row of its passage, with the right idioms in the passage's other blanks.
-    (lm-eval calls this through `task_yaml/chid.yaml`.)
-    """
-    if "answers" not in table.column_names:
-        return table
-
-    def split(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {"content": [], "candidates": [], "answer": []}
-        for passages, candidates, answers in zip(
-            rows["content"], rows["candidates"], rows["answers"], strict=True
-        ):
-            right = iter(answers["candidate_id"])
-            for passage in passages:
-                blanks = [(blank, next(right)) for blank in re.findall(r"#idiom\d+#", passage)]
-                for blank, answer in blanks:
-                    filled = passage
-                    for other, idiom in blanks:
-                        filled = filled.replace(
-                            other, "#idiom#" if other == blank else candidates[idiom]
-                        )
-                    made["content"].append(filled)
-                    made["candidates"].append(candidates)
-                    made["answer"].append(answer)
-        return made
-
-    return table.map(split, batched=True, remove_columns=table.column_names)
-
-
-def labelled(table: Any) -> Any:
-    """Without the rows whose annotators did not agree (label "-", or -1 on the hub). Called through
-    `cmnli.yaml` and `ocnli.yaml`.
-    """
-    return table.filter(lambda row: row["label"] not in ("-", -1, "-1"))

@@ -20,8 +20,25 @@ BUNDLES = {
         "arc_challenge",
         "piqa",
         "mathqa",
-    )
+    ),
+    "opencompass-ppl": (
+        "c3",
+        "cmnli",
+        "chid",
+        "boolq_ppl",
+        "wsc_ppl",
+        "commonsense_qa_ppl",
+        "hellaswag_ppl",
+        "piqa_ppl",
+        "race_middle_ppl",
+        "race_high_ppl",
+        "mmlu_ppl",
+        "cmmlu_ppl",
+    ),
 }
+"""Sets of the paper's tables: its seven commonsense tasks, and its twelve in perplexity mode in the
+order of the table, whose "CoQA" is CommonsenseQA.
+"""
 
 
 def refuse(name: str, config: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
 """What grasp adds around lm-eval's tasks: every question made once before the model runs, a look at
-every answer, and the perplexity mode.
+every answer, and what our tasks change in them.
 
 lm-eval's tasks and its wrapper of the model come as arguments: nothing here imports lm-eval.
 """
@@ -18,6 +18,8 @@ from typing import Any
 
 from grasp.core.progress import Progress
 from grasp.errors import DataError, NumericsError, RecipeError
+from grasp.evaluation.longbench import cut_in_the_middle
+from grasp.evaluation.perplexity_mode import add_perplexity_mode, is_perplexity_mode
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ def generated(settings: dict[str, Any], harness: Any) -> int:
 
 def fit_to_model(task: Any, name: str, harness: Any) -> None:
     """Raise `RecipeError` where a task asks for answers as long as all that the model reads; give
-    our tasks their metric.
+    our tasks their prompts and their metric.
     """
     if task.OUTPUT_TYPE == "generate_until":
         wanted = generated(task.config.generation_kwargs or {}, harness)
@@ -128,48 +130,10 @@ def fit_to_model(task: Any, name: str, harness: Any) -> None:
                 f"--tasks {name}: asks for answers of {wanted} tokens, and the model reads"
                 f" {harness.max_length} in all"
             )
+        if (task.config.metadata or {}).get("cut") == "middle":
+            cut_in_the_middle(task, harness, harness.max_length - wanted)
     if is_perplexity_mode(task):
-        _add_perplexity_mode(task, harness)
-
-
-def is_perplexity_mode(task: Any) -> bool:
-    """Whether a task compares whole texts; our task files say so."""
-    return bool((task.config.metadata or {}).get("perplexity_mode"))
-
-
-def sums_whole_texts(task: Any) -> bool:
-    """Whether the log-likelihoods must be taken in float32 whatever the model's dtype.
-
-    lm-eval takes and adds them up in the model's own. In bfloat16 the sum over a text of hundreds
-    of tokens is then a multiple of 4 or 8, more than what tells two options apart. For short
-    answers lm-eval's way is kept, so that its numbers come out.
-    """
-    return is_perplexity_mode(task) or task.OUTPUT_TYPE == "loglikelihood_rolling"
-
-
-def _add_perplexity_mode(task: Any, harness: Any) -> None:
-    """Give a task the metric `acc_ppl`: the right option's whole text has the lowest mean loss a
-    token (OpenCompass's rule).
-
-    The task's options are whole texts and its question is empty, so an option's log-likelihood is
-    its text's. lm-eval divides by characters at most, since its tasks do not know the tokenizer.
-    """
-    stock = task.process_results
-
-    def with_tokens(row: Any, answers: list[tuple[float, bool]]) -> dict[str, Any]:
-        lengths = [
-            len(harness.tok_encode(text, add_special_tokens=False))
-            for text in task.doc_to_choice(row)
-        ]
-        losses = [
-            -likelihood / length for (likelihood, _), length in zip(answers, lengths, strict=True)
-        ]
-        return {
-            **stock(row, answers),
-            "acc_ppl": float(losses.index(min(losses)) == task.doc_to_target(row)),
-        }
-
-    task.process_results = with_tokens
+        add_perplexity_mode(task, harness)
 
 
 def no_bar(*arguments: Any, **options: Any) -> Any:

@@ -1,17 +1,18 @@
 """Tasks: questions put to a model by lm-eval 0.4.13, with its own prompts and metrics, from the hub
 or from local files.
 
-    arc_easy, openbookqa, gsm8k, mmlu, boolq, race, cmmlu, longbench, ...
+    arc_easy, openbookqa, gsm8k, mmlu, boolq, race, cmmlu, ...
                                 whatever lm-eval knows, by its name there
     commonsense                 the seven commonsense tasks of the paper
-    c3, chid, cmnli, ocnli      tasks of the paper that lm-eval lacks: files of ours in lm-eval's
-                                form, in `task_yaml`
+    opencompass-ppl             its twelve in OpenCompass's perplexity mode (`perplexity_mode.py`),
+                                and ocnli: files of ours in lm-eval's form, in `task_yaml`
+    longbench, longbench_qasper, ...
+                                lm-eval's prompts, the rest as published (`longbench.py`)
 
 A multiple-choice task gives the model a question and takes the option with the highest
-log-likelihood: in total (`acc`), a character (`acc_norm`), or, in our four, a token of the whole
-text (`acc_ppl`, OpenCompass's perplexity mode). Each task is run by itself, so its numbers do not
-depend on what else was asked for, and are lm-eval's on that task. lm-eval is imported in this file
-only, on first use.
+log-likelihood: in total (`acc`), a character (`acc_norm`), or, in perplexity mode, a token of the
+whole text (`acc_ppl`). Each task is run by itself, so its numbers do not depend on what else was
+asked for, and are lm-eval's on that task. lm-eval is imported in this file only, on first use.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from grasp.core.hub import reachable
 from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
 from grasp.errors import DataError, GraspError, RecipeError
+from grasp.evaluation.longbench import HUB as LONGBENCH
+from grasp.evaluation.longbench import published
+from grasp.evaluation.perplexity_mode import by_subject, sums_whole_texts
 from grasp.evaluation.task_files import no_bars, with_local_data
 from grasp.evaluation.task_names import BUNDLES, VERSION, leaves, names_of, refuse
 from grasp.evaluation.task_questions import (
@@ -46,7 +50,6 @@ from grasp.evaluation.task_questions import (
     fit_to_model,
     no_bar,
     one_line,
-    sums_whole_texts,
     try_out,
 )
 from grasp.evaluation.task_scores import scores_of, summarize
@@ -139,14 +142,34 @@ def _run(job: _Job, harness: Any, limit: int | None, seed: int, progress: Progre
             data="local",
             files=sorted({path.name for files in job.files.values() for path in files}),
         )
-    if answers.num_cut:
-        logger.warning(
-            "%s: %d prompts are longer than the model reads and lost their beginning",
-            job.name,
-            answers.num_cut,
-        )
-        protocol["prompts_cut"] = answers.num_cut
+    protocol |= _cuts(job.name, answers)
     return scores_of(found, job.name, protocol)
+
+
+def _cuts(name: str, answers: Answers) -> dict[str, Any]:
+    """How many prompts were made shorter, for the protocol; warned of too."""
+    said: dict[str, Any] = {}
+    own = sum(getattr(task, "num_cut", 0) for task in answers.tasks)
+    if answers.num_cut + own:
+        middle = any((task.config.metadata or {}).get("cut") == "middle" for task in answers.tasks)
+        said["prompts_cut"] = answers.num_cut + own
+        said |= {"cut": "middle"} if middle else {}
+        logger.warning(
+            "%s: %d prompts are longer than the model reads and lost their %s",
+            name,
+            said["prompts_cut"],
+            "middle" if middle else "beginning",
+        )
+    shortened = sum(getattr(task, "num_shortened", 0) for task in answers.tasks)
+    if shortened:
+        logger.warning(
+            "%s: %d questions are asked with fewer worked examples, since the model does not read"
+            " them all",
+            name,
+            shortened,
+        )
+        said["fewer_examples"] = shortened
+    return said
 
 
 def check_tasks(
@@ -212,7 +235,12 @@ def _index() -> Mapping[str, Any]:
     manager = importlib.import_module("lm_eval.tasks").TaskManager(
         include_path=str(Path(__file__).with_name("task_yaml"))
     )
-    return manager.task_index
+    index = manager.task_index
+    by_subject(index)
+    for entry in index.values():
+        if (entry.cfg or {}).get("dataset_path") == LONGBENCH:
+            entry.cfg, entry.yaml_path = published(entry.cfg), None
+    return index
 
 
 def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
@@ -255,7 +283,7 @@ def _read_locally(
     """Put a task with local data in place of the stock one. Returns the files of its questions."""
     loader = importlib.import_module("lm_eval.tasks._yaml_loader")
     entry = index[name]
-    config = loader.load_yaml(entry.yaml_path)
+    config = loader.load_yaml(entry.yaml_path) if entry.yaml_path else dict(entry.cfg)
     if "class" in config:
         raise RecipeError(
             f"--tasks {name}: a Python class of lm-eval that fetches its own data; it cannot use"
