@@ -71,7 +71,9 @@ def add_perplexity_mode(task: Any, harness: Any) -> None:
             shortened(context + text, harness.max_length, tokens, harness.tok_decode, head=0)
             for text in options
         ]
-        task.num_cut += sum(len(text) < len(context + whole) for text, whole in zip(texts, options))
+        task.num_cut += sum(
+            text != context + option for text, option in zip(texts, options, strict=True)
+        )
         scored[tuple(options)] = texts
         requests = stock_requests(doc, context, **more)
         for request, text in zip(requests, texts, strict=True):
@@ -100,10 +102,11 @@ def by_subject(index: dict[str, Any]) -> None:
     `subject` in the file's metadata finds a subject's name in lm-eval's description of it.
     """
     for name, entry in list(index.items()):
-        metadata = (entry.cfg or {}).get("metadata")
-        whole = metadata.get("subjects_of") if isinstance(metadata, dict) else None
-        if whole is None:
+        record = entry.cfg or {}
+        metadata = record.get("metadata")
+        if not isinstance(metadata, dict) or "subjects_of" not in metadata:
             continue
+        whole = metadata["subjects_of"]
         parts = []
         for stock in leaves(whole, index):
             theirs = index[stock].cfg
@@ -111,10 +114,10 @@ def by_subject(index: dict[str, Any]) -> None:
             assert found, f"{stock}: {theirs['description']!r} names no subject"
             part = name + stock.removeprefix(whole)
             ours = {
-                **entry.cfg,
+                **record,
                 "task": part,
                 "dataset_name": theirs["dataset_name"],
-                "description": entry.cfg["description"].format(subject=found[1]),
+                "description": record["description"].format(subject=found[1]),
                 "metadata": {**metadata, "data_of": [stock]},
             }
             index[part] = type(entry)(name=part, kind=entry.kind, yaml_path=None, cfg=ours)

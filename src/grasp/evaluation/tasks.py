@@ -265,9 +265,9 @@ def _load(name: str, folder: Path | None, num_fewshot: int | None) -> _Job:
     except Exception as failure:
         # data sets, templates and lm-eval's functions raise many kinds: the task cannot be asked
         if folder is not None:
+            place = ", ".join(map(str, files.get(name, ()))) or folder / name
             raise DataError(
-                f"--task-data {folder}: {name} cannot be asked from {folder / name}:"
-                f" {one_line(failure)}"
+                f"--task-data {folder}: {name} cannot be asked from {place}: {one_line(failure)}"
             ) from failure
         raise DataError(
             f"--tasks {name}: its data set did not come from the Hugging Face hub"

@@ -31,11 +31,13 @@ class EvaluationRecipe(Part):
         metavar="DATA,...",
     )
     tasks: tuple[str, ...] = flag(
-        (), "Tasks that lm-eval knows, or commonsense (the paper's seven).", metavar="TASK,..."
+        (),
+        "Tasks that lm-eval knows, or the paper's: commonsense (seven), opencompass-ppl (twelve).",
+        metavar="TASK,...",
     )
     task_data: PathLike | None = flag(
         None,
-        "Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz].",
+        "Local data for the tasks: FOLDER/<task>/<split>.jsonl[.gz] or FOLDER/<task>.jsonl.",
         metavar="FOLDER",
     )
     limit: Count | None = flag(None, "Only the first so many examples of a task.")
