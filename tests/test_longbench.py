@@ -221,6 +221,7 @@ def test_scores_of_the_model_s_own_answers(model, tmp_path):
     first = run_tasks(model, ["longbench_hotpotqa"], task_data=tmp_path)
     assert [score.unit for score in first] == ["score", "qa_f1_score"]
     assert first[0].protocol["files"] == ["hotpotqa.jsonl"]
+    assert first[0].protocol["version"] == "5.0+published"
     # asked for what the model says greedily, it is right
     text = "Answer the question based on the given passages. Only give me the answer and do not"
     text += " output any other words."

@@ -68,6 +68,7 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_fewshot": 0,
         "metadata": {
             **config["metadata"],
+            "version": f"{config['metadata']['version']}+published",  # not lm-eval's own numbers
             "cut": "middle",
             "data_of": [f"longbench/{name}", name],
         },
