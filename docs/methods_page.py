@@ -38,9 +38,11 @@ class Watching(Resident):
         super().__init__(decoder, data)
         self.seen: dict[str, None] = {}
 
-    def sweep(self, collectors: Sequence[Collector], task: str = "sweep") -> Statistics:
+    def sweep(
+        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
+    ) -> Statistics:
         self.seen |= dict.fromkeys(type(one).__name__ for one in collectors)
-        return super().sweep(collectors, task)
+        return super().sweep(collectors, task, blocks)
 
 
 def methods_page() -> str:
