@@ -85,6 +85,12 @@ class Runner(ABC):
         return self.journal.once(key, make)
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """What gives the head of a model its hidden states."""
+    found: Any = text_decoder(model)[1]
+    return found if found.get_output_embeddings() is None else found.base_model
+
+
 class Losses:
     """The losses of what was tried, by name, as a journal keeps them."""
 
@@ -236,8 +242,9 @@ class Resident(Runner):
                     for collector in collectors:
                         collector.attach(layer)
                         stack.callback(collector.detach, layer)
-                body = text_decoder(self.decoder.model)[1]
-                stack.callback(body.register_forward_hook(self._ends(collectors)).remove)
+                if looking := [one for one in collectors if type(one).end is not Collector.end]:
+                    hook = body_of(self.decoder.model).register_forward_hook(self._ends(looking))
+                    stack.callback(hook.remove)
                 yield
         finally:
             for parameter, requires_grad, grad in before:
