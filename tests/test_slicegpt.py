@@ -36,6 +36,10 @@ CONTRACT = {
     ),
     "refuses": REFUSED,
     "unties": True,
+    "flags": {
+        "--slicing": (0.25, ("-0.5", "1", "nan", "inf", "1e400", "x")),
+        "--slice-head": (True, ()),
+    },
 }
 
 

@@ -36,10 +36,9 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from msgspec import Meta
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
@@ -54,7 +53,7 @@ from grasp.core.edits.slicing import (
     places,
     sliced_parameters,
 )
-from grasp.core.fields import Share, flag
+from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
@@ -63,8 +62,6 @@ from grasp.stages.signals import Signals, principal
 from grasp.stages.statistics import Similarity
 
 logger = logging.getLogger(__name__)
-
-Multiple = Annotated[int, Meta(ge=1, le=65_536)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ class SliceGPT(Method):
     ratio: Share | None = flag(
         None, "Instead of --slicing: share of ALL parameters to remove; the slicing follows."
     )
-    width_multiple: Multiple = flag(8, "Round the hidden size down to a multiple of this.")
+    width_multiple: RankMultiple = flag(8, "Round the hidden size down to a multiple of this.")
     slice_head: bool = flag(False, "Slice the states in front of the head too.")
     one_shot: bool = flag(
         False, "Take all directions from the dense model, in one sweep instead of one a block."
