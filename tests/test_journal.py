@@ -45,6 +45,7 @@ RUNS = {
     "two rounds": {"ratio": 0.2, "rounds": 2, "width_multiple": 4},
     "shortgpt": {"method": "shortgpt", "num_layers": 2},
     "least squares": {"method": "svd-llm", "ratio": 0.2, "update": "lstsq"},
+    "slicegpt": {"method": "slicegpt", "slicing": 0.25},
 }
 of_every_run = pytest.mark.parametrize("name", RUNS)
 

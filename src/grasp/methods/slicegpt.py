@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -136,7 +137,8 @@ class SliceGPT(Method):
                 f"{multiple} of {hidden} hidden dimensions left{hint}",
             )
         widths = range(multiple, hidden + 1, multiple)
-        return max(one for one in widths if self._parameters(decoder, one) <= allowed)
+        fit = bisect_right(widths, allowed, key=lambda one: self._parameters(decoder, one))
+        return widths[fit - 1]
 
     def _parameters(self, decoder: Decoder, width: int) -> int:
         head = width if self.slice_head else decoder.config.hidden_size
