@@ -46,6 +46,8 @@ RUNS = {
     "shortgpt": {"method": "shortgpt", "num_layers": 2},
     "least squares": {"method": "svd-llm", "ratio": 0.2, "update": "lstsq"},
     "slicegpt": {"method": "slicegpt", "slicing": 0.25},
+    "laco": {"method": "laco", "threshold": 0.1, "merge": 2},
+    "streamline": {"method": "streamline", "num_layers": 2, "net": "none"},
 }
 of_every_run = pytest.mark.parametrize("name", RUNS)
 

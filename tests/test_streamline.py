@@ -10,6 +10,7 @@ from closeness import close, same_weights
 from conftest import LAYERS, build
 
 import grasp
+from grasp.core import journal
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop, Replace, trial
 from grasp.core.runner import Resident
@@ -309,6 +310,28 @@ def test_it_loads_again_with_and_without_a_cache(name, fields, text, tmp_path):
         begun = again(unseen[:, :10], use_cache=True)
         rest = again(unseen[:, 10:], past_key_values=begun.past_key_values, use_cache=True).logits
     assert close(torch.cat([begun.logits, rest], dim=1), whole)
+
+
+@pytest.mark.parametrize("loss", ["mse", "lm"])
+def test_a_run_that_was_stopped_goes_on_to_the_same(loss, text, tmp_path, monkeypatch):
+    """Two matrices had been rewritten: the rest is learnt from the original all the same."""
+    monkeypatch.setattr(journal, "WAIT", 0.0)
+    fields = {"num_layers": 2, "loss": loss, "epochs": 1}
+    whole = run(text[0], **fields)
+    record = journal.Journal.record
+
+    def stop(self, number, *rest):
+        record(self, number, *rest)
+        if number == 1:
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "record", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(text[0], out=tmp_path / "out", **fields)
+    again = run(text[0], out=tmp_path / "out", resume=True, **fields)
+    assert same_weights(again.model, whole.model)
+    assert again.manifest["edits"] == whole.manifest["edits"]
 
 
 @pytest.mark.parametrize("net", ["layer", "ffn", "none"])

@@ -135,8 +135,8 @@ class LaCo(Method):
         runs = 1 if goal is None else STEPS * len(widths) / 3
         blocks = runs * len(decoder.kept) * self.compare_samples
         states = 4 * self.compare_samples * LENGTH * decoder.config.hidden_size
-        shown = math.ceil(blocks)
-        return Plan(gone + merges, edits, left, 1, 0, states, forward_blocks=shown)
+        touched, shown = min(gone + merges, len(decoder.kept)), math.ceil(blocks)
+        return Plan(touched, edits, left, 1, 0, states, forward_blocks=shown)
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         return [Similarity()]

@@ -163,8 +163,8 @@ class Streamline(Method):
     # --- the light network
 
     def _layer(self, runner: Runner, window: list[int]) -> Iterator[Step]:
-        """The matrices of the window's first layer, trained to do what all of it did. All are
-        trained at once, when the first is asked for that an earlier run has not left.
+        """The matrices of the window's first layer, trained to do what all of it did: all at once,
+        unless an earlier run has left them all.
         """
 
         @cache
@@ -182,8 +182,9 @@ class Streamline(Method):
             new = Linear(linear.path, linear.layer, linear.name, module)
             return Step(Rewrite(linear.path, new.weight, new.bias, how="trained"))
 
-        for linear in list(runner.decoder.layer(window[0]).linears.values()):
-            yield runner.once(linear.path, partial(step, linear))
+        linears = runner.decoder.layer(window[0]).linears.values()
+        # before the first of them is applied: they begin as the original's
+        yield from [runner.once(linear.path, partial(step, linear)) for linear in linears]
 
     def _mlp(self, runner: Runner, window: list[int]) -> Step:
         """The window's MLP, trained."""
