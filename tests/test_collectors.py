@@ -15,7 +15,6 @@ import grasp.stages
 from grasp.core.collector import Collector, add
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
-from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
@@ -184,7 +183,7 @@ def layer_first(decoder, data, collector):
     ]
     handles.append(decoder.stack[-1].register_forward_hook(begin))
     handles.append(
-        text_decoder(decoder.model)[1].register_forward_hook(
+        decoder.body.register_forward_hook(
             lambda _module, _args, output: ends.append(output[0].detach())
         )
     )
@@ -278,6 +277,8 @@ def test_missing_sums_are_named(decoder):
         COLLECTORS[HeadMoments](model).result({})
     with pytest.raises(NumericsError, match="no decoder layer ran"):
         AngularDistance().result({})
+    with pytest.raises(NumericsError, match="no last hidden state"):
+        LastHidden().result({})
 
 
 @pytest.mark.parametrize("kind", [WeightGrad, GroupGrad, Curvatures], ids=lambda kind: kind.name)

@@ -81,6 +81,11 @@ class Decoder:
         return self.model.get_submodule(self.family.layers)
 
     @property
+    def body(self) -> nn.Module:
+        """The module that the layers stand in: it gives the last hidden state."""
+        return self.model.get_submodule(self.family.layers.rpartition(".")[0])
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

@@ -19,7 +19,6 @@ from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, trial
 from grasp.core.journal import Journal, Sums
-from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.records import Calibration, Statistics
 from grasp.errors import NumericsError
 
@@ -83,12 +82,6 @@ class Runner(ABC):
         on from its journal does not make it again. None is not remembered.
         """
         return self.journal.once(key, make)
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """What gives the head of a model its hidden states."""
-    found: Any = text_decoder(model)[1]
-    return found if found.get_output_embeddings() is None else found.base_model
 
 
 class Losses:
@@ -214,16 +207,6 @@ class Resident(Runner):
             )
         return loss, count
 
-    def _ends(self, collectors: Sequence[Collector]) -> Callable[..., None]:
-        """A hook for the body of the model: tells the collectors what it gave."""
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            for collector in collectors:
-                collector.end(hidden.detach())
-
-        return hook
-
     @contextmanager
     def _attached(self, collectors: Sequence[Collector]) -> Iterator[None]:
         """Gradients off except where a collector turns them on, hooks attached; all of it undone at
@@ -243,10 +226,22 @@ class Resident(Runner):
                         collector.attach(layer)
                         stack.callback(collector.detach, layer)
                 if looking := [one for one in collectors if type(one).end is not Collector.end]:
-                    hook = body_of(self.decoder.model).register_forward_hook(self._ends(looking))
-                    stack.callback(hook.remove)
+                    handle = self.decoder.body.register_forward_hook(_told(looking))
+                    stack.callback(handle.remove)
                 yield
         finally:
             for parameter, requires_grad, grad in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
+
+
+def _told(collectors: Sequence[Collector]) -> Callable[..., None]:
+    """A hook for the body of the model: tells the collectors what it gave."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden: Any = output[0] if isinstance(output, tuple) else None
+        hidden = getattr(output, "last_hidden_state", hidden)
+        for collector in collectors if isinstance(hidden, Tensor) else ():
+            collector.end(hidden.detach())
+
+    return hook

@@ -36,6 +36,8 @@ class LastHidden(Collector):
         self._add(str(self.block), hidden.masked_fill(padding.to(hidden.device), 0))
 
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[int, Tensor]:
+        if not sums:
+            raise NumericsError("the body of the model gave no last hidden state during the sweep")
         for block, value in sums.items():
             if not bool(torch.isfinite(value).all()):
                 raise NumericsError(

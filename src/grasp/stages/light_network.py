@@ -13,7 +13,7 @@ every epoch, and before the first, they say how good the net is, and a copy of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from grasp.core.edits import Drop, trial
 from grasp.core.layers.span_grasp import MLPSpan
-from grasp.core.linalg import wide
 from grasp.core.progress import Progress
 from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
@@ -146,17 +145,14 @@ def in_place(runner: Runner, net: nn.Module, window: Sequence[int], stack: ExitS
     """
     as_tuple = _gives_tuples(runner, window[0])
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = net(wide(hidden), *widened(args), **widened(kwargs))
-        found = (output[0] if isinstance(output, tuple) else output).to(hidden.dtype)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = net(hidden_states.float(), *in_float32(args), **in_float32(kwargs))
+        found = (output[0] if isinstance(output, tuple) else output).to(hidden_states.dtype)
         return (found,) if as_tuple else found
-
-    def named(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if args else forward(kwargs.pop("hidden_states"), **kwargs)
 
     for layer in reversed(window[1:]):
         stack.enter_context(trial(runner.decoder, Drop(layer)))
-    stack.enter_context(runner.standing_in(window[0], named))
+    stack.enter_context(runner.standing_in(window[0], forward))
 
     def loss(block: int) -> Tensor:
         found, count = runner.loss(block)
@@ -174,7 +170,7 @@ def _calls(runner: Runner, layer: int) -> list[tuple[tuple[Any, ...], dict[str, 
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         beside = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        found.append((widened(args[1:]), widened(beside)))
+        found.append((in_float32(args[1:]), in_float32(beside)))
 
     module = runner.decoder.layer(layer).module
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
@@ -209,12 +205,12 @@ def new_mlp(hidden: int, width: int, seed: int) -> MLPSpan:
     return net
 
 
-def widened(value: Any) -> Any:
-    """Tensors of floats in float32 or wider, wherever they are in tuples and tables."""
+def in_float32(value: Any) -> Any:
+    """Tensors of floats in float32, wherever they are in tuples and tables."""
     if isinstance(value, Tensor):
-        return wide(value) if value.is_floating_point() else value
+        return value.float() if value.is_floating_point() else value
     if type(value) in (tuple, list):
-        return type(value)(widened(one) for one in value)
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {name: widened(one) for name, one in value.items()}
+        return type(value)(in_float32(one) for one in value)
+    if type(value) is dict:
+        return {name: in_float32(one) for name, one in value.items()}
     return value
