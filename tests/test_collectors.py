@@ -15,6 +15,7 @@ import grasp.stages
 from grasp.core.collector import Collector, add
 from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
+from grasp.core.edits.slicing import MLP, norm_module, norm_of, places
 from grasp.core.linalg import svd
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
@@ -23,6 +24,7 @@ from grasp.stages.closeness import Closeness, LastHidden
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputMeans, InputNorms
 from grasp.stages.modular import HeadMoments
+from grasp.stages.signals import Signals
 from grasp.stages.statistics import (
     AngularDistance,
     FeatureFisher,
@@ -79,6 +81,15 @@ COLLECTORS = {
     LastHidden: lambda decoder: LastHidden(),
     Closeness: lambda decoder: Closeness(
         {block: states(1, 20, WIDTH, seed=block) for block in range(6)}
+    ),
+    Signals: lambda decoder: Signals(
+        {
+            place: (
+                norm_of(norm_module(decoder, place)),
+                decoder.family.norms.mlp if place.block == MLP else decoder.family.norms.attention,
+            )
+            for place in places(decoder)
+        }
     ),
     WindowSimilarity: lambda decoder: WindowSimilarity(decoder.kept, 2),
     WindowStates: lambda decoder: WindowStates(1, 2, Scratch()),
