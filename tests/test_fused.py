@@ -27,6 +27,7 @@ SHARED = {
     "mistral": 2,
     "qwen2": 2,
     "qwen3": 2,
+    "gemma": 2,
     "gemma2": 2,
     "gemma3_text": 2,
     "phi3": 0,

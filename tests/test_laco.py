@@ -182,8 +182,8 @@ def test_every_kept_merge_was_above_the_threshold(calibration):
         counts.append(len(gone(result)))
         decoder, data = Decoder(deep()), calibration
         runner = Resident(decoder, data)
-        reference = runner.sweep([LastHidden()], most=5)["last_hidden"]
-        now = Resident(result.decoder, data).sweep([Closeness(reference)], most=5)
+        reference = runner.sweep([LastHidden()], blocks=5)["last_hidden"]
+        now = Resident(result.decoder, data).sweep([Closeness(reference)], blocks=5)
         assert counts[-1] == 0 or now["closeness"]["cosine"] > threshold
     assert counts[0] > 0 and counts[-1] == DEEP - 1 and counts[0] < counts[1]
 
@@ -197,8 +197,8 @@ def test_the_search_takes_as_many_layers_as_it_should(count, calibration):
     assert len(gone(result)) == count and result.model.config.num_hidden_layers == DEEP - count
     runner = Resident(Decoder(deep()), calibration)
     candidates = Candidates(runner, 5)
-    reference = runner.sweep([LastHidden()], most=5)["last_hidden"]
-    now = Resident(result.decoder, calibration).sweep([Closeness(reference)], most=5)
+    reference = runner.sweep([LastHidden()], blocks=5)["last_hidden"]
+    now = Resident(result.decoder, calibration).sweep([Closeness(reference)], blocks=5)
     reached = now["closeness"]["cosine"]
     others = []
     for merge in (2, 3, 4):

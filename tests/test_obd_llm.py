@@ -125,7 +125,7 @@ def test_one_block_has_no_halves(calibration):
 
 def test_it_offers_what_every_low_rank_method_does():
     """None of the flags of parts, rounds and allocations."""
-    assert declared(available()["obd-llm"]).keys() == declared(available()["svd-llm"]).keys()
+    assert declared(available()["obd-llm"]).keys() == declared(available()["fwsvd"]).keys()
     for name, value in {"parts": ("ranks",), "rounds": 1, "allocation": "uniform"}.items():
         with pytest.raises(RecipeError, match=f"--{name}: not a flag of --method obd-llm"):
             make("obd-llm", {"ratio": 0.2, name: value})

@@ -138,7 +138,7 @@ def test_it_is_shown_among_the_others(plugin, model_directory, tmp_path):
     assert "Set the smallest weights to 0." in shown and "[default: 0.5]" in shown
     assert f"{', '.join(methods.available())}, magnitude" in shown
     assert "--sparsity" not in command("compress", "--plugin", plugin, "--help").out
-    assert ", magnitude" not in " ".join(command("compress", "--help").out.split())
+    assert not re.search(r", magnitude(?!-)", " ".join(command("compress", "--help").out.split()))
     listed = command("methods", "--plugin", plugin, "--json").json
     assert set(listed) == {*methods.available(), "magnitude"}
     assert listed["magnitude"]["fields"]["sparsity"].startswith("Share of each")
