@@ -1,4 +1,4 @@
-"""`grasp methods`: every method with its paper and its flags."""
+"""`grasp methods`: every method, what it does, and its paper."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from grasp.terminal.bars import emit, say, table
 
 
 def show(plugin: Path | None, as_json: bool) -> None:
-    """Every method with its fields."""
+    """Every method in a row; its fields are in the JSON."""
     found = known(plugin)
-    for name, method in found.items():
-        say(f"[bold]{name}[/bold]  {method.about()}  {method.paper}")
-        rows = [(f"  {one.flag}", one.help) for one in declared(method).values()]
-        table("", ("", ""), rows, left=2)
+    rows = [
+        (name, method.about(), method.paper.removeprefix("https://arxiv.org/abs/"))
+        for name, method in found.items()
+    ]
+    table("", ("method", "what it does", "arXiv"), rows, left=3)
+    say("The flags of one: grasp compress --method NAME --help. --json gives those of all.")
     if as_json:
         emit(
             {
