@@ -283,7 +283,7 @@ class Prediction:
 
     def interval(self, ratio: float) -> tuple[float, float]:
         """(least, most) that the perplexity is expected to be at that ratio."""
-        low, high = interval(self.rises[ratio])
+        low, high = interval(self.rises[ratio], self.seen[ratio])
         return math.exp(self.loss + low), math.exp(self.loss + high)
 
 
