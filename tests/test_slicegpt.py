@@ -356,7 +356,10 @@ def test_models_that_the_maths_does_not_hold_for(make_model, message, calibratio
     ("message", "fields"),
     [
         ("with one of --slicing, --ratio; none was given", {"width_multiple": 8}),
-        ("with one of --slicing, --ratio; got both", {"slicing": 0.2, "ratio": 0.2}),
+        (
+            "with one of --slicing, --ratio; got --slicing and --ratio",
+            {"slicing": 0.2, "ratio": 0.2},
+        ),
         ("--slicing 1: must be at least 0 and below 1", {"slicing": 1}),
         ("--slicing 0.9: leaves nothing .* in multiples of 8; at most 0.75", {"slicing": 0.9}),
         (

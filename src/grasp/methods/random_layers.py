@@ -24,7 +24,7 @@ from grasp.core.fields import NumLayers, Share, flag
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
-from grasp.methods.base import Method, Plan, fewest_layers, layer_sizes
+from grasp.methods.base import Method, Plan, check_one_size, fewest_layers, layer_sizes
 from grasp.stages.statistics import Similarity
 
 
@@ -42,12 +42,7 @@ class RandomLayers(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.ratio is None) == (self.num_layers is None):
-            said = "none was given" if self.ratio is None else "got --ratio and --num-layers"
-            raise RecipeError(
-                f"--method {self.name}: say how much to compress with one of --ratio, --num-layers;"
-                f" {said}"
-            )
+        check_one_size(self.name, {"--ratio": self.ratio, "--num-layers": self.num_layers})
 
     def check(self, decoder: Decoder) -> None:
         if self.num_layers is not None and self.num_layers >= decoder.num_layers:

@@ -12,7 +12,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.fields import RankMultiple, Share, Speedup, flag
 from grasp.core.layer import Linear
 from grasp.errors import RecipeError
-from grasp.methods.base import Method, check_rank_multiple, ratio_unreachable
+from grasp.methods.base import Method, check_one_size, check_rank_multiple, ratio_unreachable
 from grasp.methods.costs import BUDGETS, Costs, Storage, Time
 from grasp.stages.latency import Latency
 
@@ -44,21 +44,12 @@ class Size(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [
-            name
-            for name, value in (
-                ("--ratio", self.ratio),
-                ("--retain-ratio", self.retain_ratio),
-                ("--speedup", self.speedup),
-            )
-            if value is not None
-        ]
-        if len(given) != 1:
-            said = f"got {' and '.join(given)}" if given else "none was given"
-            raise RecipeError(
-                f"--method {self.name}: say how much to compress with one of --ratio,"
-                f" --retain-ratio, --speedup; {said}"
-            )
+        sizes = {
+            "--ratio": self.ratio,
+            "--retain-ratio": self.retain_ratio,
+            "--speedup": self.speedup,
+        }
+        check_one_size(self.name, sizes)
 
     @property
     def share(self) -> float | None:

@@ -58,7 +58,7 @@ from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
-from grasp.methods.base import Method, Plan, ratio_unreachable
+from grasp.methods.base import Method, Plan, check_one_size, ratio_unreachable
 from grasp.stages.signals import Signals, principal
 from grasp.stages.statistics import Similarity
 
@@ -88,11 +88,7 @@ class SliceGPT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.slicing is None) == (self.ratio is None):
-            said = "none was given" if self.slicing is None else "got both"
-            raise RecipeError(
-                f"--method {self.name}: say how much with one of --slicing, --ratio; {said}"
-            )
+        check_one_size(self.name, {"--slicing": self.slicing, "--ratio": self.ratio})
 
     def check(self, decoder: Decoder) -> None:
         check_sliceable(decoder)

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from grasp.core.edits import Drop, trial
+from grasp.core.edits.replace import gives_tuples
 from grasp.core.layers.span_grasp import MLPSpan
 from grasp.core.progress import Progress
 from grasp.core.runner import Runner
@@ -143,7 +144,8 @@ def in_place(runner: Runner, net: nn.Module, window: Sequence[int], stack: ExitS
     """The "lm" loss: `net` stands in the model in the place of the window until `stack` is left. It
     may give hidden states alone where a layer gives a tuple.
     """
-    as_tuple = _gives_tuples(runner, window[0])
+    decoder = runner.decoder
+    as_tuple = gives_tuples(decoder, decoder.layer(window[0]).module)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = net(hidden_states.float(), *in_float32(args), **in_float32(kwargs))
@@ -151,7 +153,7 @@ def in_place(runner: Runner, net: nn.Module, window: Sequence[int], stack: ExitS
         return (found,) if as_tuple else found
 
     for layer in reversed(window[1:]):
-        stack.enter_context(trial(runner.decoder, Drop(layer)))
+        stack.enter_context(trial(decoder, Drop(layer)))
     stack.enter_context(runner.standing_in(window[0], forward))
 
     def loss(block: int) -> Tensor:
@@ -180,20 +182,6 @@ def _calls(runner: Runner, layer: int) -> list[tuple[tuple[Any, ...], dict[str, 
     finally:
         handle.remove()
     return found
-
-
-@torch.no_grad()
-def _gives_tuples(runner: Runner, layer: int) -> bool:
-    """Whether the layers of this model return a tuple, found out by one block."""
-    found: list[bool] = []
-    handle = runner.decoder.layer(layer).module.register_forward_hook(
-        lambda _module, _args, output: found.append(isinstance(output, tuple))
-    )
-    try:
-        runner.loss(0)
-    finally:
-        handle.remove()
-    return found[0]
 
 
 def new_mlp(hidden: int, width: int, seed: int) -> MLPSpan:
