@@ -8,6 +8,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,11 +39,9 @@ class Watching(Resident):
         super().__init__(decoder, data)
         self.seen: dict[str, None] = {}
 
-    def sweep(
-        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
-    ) -> Statistics:
+    def sweep(self, collectors: Sequence[Collector], *args: Any, **kwargs: Any) -> Statistics:
         self.seen |= dict.fromkeys(type(one).__name__ for one in collectors)
-        return super().sweep(collectors, task, blocks)
+        return super().sweep(collectors, *args, **kwargs)
 
 
 def methods_page() -> str:

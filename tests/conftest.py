@@ -204,6 +204,20 @@ def calibration() -> grasp.Calibration:
 
 
 @pytest.fixture(scope="session")
+def layer_runs() -> Callable[..., list[int]]:
+    """Model -> a list that grows by a layer's index whenever that layer is run."""
+
+    def count(model: PreTrainedModel | Decoder) -> list[int]:
+        decoder, seen = model if isinstance(model, Decoder) else Decoder(model), list[int]()
+        for layer in decoder.layers():
+            norm = layer.module.get_submodule(decoder.family.norms.mlp)
+            norm.register_forward_pre_hook(lambda *_, index=layer.index: seen.append(index))
+        return seen
+
+    return count
+
+
+@pytest.fixture(scope="session")
 def decoder() -> Callable[..., Decoder]:
     """`decoder(name)`: a fresh `Decoder` of a family."""
     return lambda name, **options: Decoder(build(name, **options), source=name)

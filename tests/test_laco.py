@@ -242,10 +242,10 @@ def test_a_candidate_leaves_no_trace(calibration):
     assert same_weights(decoder.model, build("llama")) and decoder.kept == list(range(LAYERS))
 
     class Failing(Resident):
-        def sweep(self, collectors, *rest):
+        def sweep(self, collectors, *rest, **more):
             if isinstance(collectors[0], Closeness):
                 raise GraspError("stopped")
-            return super().sweep(collectors, *rest)
+            return super().sweep(collectors, *rest, **more)
 
     with pytest.raises(GraspError, match="stopped"):
         Candidates(Failing(decoder, calibration), 2).similarity([(1, 2)])

@@ -2,6 +2,7 @@
 means.
 """
 
+import math
 import shlex
 
 import pytest
@@ -265,19 +266,19 @@ def test_the_update_reads_as_many_blocks_as_it_is_told(calibration):
 
 
 @pytest.mark.parametrize(("samples", "blocks"), [(None, 16), (3, 3), (99, 18)])
-def test_the_update_sweeps_once_a_layer(samples, blocks, calibration):
-    """Of the layers that are edited, each as often as it says."""
+def test_the_update_goes_through_the_layers_once(samples, blocks, calibration, layer_runs):
+    """Layers 0 and 1 for the inputs of layer 1, then 1 to 3 as they are by then."""
     data = grasp.Calibration(calibration.ids.repeat(3, 1)[:, :6], "random")
     asked = {"ratio": 0.05, "update": "lstsq", "layers": (3, 1), "update_samples": samples}
-    model, seen = build("llama"), []
+    model = build("llama")
+    seen = layer_runs(model)
     plan = make("svd-llm", asked).plan(Decoder(model))
     without = {**asked, "update": "none", "update_samples": None}
     more = plan.statistics_bytes - make("svd-llm", without).plan(Decoder(model)).statistics_bytes
-    assert (plan.forward_sweeps, plan.forward_blocks) == (1, 2 * (samples or 16))
+    assert (plan.forward_sweeps, plan.forward_blocks) == (1, math.ceil((samples or 16) * 5 / 4))
     assert more == 4 * (6 * 32**2 + 48**2)  # of one layer
-    model.base_model.register_forward_hook(lambda *_: seen.append(1))
     grasp.compress(model, method="svd-llm", data=data, **asked)
-    assert len(seen) == 18 + 2 * blocks
+    assert len(seen) == 18 * 4 + 5 * blocks
 
 
 def test_few_tokens_are_said(calibration, caplog):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, trial
+from grasp.core.held import Held, Looked, Seen, lent
 from grasp.core.journal import Journal, Sums
 from grasp.core.records import Calibration, Statistics
 from grasp.errors import NumericsError
@@ -35,7 +36,11 @@ class Runner(ABC):
 
     @abstractmethod
     def sweep(
-        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
+        self,
+        collectors: Sequence[Collector],
+        task: str = "sweep",
+        blocks: int | None = None,
+        layers: Looked | None = None,
     ) -> Statistics:
         """Show the model, as it is now, every block once, with a backward pass if a collector asks
         for gradients, and return what was collected. The model comes back unchanged, also where the
@@ -44,6 +49,11 @@ class Runner(ABC):
         The loss is the cross-entropy summed over all predicted tokens of the set; its gradient is
         taken one block at a time, so memory does not grow with the number of blocks. `task` is what
         the progress is called.
+
+        `layers`: the collectors look at these alone, from the first to the last (None: to the
+        head), and ask for no gradients. Then the layers behind them are not run, nor are those in
+        front where they give what they gave the last time (`grasp.core.held`). So a method that
+        edits layer after layer names the first that it is going to edit as the first.
 
         Raises `NumericsError` naming the block and the layer where a loss is not finite.
         """
@@ -99,12 +109,20 @@ class Losses:
 class Resident(Runner):
     """The whole model is in memory."""
 
+    def __init__(self, decoder: Decoder, data: Calibration, journal: Journal | None = None):
+        super().__init__(decoder, data, journal)
+        self._held = Held(decoder)
+
     def sweep(
-        self, collectors: Sequence[Collector], task: str = "sweep", blocks: int | None = None
+        self,
+        collectors: Sequence[Collector],
+        task: str = "sweep",
+        blocks: int | None = None,
+        layers: Looked | None = None,
     ) -> Statistics:
         kept = self.journal.sweep(collectors, self.decoder.device)
         shown = range(self.data.num_blocks)[:blocks]
-        loss, tokens = self.show(collectors, shown, task, kept)
+        loss, tokens = self.show(collectors, shown, task, kept, layers)
         tables = {collector.name: collector.result(collector.sums) for collector in collectors}
         return Statistics(tables, tokens, None if loss is None else loss / tokens)
 
@@ -137,28 +155,36 @@ class Resident(Runner):
         blocks: Sequence[int],
         task: str = "sweep",
         kept: Sums | None = None,
+        layers: Looked | None = None,
     ) -> tuple[float | None, int]:
         """Show the model some blocks of the set; what they give is added to the collectors' sums.
-        `kept`: where these are kept, and how many of the blocks are in them already.
+        `kept`: where these are kept, and how many of the blocks are in them already. `layers`: as
+        in `sweep`.
 
         Returns (the loss summed over the predicted tokens in nats, or None where no collector asks
         for gradients; the number of those tokens, or else of all that are real).
         """
         backward = any(collector.backward for collector in collectors)
         kept = kept or Sums(Journal(), 0, collectors)
-        with self._attached(collectors), torch.set_grad_enabled(backward):
+        with ExitStack() as stack:
+            stack.enter_context(self._attached(collectors, layers))
+            stack.enter_context(torch.set_grad_enabled(backward))
+            part = stack.enter_context(self._held.passes(layers, len(blocks))) if layers else None
             self.decoder.progress(task, kept.blocks, len(blocks))
             for done, block in enumerate(blocks[kept.blocks :], kept.blocks + 1):
                 ids, mask = self._block(block)
+                if part:
+                    part.begin(block)
                 for collector in collectors:
                     collector.begin(block, mask)
                 loss = 0.0
                 if backward:
                     loss, count = self._backward(block, ids, mask)
                 else:
-                    self.decoder.model.base_model(
-                        input_ids=ids, attention_mask=mask, use_cache=False
-                    )
+                    with suppress(Seen):
+                        self.decoder.model.base_model(
+                            input_ids=ids, attention_mask=mask, use_cache=False
+                        )
                     count = ids.numel() if mask is None else int(mask.sum())
                 kept.add(loss, count, last=done == len(blocks))
                 self.decoder.progress(task, done, len(blocks))
@@ -169,17 +195,13 @@ class Resident(Runner):
 
     @contextmanager
     def standing_in(self, layer: int, forward: Callable[..., Any]) -> Iterator[None]:
-        own = vars(self.decoder.layer(layer).module)
-        before = {name: own[name] for name in ("forward",) if name in own}
         parameters = [(one, one.requires_grad) for one in self.decoder.model.parameters()]
         try:
             for parameter, _ in parameters:
                 parameter.requires_grad_(False)
-            own["forward"] = forward  # what a module has itself comes before what its class has
-            yield
+            with lent(self.decoder.layer(layer).module, forward):
+                yield
         finally:
-            del own["forward"]
-            own.update(before)
             for parameter, requires_grad in parameters:
                 parameter.requires_grad_(requires_grad)
 
@@ -208,10 +230,13 @@ class Resident(Runner):
         return loss, count
 
     @contextmanager
-    def _attached(self, collectors: Sequence[Collector]) -> Iterator[None]:
-        """Gradients off except where a collector turns them on, hooks attached; all of it undone at
-        the end.
+    def _attached(
+        self, collectors: Sequence[Collector], layers: Looked | None = None
+    ) -> Iterator[None]:
+        """Gradients off except where a collector turns them on, hooks attached to `layers` or all;
+        all of it undone at the end.
         """
+        first, last = layers or (0, None)
         before = [
             (parameter, parameter.requires_grad, parameter.grad)
             for parameter in self.decoder.model.parameters()
@@ -222,7 +247,8 @@ class Resident(Runner):
                 parameter.grad = None
             with ExitStack() as stack:
                 for layer in self.decoder.layers():
-                    for collector in collectors:
+                    looked = first <= layer.index and (last is None or layer.index <= last)
+                    for collector in collectors if looked else ():
                         collector.attach(layer)
                         stack.callback(collector.detach, layer)
                 if looking := [one for one in collectors if type(one).end is not Collector.end]:

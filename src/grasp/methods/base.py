@@ -28,8 +28,10 @@ class Plan:
 
     `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps`
     count passes over the calibration set, `forward_blocks` the blocks that are shown beside them,
-    where the set has so many. `statistics_bytes`: what it collects, and makes of that, in memory at
-    once. `decompositions`: matrices whose singular groups are computed.
+    where the set has so many; passes through a few layers count together as so many whole ones.
+    `statistics_bytes`: what it collects, and makes of that, in memory at once. Beside that are the
+    hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
+    `decompositions`: matrices whose singular groups are computed.
     """
 
     num_layers: int
@@ -40,6 +42,8 @@ class Plan:
     statistics_bytes: int = 0
     decompositions: int = 0
     forward_blocks: int = 0
+    held_sets: int = 0
+    held_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

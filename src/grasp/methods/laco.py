@@ -58,8 +58,6 @@ STEPS = 8
 
 EVERYTHING = -math.inf
 """A threshold below every cosine."""
-LENGTH = 512
-"""What a plan takes for the length of a block, of which it is not told."""
 
 Similar = Callable[[Sequence[Merge]], float]
 """How near a model with these merges is to the original."""
@@ -133,10 +131,16 @@ class LaCo(Method):
         edits = merges * len(decoder.linears(self.lowest_layer)) + gone
         left = None if goal is None else decoder.num_parameters() - goal * self._size(decoder)
         runs = 1 if goal is None else STEPS * len(widths) / 3
-        blocks = runs * len(decoder.kept) * self.compare_samples
-        states = 4 * self.compare_samples * LENGTH * decoder.config.hidden_size
-        touched, shown = min(gone + merges, len(decoder.kept)), math.ceil(blocks)
-        return Plan(touched, edits, left, 1, 0, states, forward_blocks=shown)
+        blocks = runs * len(decoder.kept) * self.compare_samples / 2  # from a layer to the head
+        return Plan(
+            min(gone + merges, len(decoder.kept)),
+            edits,
+            left,
+            1,
+            0,
+            forward_blocks=math.ceil(blocks),
+            held_blocks=self.compare_samples * (1 + len(decoder.kept)),
+        )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         return [Similarity()]

@@ -4,10 +4,10 @@
 1. Fold every norm's weight into the matrices that read it (and a LayerNorm's bias, and its mean,
    `M = I - 11'/d`, into what comes before). What is left of a norm commutes with rotations:
    `norm(xQ) = norm(x) Q` (section 3.1).
-2. Block after block (attention, MLP), first to last: sweep the calibration set on the model as it
-   is now, so that the states in front of the block come from the sliced blocks before it. Q_l are
-   the eigenvectors of `C_l = sum zz'`, z what the norm hands on, in float64; the diagonal is damped
-   by 1 % of its mean, padding is masked (section 3.3).
+2. Block after block (attention, MLP), first to last, with the model as it is now, so that the
+   states in front of the block come from the sliced blocks before it. Q_l are the eigenvectors of
+   `C_l = sum zz'`, z what the norm hands on, in float64; the diagonal is damped by 1 % of its mean,
+   padding is masked (section 3.3).
 3. Keep the first `width` columns D of Q_l: what writes the states becomes `D'W`, what reads them
    `WD`. The sum that goes past a block from basis l to the next gets the shortcut `D_l' D_{l+1}`.
 
@@ -21,9 +21,8 @@ a bias. So 20 % less of the hidden size is not 20 % less of the model: OPT-125m 
 
 **What we chose.** The published code takes the eigenvectors of the states in front of the norm in
 place of those that the norm hands on; we do as the paper says. It rotates the unsliced end by
-eigenvectors too; we leave that in its own basis, which is as large and as exact. It hands the
-states of all samples from layer to layer; we sweep the whole model once a block, for the same
-statistics, or once for all on the dense model (`--one-shot`). Damping changes no eigenvector.
+eigenvectors too; we leave that in its own basis, which is as large and as exact. `--one-shot` takes
+all statistics from the dense model, in one sweep. Damping changes no eigenvector.
 
 Not for norms behind a block (Gemma 2 and 3, OLMo 2): their weight is followed by the sum, not by a
 matrix, and `diag(weight) norm(Wx)` in another basis is no such thing. vLLM does not serve the
@@ -55,6 +54,7 @@ from grasp.core.edits.slicing import (
     sliced_parameters,
 )
 from grasp.core.fields import RankMultiple, Share, flag
+from grasp.core.held import passes
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
@@ -83,7 +83,7 @@ class SliceGPT(Method):
     width_multiple: RankMultiple = flag(8, "Round the hidden size down to a multiple of this.")
     slice_head: bool = flag(False, "Slice the states in front of the head too.")
     one_shot: bool = flag(
-        False, "Take all directions from the dense model, in one sweep instead of one a block."
+        False, "Take all directions from the dense model, in one sweep instead of block by block."
     )
 
     def __post_init__(self) -> None:
@@ -145,13 +145,16 @@ class SliceGPT(Method):
         if width is None:
             return Plan(0, 0, decoder.num_parameters(), 1, 0)
         measured, hidden = len(self._measured(decoder)), decoder.config.hidden_size
+        looks = [_looked(decoder, place) for place in self._measured(decoder)[1:]]
+        sweeps = 1 if self.one_shot else 1 + math.ceil(passes(looks, len(decoder.kept)))
         return Plan(
             len(decoder.kept),
             len(places(decoder)),
             self._parameters(decoder, width),
-            1 if self.one_shot else measured,
+            sweeps,
             0,
             8 * hidden**2 * (measured + 2 if self.one_shot else 3),
+            held_sets=0 if self.one_shot else 1,
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
@@ -177,7 +180,8 @@ class SliceGPT(Method):
         for place in measured:
             if place != measured[0] and not self.one_shot:
                 task = f"statistics, layer {place.layer}, {place.block}"
-                stats = runner.sweep([self._signals(decoder, [place])], task)
+                signals = self._signals(decoder, [place])
+                stats = runner.sweep([signals], task, layers=_looked(decoder, place))
             basis = principal(stats[Signals.name][place], width)
             yield Step(Slice(place.layer, place.block, basis.to(_kept_in(decoder))))
         if not self.slice_head:
@@ -200,6 +204,14 @@ class SliceGPT(Method):
                 for place in measured
             }
         )
+
+
+def _looked(decoder: Decoder, place: Place) -> tuple[int, int]:
+    """The layers that a sweep for `place` looks at, or that are edited behind it: a slice in front
+    of attention also changes the layer before.
+    """
+    layer = decoder.kept.index(place.layer)
+    return decoder.kept[max(layer - (place.block == ATTENTION), 0)], place.layer
 
 
 def _kept_in(decoder: Decoder) -> torch.dtype:

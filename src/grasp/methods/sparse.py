@@ -2,9 +2,9 @@
 may lie, and in which order. A method gives the statistic, and the new numbers of a matrix.
 
 1. One sweep of the dense model: how redundant its layers are.
-2. Go through the layers, first to last. Sweep the calibration set on the model as it is now, so the
-   inputs of a layer come from the pruned layers before it. One layer's statistics are in memory at
-   a time. `one_shot`: the first sweep collects those of all layers, of the dense model.
+2. Go through the layers, first to last, with the model as it is now, so the inputs of a layer come
+   from the pruned layers before it. One layer's statistics are in memory at a time, and the states
+   in front of it. `one_shot`: the first sweep collects those of all layers, of the dense model.
 3. The matrices of one layer are pruned by what they read before any of them was.
 
 `sparsity` is a share, or N:M: N of every M weights next to each other in a row are zero. Zeros are
@@ -29,6 +29,7 @@ from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Rewrite, Step
 from grasp.core.fields import Share, flag
+from grasp.core.held import passes
 from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
@@ -58,7 +59,7 @@ class Sparse(Scope):
         metavar="SHARE|2:4|4:8",
     )
     one_shot: bool = flag(
-        False, "Go by the inputs of the dense model, in one sweep instead of one a layer."
+        False, "Go by the inputs of the dense model, in one sweep instead of layer by layer."
     )
 
     # --- what a method gives
@@ -88,18 +89,21 @@ class Sparse(Scope):
                 )
 
     def plan(self, decoder: Decoder) -> Plan:
-        layers = self.planned_layers(decoder) if self.share else []
+        layers = sorted(self.planned_layers(decoder)) if self.share else []
         linears = self.linears(decoder, layers)
         together = [layers] if self.one_shot else [[layer] for layer in layers]
         return Plan(
             len(layers),
             len(linears),
             decoder.num_parameters(),
-            1 if self.one_shot else 1 + len(layers),
+            1
+            if self.one_shot
+            else 1 + math.ceil(passes([(one, one) for one in layers], len(decoder.kept))),
             0,
             max(
                 (self.statistic_bytes(self.linears(decoder, some)) for some in together), default=0
             ),
+            held_sets=0 if self.one_shot else 1,
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
@@ -121,7 +125,8 @@ class Sparse(Scope):
             if not self.one_shot:
                 prune = None  # the statistics of the layer before are gone before new ones come
                 asked = [self.statistic(linears, runner.decoder)]
-                prune = self.pruner(runner.sweep(asked, f"statistics, layer {index}"))
+                task = f"statistics, layer {index}"
+                prune = self.pruner(runner.sweep(asked, task, layers=(index, index)))
             assert prune is not None
             for linear in linears:
                 with runner.holding(index):

@@ -15,11 +15,11 @@ arXiv 2301.00774).
    (`grasp.stages.obs_columns`): inside the block at once, beyond it when the block is done.
 
 As in the published code the matrices of one layer are pruned by what they read before any of them
-was; it hands the hidden states from layer to layer, we sweep the whole model once a layer, for the
-same statistics. Where we deviate: exactly the share goes (the published code compares with a
-threshold, which takes one weight more in every block, and all that equal it); columns that are
-never read do not count in the mean (there they count as 1, in whatever units H is); U comes of one
-Cholesky factor in float64, not of two and an inverse in float32, and the columns in float32.
+was, and the hidden states are handed on from layer to layer. Where we deviate: exactly the share
+goes (the published code compares with a threshold, which takes one weight more in every block, and
+all that equal it); columns that are never read do not count in the mean (there they count as 1, in
+whatever units H is); U comes of one Cholesky factor in float64, not of two and an inverse in
+float32, and the columns in float32.
 """
 
 from __future__ import annotations

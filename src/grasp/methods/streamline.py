@@ -51,8 +51,6 @@ from grasp.stages.windows import WindowSimilarity
 logger = logging.getLogger(__name__)
 
 NETS, LOSSES = ("layer", "ffn", "none"), ("mse", "lm")
-BLOCKS, LENGTH = 64, 512
-"""What a plan takes for the size of the calibration set, of which it is not told."""
 
 Positive = Annotated[float, Meta(gt=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, le=1)]
@@ -128,11 +126,16 @@ class Streamline(Method):
             return Plan(0, 0, total, 1, 0)
         trains, matrices = self.net != "none", len(decoder.linears(decoder.kept[0]))
         edits = {"none": count, "layer": count - 1 + matrices, "ffn": 1}[self.net]
-        state = 4 * LENGTH * decoder.config.hidden_size
-        held = count * state + (2 * BLOCKS * state if trains and self.loss == "mse" else 0)
-        learnt = self.epochs if trains and self.loss == "lm" else 0
-        left = total - self._removed(decoder, count)
-        return Plan(count, edits, left, 1 + (trains and self.loss == "mse"), learnt, held)
+        by_states = trains and self.loss == "mse"
+        return Plan(
+            count,
+            edits,
+            total - self._removed(decoder, count),
+            1 + by_states,
+            self.epochs if trains and self.loss == "lm" else 0,
+            held_sets=2 * by_states,
+            held_blocks=count,
+        )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         count = self._count(decoder)

@@ -9,7 +9,7 @@ et al., arXiv 2403.07378, ICLR 2025).
    `B = U Sigma^½` and `A = Sigma^½ V' S^-1`. This alone is the paper's SVD-LLM (W).
 4. `--update lstsq` (the paper's first versions): go through the layers, first to last, and fit B
    again, `argmin sum |W x - B A x|^2`, to inputs x of the model as it is by then: all layers before
-   are compressed and refitted (grasp.stages.refit). One sweep of `--update-samples` blocks a layer.
+   are compressed and refitted (grasp.stages.refit). Each reads `--update-samples` blocks.
    What is aimed at is what the dense W makes of these inputs, and not the dense model's outputs:
    what the layers before did is not made good again. The matrices of one layer are fitted on one
    sweep, so that o reads what the dense q, k and v give; so it is in the published code too.
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Step
 from grasp.core.fields import NumSamples, flag
+from grasp.core.held import passes
 from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
@@ -108,12 +110,15 @@ class SVDLLM(LowRank):
         plan = super().plan(decoder)
         if self.update == "none":
             return plan
-        layers = self.planned_layers(decoder)
+        layers = sorted(self.planned_layers(decoder))
         return dataclasses.replace(
             plan,
-            forward_blocks=len(layers) * self._blocks,
+            forward_blocks=math.ceil(
+                self._blocks * passes([(one, one) for one in layers], len(decoder.kept))
+            ),
             statistics_bytes=plan.statistics_bytes
             + max((_input_bytes(self.linears(decoder, [one])) for one in layers), default=0),
+            held_blocks=self._blocks,
         )
 
     def replacements(self, runner: Runner, problem: Problem, spend: float) -> Iterator[Step]:
@@ -146,7 +151,8 @@ class SVDLLM(LowRank):
         linears = [one for one in self.linears(decoder, [layer]) if one.path in taken]
         scratch = Scratch.for_bytes(_input_bytes(linears), decoder.device, self.scratch)
         seen = InputCurvatures(taken, scratch, inputs=taken)
-        stats = runner.sweep([seen], f"least squares, layer {layer}", self._blocks)
+        task = f"least squares, layer {layer}"
+        stats = runner.sweep([seen], task, self._blocks, layers=(layer, layer))
         for linear in linears:
             component, rank = taken[linear.path]
             found = stats[InputCurvatures.name][linear.path]

@@ -8,9 +8,8 @@
    every M weights next to each other (N:M). What is left is not updated.
 
 Zeros are numbers too: the matrices keep their shapes, so nothing becomes smaller, and nothing
-faster without kernels for sparse matrices. The matrices of one layer are scored together, as in the
-published code, which hands the hidden states from layer to layer; we sweep the whole model once a
-layer, for the same statistics.
+faster without kernels for sparse matrices. The matrices of one layer are scored together, and the
+states in front of a layer are handed on to the next, as in the published code.
 """
 
 from __future__ import annotations

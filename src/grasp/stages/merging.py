@@ -89,7 +89,8 @@ class Candidates:
             except NumericsError:  # sums too large for the model's dtype are no candidate
                 return -1.0
             told = f"candidate {len(self.known)}"
-            found = self.runner.sweep([Closeness(reference)], told, self.most)
+            changed = (merges[-1][0], None)  # what is below is the original
+            found = self.runner.sweep([Closeness(reference)], told, self.most, layers=changed)
         return float(found[Closeness.name]["cosine"])
 
 

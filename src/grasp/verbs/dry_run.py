@@ -46,7 +46,8 @@ def estimate(
         seq_len * decoder.num_layers * 24 * hidden * dtype_bytes if plan.backward_sweeps else 0
     )
     logits = seq_len * vocab * 4 * (3 if plan.backward_sweeps else 1)
-    memory = parameters * dtype_bytes + plan.statistics_bytes + activations + logits
+    held = (plan.held_sets * num_samples + plan.held_blocks) * seq_len * hidden * 4
+    memory = parameters * dtype_bytes + plan.statistics_bytes + held + activations + logits
     tokens = num_samples * seq_len
     work = 2.0 * parameters * tokens * (plan.forward_sweeps + 2.5 * plan.backward_sweeps)
     work += 2.0 * parameters * seq_len * plan.forward_blocks
