@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from grasp.compensation.state import TRAINED, last_state
 from grasp.compensation.trainer import BEST, Compensation
 from grasp.core.destination import beside
 from grasp.core.partial import hold
+from grasp.core.processes import is_first, world_size
 from grasp.core.progress import Progress
 from grasp.data.rows import Collate, TrainingData
 from grasp.errors import CheckpointError, Interrupted, NumericsError, RecipeError
@@ -54,11 +54,6 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
-
-
-def world_size() -> int:
-    """Processes that train together, as torchrun and accelerate say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def number_of_steps(recipe: Recipe, rows: int) -> int:
@@ -169,7 +164,7 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
         )
     if resume:
         logger.info("--resume: %s holds no run; beginning anew", folder)
-    if _first():
+    if is_first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         note.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -185,7 +180,7 @@ def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[P
     """
     with ExitStack() as held:
         try:
-            if _first() and folder.is_dir():
+            if is_first() and folder.is_dir():
                 held.enter_context(hold(folder))
         except BlockingIOError:
             raise CheckpointError(
@@ -194,7 +189,7 @@ def run_folder(folder: Path, record: dict[str, Any], resume: bool) -> Iterator[P
         try:
             try:
                 state = begin_run(folder, record, resume)
-                if _first():
+                if is_first():
                     held.close()
                     held.enter_context(hold(folder))
             except OSError as failure:
@@ -221,11 +216,6 @@ def way_on(out: Path) -> Iterator[None]:
             raise
         kept = f"the state of step {state.name.rpartition('-')[2]} is kept in {state.parent}"
         raise Interrupted(f"{kept}; the same command with --resume goes on from there") from stop
-
-
-def _first() -> bool:
-    """Whether this is the process of several that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def train(

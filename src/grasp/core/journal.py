@@ -21,6 +21,7 @@ from torch import Tensor
 from grasp.core.destination import beside, shown
 from grasp.core.edits import Step, from_spec
 from grasp.core.journal_folder import EditLine, Folder, SumsLine
+from grasp.core.processes import is_first, rank
 from grasp.core.tensor_file import num_bytes
 from grasp.errors import CheckpointError, Interrupted, NumericsError, RecipeError
 
@@ -302,7 +303,8 @@ def journal_of(out: Path | None, resume: bool, began: float) -> Iterator[Journal
     Raises `CheckpointError` where a journal is there and `resume` is not said, and `Interrupted`
     with what is kept.
     """
-    journal = Journal(None if out is None else beside(out, ".journal"), began)
+    own = "" if is_first() else f".{rank()}"  # each of several processes keeps its own sums
+    journal = Journal(None if out is None else beside(out, f".journal{own}"), began)
     try:
         journal.claim(resume)
         yield journal

@@ -121,8 +121,9 @@ class Resident(Runner):
         layers: Looked | None = None,
     ) -> Statistics:
         kept = self.journal.sweep(collectors, self.decoder.device)
-        shown = range(self.data.num_blocks)[:blocks]
+        shown = self._own(range(self.data.num_blocks)[:blocks])
         loss, tokens = self.show(collectors, shown, task, kept, layers)
+        loss, tokens = self._together(collectors, loss, tokens)
         tables = {collector.name: collector.result(collector.sums) for collector in collectors}
         return Statistics(tables, tokens, None if loss is None else loss / tokens)
 
@@ -138,9 +139,11 @@ class Resident(Runner):
             with trial(self.decoder, edits[name]()):
                 found = [
                     self._loss(block, *self._block(block))
-                    for block in range(min(num_blocks, self.data.num_blocks))
+                    for block in self._own(range(self.data.num_blocks)[:num_blocks])
                 ]
-            total, tokens = sum(float(loss) for loss, _ in found), sum(count for _, count in found)
+            own, tokens = sum(float(loss) for loss, _ in found), sum(count for _, count in found)
+            total, tokens = self._together((), own, tokens)
+            assert total is not None
             losses.take(name, torch.tensor(total / tokens, dtype=torch.float64))
             kept.add(total, tokens, last=done == len(edits))
             self.decoder.progress(task, done, len(edits))
@@ -204,6 +207,18 @@ class Resident(Runner):
         finally:
             for parameter, requires_grad in parameters:
                 parameter.requires_grad_(requires_grad)
+
+    def _own(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Those of these blocks that are shown here."""
+        return blocks
+
+    def _together(
+        self, collectors: Sequence[Collector], loss: float | None, tokens: int
+    ) -> tuple[float | None, int]:
+        """The loss and the tokens of all blocks, wherever they are shown; the collectors' sums
+        become those of all.
+        """
+        return loss, tokens
 
     def _block(self, block: int) -> tuple[Tensor, Tensor | None]:
         """(ids, mask) of one block, (1, seq_len), on the model's device."""

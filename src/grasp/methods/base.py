@@ -90,6 +90,11 @@ class Method(ABC):
         """Whether the scores are losses in nats a token, so that `predict` can be asked."""
         return False
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether the edits depend on how fast this machine is."""
+        return False
+
     def predict(
         self, runner: Runner, stats: Statistics, ratios: Sequence[float]
     ) -> dict[float, tuple[float, float]]:

@@ -61,6 +61,10 @@ class Size(Method):
         """What the budget counts, one of `BUDGETS`."""
         return self.budget if self.speedup is None else "latency"
 
+    @property
+    def measures_time(self) -> bool:
+        return self.unit == "latency"
+
     def check_size(self, decoder: Decoder, linears: Sequence[Linear]) -> None:
         """Raise `RecipeError` where these matrices, all that may be edited, cannot meet the
         size.

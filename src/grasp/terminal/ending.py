@@ -5,8 +5,10 @@ said, and `--debug` shows the traceback.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import time
 import traceback
 import typing
 from contextlib import suppress
@@ -15,6 +17,11 @@ import click
 
 from grasp.errors import GraspError, Interrupted, in_words
 from grasp.terminal.interruption import as_interrupts
+
+RANK, WAIT = int(os.environ.get("RANK", "0")), 20.0
+"""Which of several processes this is, and the seconds that all but the first wait before they say
+what went wrong.
+"""
 
 
 class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -40,8 +47,10 @@ def run(command: click.Command) -> None:
     wrong.
     """
     debug = "--debug" in sys.argv
+    # of several processes, begun by torchrun, the first speaks
+    quiet = logging.WARNING if RANK == 0 else logging.ERROR
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
+        level=logging.DEBUG if debug else quiet,
         format="%(levelname)s: %(message)s",
         handlers=[_ToStderr()],
         force=True,
@@ -86,6 +95,12 @@ def _unexpected(error: BaseException, debug: bool) -> typing.NoReturn:
 
 
 def _fail(message: str, status: int, debug: bool) -> typing.NoReturn:
+    if RANK:  # what all of them get wrong the first says, and torchrun ends the others
+        try:
+            time.sleep(WAIT)
+        except KeyboardInterrupt:
+            sys.exit(status)
+        message = f"process {RANK}: {message}"
     if debug:
         traceback.print_exc()
     with suppress(OSError):  # a closed terminal

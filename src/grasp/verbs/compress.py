@@ -34,11 +34,13 @@ from grasp.core.edits.slicing import check_unsliced
 from grasp.core.fields import PathLike, declared
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
+from grasp.core.processes import is_first, joined, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, code_of, contents, describe_model, versions
 from grasp.core.records import Calibration, Statistics
 from grasp.core.runner import Resident, Runner
+from grasp.core.several import check_same, runner_for
 from grasp.core.shapes import Shapes
 from grasp.data.calibration import calibrate
 from grasp.data.stream import check_lengths
@@ -115,7 +117,7 @@ def compress(
         check_destination(place, 0, source.model)
     elif resume:
         raise RecipeError("--resume: needs OUT, beside which the journal is; name it")
-    with journal_of(place, resume, clock.began) as journal:
+    with joined(), journal_of(place, resume, clock.began) as journal:
         return _compress(
             chosen, source, calibration, place, journal, clock, progress, choice.plugin
         )
@@ -146,7 +148,7 @@ def _compress(
 
     needs = chosen.needs(decoder)
     notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
-    runner = Resident(decoder, data, journal)
+    runner = runner_for(decoder, data, journal)
     stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
     clock.lap("statistics")
@@ -187,7 +189,7 @@ def _compress(
         "notes": list(notes),
     }
     manifest = {name: value for name, value in manifest.items() if value is not None}
-    if out is not None:
+    if out is not None and is_first():
         save(decoder, out, manifest, model_card(manifest, name_of(out)), picture_for(manifest))
     for note in notes:
         logger.warning(note)
@@ -208,6 +210,7 @@ def identity(method: Method, decoder: Decoder, data: Calibration) -> dict[str, A
         },
         "method's file": code_of(type(method)),
         "--dtype": str(decoder.dtype).removeprefix("torch."),
+        **({"processes": world_size()} if world_size() > 1 else {}),
         **contents(decoder),
         "calibration tokens": data.ids_hash,
         "--seed": data.seed,
@@ -230,6 +233,11 @@ def _check(
     settle_class(decoder)
     check_unsliced(decoder, "it can be recovered and quantized, but not compressed further")
     method.check(decoder)
+    if method.measures_time and world_size() > 1:
+        raise RecipeError(
+            f"--method {method.name}: measures times, which several processes cannot do at once;"
+            " run it without torchrun"
+        )
     if out is not None:
         before, after = decoder.num_parameters(), method.plan(decoder).parameters
         check_destination(
@@ -255,6 +263,7 @@ def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
         runner.journal.record(len(log) - 1, step, log[-1].parameters)
         decoder.progress("replacing", len(log), max(expected, len(log)))
     decoder.progress("replacing", len(log), len(log))
+    check_same("edits", [entry.edit.spec() for entry in log])
     after = decoder.num_parameters()
     logger.info(
         "%s parameters -> %s (%.2f %% removed)",

@@ -8,14 +8,17 @@ from typing import Any
 
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.manifest import MANIFEST
+from grasp.core.processes import is_first
 from grasp.terminal.bars import emit, megabytes, progress_bars, table
 from grasp.verbs import compress as pipeline
 
 
 def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    """Run `grasp.compress` and sum up what it did."""
-    with progress_bars(quiet) as bars:
+    """Run `grasp.compress` and sum up what it did. Of several processes the first speaks."""
+    with progress_bars(quiet or not is_first()) as bars:
         result = pipeline.compress(model, out, progress=bars, **options)
+    if not is_first():
+        return
     sizes, counts = result.manifest["parameters"], result.log.counts()
     rows = [
         ("parameters", f"{sizes['before']:,} → {sizes['after']:,}"),

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from grasp.compensation.training import way_on
 from grasp.core.checkpoint import bytes_on_disk
 from grasp.core.manifest import MANIFEST
+from grasp.core.processes import is_first
 from grasp.terminal.bars import emit, progress_bars, table
 from grasp.verbs import recover as recovery
 
 
 def show(checkpoint: Path, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Run `grasp.recover` and sum up what it did. Of several processes the first speaks."""
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        logging.getLogger("grasp").setLevel(logging.ERROR)
-    with progress_bars(quiet or not first) as bars, way_on(out):
+    with progress_bars(quiet or not is_first()) as bars, way_on(out):
         done = recovery.recover(checkpoint, out, progress=bars, **options)
-    if not first:
+    if not is_first():
         return
     told, best = done.manifest["recovery"], done.best
     before = done.curve[0]

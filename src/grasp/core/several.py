@@ -1,0 +1,60 @@
+"""Several processes with a copy of the model each, which share the blocks of the calibration set.
+
+Statistics are additive: each process shows its blocks, and the sums are added up. So all of them
+see the same statistics, choose the same edits, and make them on their own copies. The first writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grasp.core.collector import Collector
+from grasp.core.decoder import Decoder
+from grasp.core.journal import Journal
+from grasp.core.processes import add_up, of_all, rank, world_size
+from grasp.core.records import Calibration
+from grasp.core.runner import Resident, Runner
+from grasp.errors import GraspError
+
+
+class Several(Resident):
+    """One of several processes (`grasp.core.processes.joined`)."""
+
+    def _own(self, blocks: Sequence[int]) -> Sequence[int]:
+        return blocks[rank() :: world_size()]
+
+    def _together(
+        self, collectors: Sequence[Collector], loss: float | None, tokens: int
+    ) -> tuple[float | None, int]:
+        for collector in collectors:
+            add_up(collector.sums, self.decoder.device)
+        numbers = {"loss": torch.tensor(loss or 0.0, dtype=torch.float64)}
+        numbers["tokens"] = torch.tensor(tokens)
+        add_up(numbers, self.decoder.device)
+        return None if loss is None else float(numbers["loss"]), int(numbers["tokens"])
+
+
+def runner_for(decoder: Decoder, data: Calibration, journal: Journal) -> Runner:
+    """The runner of a process that is alone, or of one of several. Raises `GraspError` where these
+    have not the same text.
+    """
+    check_same("calibration text", data.ids_hash)
+    return (Several if world_size() > 1 else Resident)(decoder, data, journal)
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raise `GraspError` where several processes do not have the same JSON value."""
+    if world_size() == 1:
+        return
+    said = json.dumps(value, sort_keys=True)
+    found = of_all(hashlib.sha256(said.encode()).hexdigest())
+    if odd := [number for number, other in enumerate(found) if other != found[0]]:
+        raise GraspError(
+            f"process {odd[0]} has other {what} than process 0: take machines of one kind with the"
+            " same files and packages, or one process"
+        )

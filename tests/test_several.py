@@ -1,0 +1,121 @@
+"""Several processes that share the blocks see the same statistics, make the same edits and write
+the same checkpoint as one; one that fails ends them all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import grasp
+from grasp.core.runner import Resident
+from grasp.core.several import Several
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+TEXT = ("--num-samples", "5", "--seq-len", "24", "--dtype", "float32")
+FAILING = '''
+import os
+from dataclasses import dataclass
+from grasp.methods.random_layers import RandomLayers
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(RandomLayers):
+    """Fails in the second process, in the middle of the work."""
+    name = "failing"
+
+    def edits(self, runner, stats):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("the disk is on fire")
+        yield from super().edits(runner, stats)
+'''
+
+
+def launched(processes, *words):
+    """`grasp WORDS` by so many processes; 1: without torchrun."""
+    launch = (*LAUNCH, str(processes)) if processes > 1 else ()
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "grasp", *map(str, words)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_parts_add_up_to_the_whole(world, decoder, calibration, monkeypatch):
+    """All blocks are shown, each by one process, also where there are more processes."""
+    shown = []
+    for number in range(world):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        runner = Several(decoder("llama"), calibration)
+        shown += runner._own(range(calibration.num_blocks))
+    assert sorted(shown) == list(range(calibration.num_blocks))
+    assert list(Resident(decoder("llama"), calibration)._own(range(3))) == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("grasp-fisher", ("--ratio", "0.2")),
+        ("grasp", ("--ratio", "0.2")),
+        ("wanda", ()),
+        ("asvd", ("--ratio", "0.1", "--allocation", "strs")),
+    ],
+)
+def test_two_processes_make_what_one_makes(method, flags, model_directory, text_file, tmp_path):
+    told, manifests, logits = [], [], []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        asked = (model_directory, out, "--method", method, *flags, "--data", text_file, *TEXT)
+        done = launched(processes, "compress", *asked, "--json")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count('"manifest"') == 1  # the first speaks
+        told.append(json.loads(done.stdout.splitlines()[-1]))
+        manifests.append(json.loads((out / "grasp.json").read_text()))
+        with torch.no_grad():
+            logits.append(grasp.load(out).model(torch.arange(20)[None]).logits)
+    assert told[0]["parameters"] == told[1]["parameters"]
+    plans = [
+        [{name: value for name, value in edit.items() if name != "note"} for edit in one["edits"]]
+        for one in manifests
+    ]
+    assert plans[0] == plans[1]
+    losses = [manifest["calibration"]["loss_before"] or 0 for manifest in manifests]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(*logits, atol=1e-4)
+    assert not list(tmp_path.glob("*.journal*"))
+
+
+@pytest.mark.slow
+def test_one_that_fails_alone_is_named_and_ends_the_others(model_directory, text_file, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    asked = (model_directory, tmp_path / "out", "--plugin", tmp_path / "failing.py")
+    asked += ("--method", "failing", "--num-layers", "1", "--data", text_file, *TEXT)
+    begin = time.monotonic()
+    done = launched(2, "compress", *asked)
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "grasp: error: process 1: " in done.stderr and "the disk is on fire" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--method", "shortgpt", "--ratio", "0.99"), "--ratio 0.99: cannot be reached"),
+        (("--speedup", "1.2"), "run it without torchrun"),
+    ],
+)
+def test_what_all_get_wrong_is_said_once(flags, said, model_directory, text_file, tmp_path):
+    asked = (model_directory, tmp_path / "out", *flags, "--data", text_file, *TEXT)
+    done = launched(2, "compress", *asked)
+    assert done.returncode != 0 and done.stderr.count(said) == 1
+    assert not (tmp_path / "out").exists()
