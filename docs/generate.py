@@ -1,6 +1,7 @@
 """Writes docs/reference.md from the code (every command's --help, the methods, the families, the
-texts), docs/methods.md from the methods, and the tables of docs/experiments.md, docs/recovery.md
-and docs/quantization.md from results/*.json. `--check` only compares.
+texts), docs/methods.md from the methods, and the tables of docs/experiments.md, docs/paper.md,
+docs/recovery.md, docs/quantization.md and docs/serving.md from results/*.json. `--check` only
+compares.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import click
 from methods_page import methods_page
+from tables_page import table
 
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
@@ -25,16 +27,24 @@ from grasp.methods import available
 from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.model import ModelSource
 
-OUTPUT, EXPERIMENTS, RECOVERY, QUANTIZATION, SERVING, METHODS = (
+OUTPUT, EXPERIMENTS, PAPER, RECOVERY, QUANTIZATION, SERVING, METHODS = (
     Path(__file__).with_name(f"{name}.md")
-    for name in ("reference", "experiments", "recovery", "quantization", "serving", "methods")
+    for name in (
+        "reference",
+        "experiments",
+        "paper",
+        "recovery",
+        "quantization",
+        "serving",
+        "methods",
+    )
 )
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
 """Experiments that are about time; the others ran beside other work."""
 SHARED = (ModelSource, CalibrationRecipe)
 """Parts whose flags several commands have."""
-PLACE = re.compile(r"<!-- results: (\w+) -->.*?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- results: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def reference() -> str:
@@ -183,6 +193,17 @@ def _cells(row: Result, texts: list[str], timed: bool) -> list[str]:
     ]
 
 
+def paper() -> str:
+    """docs/paper.md with the table of every results file that it has a place for."""
+    return PLACE.sub(lambda found: _paper_table(found[1]), PAPER.read_text(encoding="utf-8"))
+
+
+def _paper_table(name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    lines = table(path) if path.is_file() else ["Not measured yet."]
+    return "\n".join([f"<!-- results: {name} -->", *lines, "<!-- end -->"])
+
+
 def recovery() -> str:
     """docs/recovery.md with the table of results/recovery.json."""
     return PLACE.sub(lambda _: _trainings(), RECOVERY.read_text(encoding="utf-8"))
@@ -291,6 +312,7 @@ def main() -> int:
     pages = {
         OUTPUT: reference(),
         EXPERIMENTS: experiments(),
+        PAPER: paper(),
         RECOVERY: recovery(),
         QUANTIZATION: quantization(),
         SERVING: serving(),
