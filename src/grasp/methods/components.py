@@ -66,6 +66,15 @@ class Problem:
         parts = self.per_layer if allocation == "per-layer" else self.uniform
         return budgets.in_shares(self.offers, parts, budget)
 
+    def rises(self, allocation: Allocation) -> tuple[float, float]:
+        """By how much the loss rises with these sizes, on text that was not seen and on the
+        calibration text; nats a token.
+        """
+        return (
+            budgets.total_loss(self.offers, allocation),
+            budgets.total_seen(self.offers, allocation),
+        )
+
     def taken(self, allocation: Allocation) -> Iterator[tuple[str, Component, int]]:
         """(name, component, size) of all that becomes smaller, in the model's order."""
         for name, component in self.components.items():

@@ -163,11 +163,7 @@ class LowRank(Scope, Size):
             )
             spend = at.spend(costs, problem.dense)
             if spend >= problem.least:
-                sizes = at.ranks(problem, spend)
-                found[ratio] = (
-                    budgets.total_loss(problem.offers, sizes),
-                    budgets.total_seen(problem.offers, sizes),
-                )
+                found[ratio] = problem.rises(at.ranks(problem, spend))
         return found
 
     def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:

@@ -327,7 +327,7 @@ class Structure(LowRank):
         found, free = one_width(problem, spend), problem.solve("global", spend)
         logger.info(
             "--uniform: expected to lose %.3f nats a token; with a width for every layer %.3f",
-            budgets.total_loss(problem.offers, found),
-            budgets.total_loss(problem.offers, free),
+            problem.rises(found)[0],
+            problem.rises(free)[0],
         )
         return found
