@@ -10,6 +10,7 @@ from grasp.core.edits import Step
 from grasp.core.records import Allocation
 from grasp.stages import budget as budgets
 from grasp.stages.budget import Choice, Options
+from grasp.stages.forecast import stated
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ class Problem:
         """By how much the loss rises with these sizes, on text that was not seen and on the
         calibration text; nats a token.
         """
-        return (
-            budgets.total_loss(self.offers, allocation),
-            budgets.total_seen(self.offers, allocation),
-        )
+        seen = budgets.total_seen(self.offers, allocation)
+        return stated(budgets.total_loss(self.offers, allocation), seen), seen
 
     def taken(self, allocation: Allocation) -> Iterator[tuple[str, Component, int]]:
         """(name, component, size) of all that becomes smaller, in the model's order."""

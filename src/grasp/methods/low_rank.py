@@ -39,6 +39,7 @@ from grasp.methods.scope import Scope
 from grasp.methods.size import Size
 from grasp.stages import budget as budgets
 from grasp.stages.basis import Groups, over_cores
+from grasp.stages.forecast import stated
 from grasp.stages.statistics import Similarity
 
 
@@ -243,7 +244,7 @@ class LowRank(Scope, Size):
         left = left if refit is None else refit(left, right)
         dropped = torch.ones(len(losses), dtype=torch.bool).index_fill(0, kept, False)
         seen = float(losses[dropped].double().sum()) if self.predicts else None
-        loss = float(expected[rank]) if self.predicts else None
+        loss = stated(float(expected[rank]), seen) if seen is not None else None
         scored = Attribution(linear.path, self.score, losses, found.squares.sqrt())
         factors = balanced(left, right) if self.storage == "pair" else pivoted(left, right)
         return Step(Factorize(linear.path, *factors), noted(scored, kept, loss, seen))

@@ -65,6 +65,10 @@ def too_few(tokens: int, seq_len: int, width: int) -> str:
 
 SHARE, LEAST = 1 / 3, 0.02
 """Of the rise to expect that may be there because the tokens are few, and nats a token at least."""
+FALLS = 0.75
+"""Power of the tokens with which that part falls: four times the tokens had a third of the gap
+between a half and the other, at every size (docs/log.md).
+"""
 
 
 def with_few_tokens(
@@ -73,7 +77,7 @@ def with_few_tokens(
     """The notes, and one more where the set has so few tokens that the rise to expect of unseen
     text is far above the rise on the set, unless they say so; and how many would do. Nats a token.
 
-    With N tokens the two are about `T + c / N` and `T - c / N`, so c and T follow from them.
+    With N tokens the two are about `T + c / N^FALLS` and `T - c / N^FALLS`, so c and T follow.
     """
     gap, middle = expected - seen, (expected + seen) / 2
     if gap <= max(SHARE * expected, LEAST):
@@ -81,7 +85,8 @@ def with_few_tokens(
     said = f"{data.num_tokens:,} calibration tokens are few for"
     if any(note.startswith(said) for note in notes):
         return notes
-    enough = math.ceil(gap * data.num_tokens * (2 - SHARE) / (2 * SHARE * middle))
+    too_much = gap * (2 - SHARE) / (2 * SHARE * middle)
+    enough = math.ceil(data.num_tokens * too_much ** (1 / FALLS))
     blocks = -(-enough // data.seq_len)
     few = (
         f"{said} this size: unseen text is expected to lose {expected:.2f} nats a token, the"

@@ -27,7 +27,7 @@ from grasp.core.layer import Linear
 from grasp.core.linalg import metric_groups
 from grasp.errors import GraspError
 from grasp.stages.budget import Costs, Options
-from grasp.stages.forecast import Halves, falling, forecast
+from grasp.stages.forecast import Halves, falling, forecast, stated
 from grasp.stages.surgeon import Metric, prices, refit, removal
 
 AXES = {"channels": CHANNELS, "values": VALUE_DIMS, "groups": KV_GROUPS}
@@ -202,7 +202,8 @@ def narrowed(decoder: Decoder, found: Narrowing, stats: Halves, size: int) -> St
             bias = biases[cut.path]
             numbers[f"{cut.path}.bias"] = bias if cut.rows is None else bias[cut.rows]
     edit = Narrow(where.layer, AXES[where.part], kept, numbers)
-    lost, seen = float(found.losses[size]), float(found.seen[size])
+    seen = float(found.seen[size])
+    lost = stated(float(found.losses[size]), seen)
     return Step(edit, Note(predicted_loss=lost, seen_loss=seen))
 
 
