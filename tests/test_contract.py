@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from closeness import close, is_greedy, same_weights
-from conftest import FAMILY_ROWS, LAYERS, build
+from conftest import FAMILY_ROWS, LAYERS, OF_EXPERTS, WITH_EXPERTS, build
 from contracts import contracts
 
 import grasp
@@ -20,6 +20,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop
 from grasp.core.fields import declared
 from grasp.methods import available, class_of, make
+from grasp.methods.base import layer_sizes
 from grasp.methods.low_rank import LowRank
 from grasp.methods.widths import Widths
 
@@ -59,7 +60,7 @@ OTHERS = [name for name in FAMILY_ROWS if name != "llama"]
 
 def is_quick(family, method):
     if method in OWN or family == "llama":
-        return True
+        return family not in WITH_EXPERTS or family in OF_EXPERTS
     place = OTHERS.index(family) - 2 * METHODS.index(method)
     return place % len(OTHERS) < 2
 
@@ -101,6 +102,21 @@ def compressed(name, method, calibration, out=None, **fields):
     )
 
 
+def sizes(family, method):
+    """Ways to say how much that this family can reach: beside experts, which stay, there may be too
+    little to take away.
+    """
+    told = []
+    for fields in SIZES[method]:
+        try:
+            make(method, fields).check(Decoder(build(family)))
+        except grasp.GraspError:
+            assert family in WITH_EXPERTS
+            continue
+        told.append(fields)
+    return told
+
+
 def logits(model, ids, **more):
     with torch.no_grad():
         return model(input_ids=ids, **more).logits
@@ -123,7 +139,7 @@ def test_size_is_met(family, method, calibration):
     widest = max(sum(linear.shape) for linear in Decoder(model).linears(0))
     layer = sum(p.numel() for p in next(Decoder(model).layers()).module.parameters())
     mlp = [one for one in Decoder(model).linears(0) if one.name.startswith(("mlp", "fc"))]
-    channels = mlp[-1].shape[1]
+    channels = mlp[-1].shape[1] if mlp else 1
     step = 32 * sum(one.weight.numel() for one in mlp) // channels  # of --width-multiple
     hidden = 8 * (2 * total // 32 + 4 * 32 * LAYERS)  # eight hidden dimensions, with shortcuts
     for ratio in (0.05, 0.17, 0.3):
@@ -229,7 +245,7 @@ def test_plan_predicts_the_result(family, method, calibration):
     """To the number; where ranks or widths follow from scores not yet known, what is planned is the
     most, missed by less than one rank, or by what a pair must save to be one, or by one channel.
     """
-    for fields in (RECIPES[method], *SIZES[method]):
+    for fields in (RECIPES[method], *sizes(family, method)):
         chosen, model = make(method, fields), Decoder(build(family))
         result = compressed(family, method, calibration, **fields)
         one_step = 1.0
@@ -240,10 +256,16 @@ def test_plan_predicts_the_result(family, method, calibration):
                 *(chosen.least_saving * math.prod(shape) for shape in shapes),
             )
         if issubclass(class_of(method), Widths):
-            one_step = next(
-                float(one.each) for one in chosen.parts(model) if one.axis == "channels"
-            )
-        assert 0 <= chosen.plan(model).parameters - result.parameters_after < one_step, fields
+            each = {one.axis: float(one.each) for one in chosen.parts(model)}
+            one_step = each.get("channels", max(each.values()))
+        # which layers are edited was not known either, and they need not be alike
+        whole = layer_sizes(model).values()
+        inside = [
+            sum(one.weight.numel() for one in layer.linears.values()) for layer in model.layers()
+        ]
+        uneven = max(max(whole) - min(whole), max(inside) - min(inside))
+        missed = chosen.plan(model).parameters - result.parameters_after
+        assert -uneven <= missed < one_step + uneven, fields
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -14,9 +14,20 @@ from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
+from grasp.core.experts import mixture, mixtures
 from grasp.core.families import FAMILIES, select
 
-COUNT = {"phi3": 4, "gpt_neox": 4, "gpt2": 4, "opt": 6}
+COUNT = {
+    "phi3": 4,
+    "gpt_neox": 4,
+    "gpt2": 4,
+    "opt": 6,
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), 4),
+    "deepseek_v3": 8,
+}
+"""Matrices of a layer, where they are not seven."""
+MLA = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+"""Of multi-head latent attention."""
 
 
 def test_every_row_is_tested():
@@ -24,12 +35,23 @@ def test_every_row_is_tested():
 
 
 def test_a_row_finds_every_matrix_of_a_layer(family):
-    """Nothing of a layer's parameters is left out but norms and biases."""
+    """Nothing of a layer's parameters is left out but norms and biases, experts and what routes."""
     model = Decoder(build(family))
     for layer in model.layers():
         assert len(layer.linears) == COUNT.get(family, 7)
         found = sum(linear.weight.numel() for linear in layer.linears.values())
-        assert found == sum(p.numel() for p in layer.module.parameters() if p.dim() > 1)
+        routed = mixture(model, layer.index)
+        assert (routed is not None) == hasattr(getattr(layer.module, "mlp", None), "experts")
+        if routed is not None:
+            assert routed.count == FAMILY_ROWS[family].experts and routed.per_token == 2
+            found += sum(p.numel() for p in routed.experts.parameters() if p.dim() > 2)
+            found += routed.router.weight.numel()
+            found += 32 * hasattr(layer.module.mlp, "shared_expert_gate")
+        assert found == sum(
+            p.numel()
+            for name, p in layer.module.named_parameters()
+            if p.dim() > 1 and not name.endswith("_bias")
+        )
 
 
 def test_weights_are_seen_as_out_by_in(family):
@@ -54,6 +76,10 @@ def test_weights_are_seen_as_out_by_in(family):
         ("phi3", ("attention",), {"qkv_proj", "o_proj"}),
         ("phi3", ("q", "k", "v"), {"qkv_proj"}),
         ("gpt2", ("mlp",), {"c_fc", "c_proj"}),
+        ("qwen2_moe", ("mlp",), {"gate_proj", "up_proj", "down_proj"}),
+        ("qwen2_moe", ("up_proj", "k"), {"up_proj", "k_proj"}),
+        ("deepseek_v3", ("attention",), MLA),
+        ("deepseek_v3", ("kv_b_proj", "mlp"), {"kv_b_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )
 def test_projections(family_name, projections, names):
@@ -114,12 +140,54 @@ def test_an_unknown_family_of_plain_linears_works_by_inspection(
         assert close(again, result.model(input_ids=calibration.ids).logits)
 
 
-def test_a_model_with_fused_experts_says_how_to_add_a_row(calibration):
-    config = transformers.MixtralConfig(**_IDS, **_GATED, num_local_experts=4)
-    with pytest.raises(grasp.GraspError, match=r"mixtral.*add a row to src/grasp/core/families.py"):
+def test_experts_of_an_unknown_family_say_how_to_add_a_row(calibration):
+    config = transformers.Ernie4_5_MoeConfig(
+        **_IDS, **_GATED, moe_num_experts=4, moe_intermediate_size=48, moe_layer_start_index=0
+    )
+    with pytest.raises(
+        grasp.GraspError, match=r"ernie4_5_moe.*add a row to src/grasp/core/families.py"
+    ):
         grasp.compress(
-            transformers.MixtralForCausalLM(config), num_layers=1, data=calibration, method="grasp"
+            transformers.Ernie4_5_MoeForCausalLM(config),
+            num_layers=1,
+            data=calibration,
+            method="grasp",
         )
+
+
+def test_a_model_may_lack_what_stands_beside_experts():
+    """Qwen3-MoE has dense MLPs where the config says so, DeepSeek projects queries in one or two
+    steps; what all of them have must be there.
+    """
+    config = transformers.Qwen3MoeConfig(
+        **{**_IDS, **FAMILY_ROWS["qwen3_moe"].arguments, "mlp_only_layers": [0, 2]}
+    )
+    decoder = Decoder(transformers.Qwen3MoeForCausalLM(config))
+    assert [len(layer.linears) for layer in decoder.layers()] == [7, 4, 7, 4]
+    assert [one.layer for one in mixtures(decoder)] == [1, 3]
+    straight = {**FAMILY_ROWS["deepseek_v3"].arguments, "q_lora_rank": None}
+    config = transformers.DeepseekV3Config(**_IDS, **straight)
+    decoder = Decoder(transformers.DeepseekV3ForCausalLM(config))
+    assert "self_attn.q_proj" in decoder.layer(0).linears
+    for layer in decoder.stack:
+        layer.mlp = nn.Identity()
+    del decoder.__dict__["family"]
+    with pytest.raises(grasp.GraspError, match=r"no layer .* has 'mlp.experts'"):
+        _ = decoder.family
+
+
+def test_experts_that_stay_are_named(calibration):
+    """As a note of the run, with their share: 3 layers of 4 experts, 3 x 8 x 32 numbers each and a
+    row of the router.
+    """
+    model = build("qwen2_moe")
+    share = 3 * 4 * (3 * 8 * 32 + 32) / model.num_parameters()
+    result = grasp.compress(model, data=calibration, ratio=0.1, method="grasp-fisher")
+    [said] = [note for note in result.manifest["notes"] if "experts" in note]
+    assert said.startswith(f"the experts and routers of 3 layers ({share:.0%} of all numbers")
+    assert "'model.layers.0.mlp.experts') stay as they are" in said
+    dense = grasp.compress(build("llama"), data=calibration, ratio=0.1, method="grasp-fisher")
+    assert not any("experts" in note for note in dense.manifest["notes"])
 
 
 def test_a_model_that_is_not_laid_out_as_its_family(calibration):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from closeness import close, same_weights
-from conftest import LAYERS, build
+from conftest import LAYERS, WITH_EXPERTS, build
 from transformers import AutoModelForCausalLM
 
 import grasp
@@ -20,6 +20,7 @@ from grasp.stages.merging import Candidates, merging
 CONTRACT = {
     "recipe": {"num_layers": 2},
     "sizes": ({"ratio": 0.2}, {"num_layers": 2, "merge": 3, "compare_samples": 2}),
+    "refuses": WITH_EXPERTS,
     "flags": {
         "--threshold": (0.5, ("-1.5", "1.1", "nan", "x")),
         "--merge": (3, ("1", "1.5", "x")),
@@ -328,3 +329,11 @@ def test_a_dropped_layer_is_no_more_merged(calibration):
     method = make("laco", {"num_layers": 1, "merge": 2})
     found = list(method.edits(Resident(decoder, calibration), None))
     assert {layer for step in found for layer in step.edit.layers} <= set(range(5))
+
+
+def test_layers_with_experts_are_not_merged(calibration):
+    """Which expert of one layer is like which of another is not known."""
+    with pytest.raises(
+        RecipeError, match=r"layer 0 has 'mlp.experts.down_proj', which is no dense"
+    ):
+        grasp.compress(build("mixtral"), method="laco", num_layers=2, data=calibration)

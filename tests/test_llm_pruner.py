@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import close
-from conftest import FAMILY_ROWS, LAYERS, build
+from conftest import LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -19,6 +19,7 @@ CONTRACT = {
         {"ratio": 0.15, "importance": "vectorize", "layers": (1, 2)},
         {"ratio": 0.3, "importance": "param_second", "layers": "all"},
     ),
+    "refuses": WITH_EXPERTS,
     "flags": {"--importance": ("vectorize", ("nonsense", "param_mix"))},
 }
 KINDS = ("param_first", "param_second", "vectorize")
@@ -138,7 +139,7 @@ def test_the_least_important_go_by_autograd(name, kind, calibration):
     assert seen == {"kv_groups", "channels"}
 
 
-@pytest.mark.parametrize("name", FAMILY_ROWS)
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
 def test_the_narrower_model_is_the_wide_one_with_zeros(name, calibration):
     """Every group that goes, zeroed where it lies in the wide matrices, rows and columns."""
     result, wide = run(calibration, name, ratio=0.25), Decoder(build(name))
@@ -293,3 +294,11 @@ def test_the_largest_ratio_that_is_named_can_be_had(calibration):
     largest = float(str(caught.value).split("reachable is ")[1].split()[0])
     result = run(calibration, ratio=largest)
     assert result.ratio == pytest.approx(largest, abs=2e-3) and result.ratio >= largest
+
+
+def test_beside_experts_only_kv_groups_go(calibration):
+    """As far as the family's attention has heads of one width: DeepSeek's has none to name."""
+    result = run(calibration, "mixtral", ratio=0.1)
+    assert {step.edit.axis for step in result.log} == {"kv_groups"} and result.ratio >= 0.1
+    with pytest.raises(RecipeError, match=r"no matrices of DeepSeek-V3 are known to be dense"):
+        run(calibration, "deepseek_v3", ratio=0.1)

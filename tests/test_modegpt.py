@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from closeness import close
-from conftest import LAYERS, build
+from conftest import LAYERS, WITH_EXPERTS, build
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grasp
@@ -34,6 +34,7 @@ CONTRACT = {
         {"ratio": 0.15, "allocation": "uniform", "layers": (1, 2)},
         {"ratio": 0.3, "smoothing": 0.5},
     ),
+    "refuses": WITH_EXPERTS,
     "flags": {"--smoothing": (0.2, ("0", "-0.5", "nan", "inf", "1e400", "x"))},
 }
 SOME = ("llama", "qwen2", "phi3", "gpt_neox", "gpt2", "opt", "gemma2")
@@ -389,3 +390,12 @@ def test_rotary_pairs_stay_whole(calibration):
 def test_mistakes_are_one_line(message, fields, calibration):
     with pytest.raises(RecipeError, match=message):
         run(calibration, **fields)
+
+
+def test_beside_experts_only_heads_become_narrower(calibration):
+    """As far as the family's attention has heads of one width: DeepSeek's has none to name."""
+    result = run(calibration, "mixtral", ratio=0.1)
+    assert {step.edit.axis for step in result.log} == {"key_dims", "value_dims"}
+    assert result.ratio >= 0.1
+    with pytest.raises(RecipeError, match=r"no matrices of DeepSeek-V3 are known to be dense"):
+        run(calibration, "deepseek_v3", ratio=0.1)

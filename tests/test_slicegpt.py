@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from closeness import close
-from conftest import FAMILY_ROWS, build
+from conftest import FAMILY_ROWS, WITH_EXPERTS, build
 
 import grasp
 from grasp.compensation.recipe import Recipe
@@ -25,7 +25,8 @@ from grasp.methods import make
 from grasp.serving import narrowing
 from grasp.stages.signals import principal
 
-REFUSED = ("gemma2", "gemma3_text", "olmo2")
+NORMS_BEHIND = ("gemma2", "gemma3_text", "olmo2")
+REFUSED = (*NORMS_BEHIND, *WITH_EXPERTS)
 SUITED = [name for name in FAMILY_ROWS if name not in REFUSED]
 CONTRACT = {
     "recipe": {"slicing": 0.25},
@@ -308,9 +309,15 @@ def test_it_loads_where_grasp_is_not_installed(calibration, tmp_path):
     assert [one.shape[-1] for one in hidden] == [24, 24, 24, 24, 32]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", NORMS_BEHIND)
 def test_norms_behind_a_block_are_refused(name, calibration):
     with pytest.raises(ModelError, match=r"cannot be sliced: its norms stand behind .*rotation$"):
+        run(calibration, name)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_are_refused(name, calibration):
+    with pytest.raises(ModelError, match=r"cannot be sliced: 'mlp.experts' holds its experts in"):
         run(calibration, name)
 
 

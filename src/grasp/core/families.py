@@ -59,6 +59,16 @@ class Ends:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a layer keeps its experts, all of them in one tensor a matrix, and the router, which
+    sends each token to some of them: paths inside the layer. Layers may lack them.
+    """
+
+    path: str = "mlp.experts"
+    router: str = "mlp.gate"
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: the module path of the list of decoder layers, the linears of a layer in their order
     of use, its norms, and the model's ends. A layer may lack some of them.
@@ -67,7 +77,8 @@ class Family:
     `ends_as_begun`: whether the model's code gives its outputs the width of its embeddings.
     `fused`: how a matrix of several roles shares its rows. `heads_by_width`: whether the attention
     code takes the number of heads from the width of the projections, so that a KV group is taken
-    out with plain smaller matrices (MLP channels are, in every family).
+    out with plain smaller matrices (MLP channels are, in every family). `experts`: where the layers
+    keep them, if there are some.
     """
 
     name: str
@@ -82,6 +93,7 @@ class Family:
     heads_by_width: bool = False
     mlp_steps: tuple[str, ...] = ()
     ends_as_begun: bool = False
+    experts: Experts | None = None
 
     @property
     def matrices(self) -> Matrices:
@@ -145,6 +157,41 @@ def _llama_like(
         norms,
         _ENDS,
         heads_by_width=heads_by_width,
+    )
+
+
+def _unnamed(*paths: str) -> Matrices:
+    """Matrices without a role: MLPs beside experts have widths of their own, and no common axis."""
+    return tuple((path, path) for path in paths)
+
+
+def _gated_at(*places: str) -> Matrices:
+    """The three matrices of the gated MLPs at these paths, without roles."""
+    return _unnamed(*(f"{place}.{r}_proj" for place in places for r in ("gate", "up", "down")))
+
+
+def _with_experts(
+    name: str,
+    model_type: str,
+    mlp: Matrices = (),
+    notes: str = "experts",
+    norms: Norms = _BEFORE,
+    heads_by_width: bool = True,
+    attention: Matrices = _QKVO,
+    experts: Experts = Experts(),
+) -> Family:
+    """Llama-like layers with experts in the place of the MLP, or of some layers' MLPs."""
+    return Family(
+        name,
+        (model_type,),
+        "model.layers",
+        attention,
+        mlp,
+        notes,
+        norms,
+        _ENDS,
+        heads_by_width=heads_by_width,
+        experts=experts,
     )
 
 
@@ -227,6 +274,58 @@ FAMILIES: tuple[Family, ...] = (
         ),
         mlp_steps=("fc1", "activation_fn", "fc2"),
     ),
+    _with_experts("Mixtral", "mixtral"),
+    _with_experts(
+        "Qwen2-MoE",
+        "qwen2_moe",
+        _gated_at("mlp", "mlp.shared_expert"),
+        "experts, a shared one beside them, dense MLPs in some layers, q/k/v biases",
+    ),
+    _with_experts(
+        "Qwen3-MoE",
+        "qwen3_moe",
+        _gated_at("mlp"),
+        "experts, dense MLPs in some layers, q/k norms",
+        replace(_BEFORE, heads=_QK),
+    ),
+    # its q/k norms are taken over all heads at once, as OLMo2's
+    _with_experts(
+        "OLMoE",
+        "olmoe",
+        notes="experts, q/k norms",
+        norms=replace(_BEFORE, heads=_QK),
+        heads_by_width=False,
+    ),
+    # its attention has a number beside the scores of every head, so their count must stay
+    _with_experts(
+        "gpt-oss",
+        "gpt_oss",
+        notes="experts with biases, attention sinks, alternating window",
+        heads_by_width=False,
+        experts=Experts(router="mlp.router"),
+    ),
+    # heads of queries, keys and values have widths of their own, and keys and values meet in one
+    # narrow matrix: there are no axes to name
+    _with_experts(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        _gated_at("mlp", "mlp.shared_experts"),
+        "experts in groups, shared ones beside them, dense first layers, latent attention",
+        heads_by_width=False,
+        attention=_unnamed(
+            *(
+                f"self_attn.{one}"
+                for one in (
+                    "q_proj",
+                    "q_a_proj",
+                    "q_b_proj",
+                    "kv_a_proj_with_mqa",
+                    "kv_b_proj",
+                    "o_proj",
+                )
+            )
+        ),
+    ),
 )
 
 ROLES = tuple(AXES)
@@ -237,17 +336,21 @@ def select(
     family: Family, projections: tuple[str, ...], flag: str = "--projections"
 ) -> tuple[str, ...]:
     """Paths inside a layer of the matrices whose roles are all among `projections` (roles, matrix
-    names, or all/attention/mlp).
+    names, or all/attention/mlp, which hold those without a role too).
     """
     paths = [path for _, path in family.matrices]
-    names = {path.rsplit(".", 1)[-1]: path for path in paths}
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+    groups = {"all": family.matrices, "attention": family.attention, "mlp": family.mlp}
     wanted: set[str] = set()
     named: set[str] = set()
     for word in projections:
         if word in names or word in paths:
-            named.add(names.get(word, word))
+            named.update(names.get(word, [word]))
         elif word in GROUPS or word in ROLES:
             wanted.update(GROUPS.get(word, (word,)))
+            named.update(path for roles, path in groups.get(word, ()) if roles == path)
         else:
             known = [*GROUPS, *ROLES, *names]
             raise ModelError(
@@ -257,7 +360,7 @@ def select(
     chosen = []
     for roles, path in family.matrices:
         parts = set(roles.split("+"))
-        if path in named or parts <= wanted or (not parts & set(ROLES) and wanted >= set(ROLES)):
+        if path in named or parts <= wanted:
             chosen.append(path)
         elif parts & wanted:
             raise ModelError(

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from grasp.core.families import FAMILIES, Ends, Family
-from grasp.core.layer import matrix_in
+from grasp.core.layer import matrix_in, module_in
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.errors import ModelError
 
@@ -99,15 +99,20 @@ def _layers_path(model: nn.Module, family: Family) -> str:
 
 
 def _check(model: nn.Module, family: Family) -> None:
-    """Raise `ModelError` where the layers are not there, or a matrix of the row is in none."""
+    """Raise `ModelError` where the layers are not there, or a matrix or the experts of the row are
+    in none. What stands beside experts, without a role, a model may lack.
+    """
     try:
         layers: Any = model.get_submodule(family.layers)
     except AttributeError as missing:
         raise ModelError(
             f"the model is not laid out as {family.name}: {missing}; {_ADD_A_ROW}"
         ) from None
-    for _, path in family.matrices:
-        if all(matrix_in(layer, path) is None for layer in layers):
+    needed = {path: matrix_in for roles, path in family.matrices if roles != path}
+    if family.experts is not None:
+        needed |= {family.experts.path: module_in, family.experts.router: module_in}
+    for path, found_in in needed.items():
+        if all(found_in(layer, path) is None for layer in layers):
             raise ModelError(
                 f"the model is not laid out as {family.name}: no layer of {family.layers} has"
                 f" '{path}'; {_ADD_A_ROW}"

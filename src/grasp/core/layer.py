@@ -66,11 +66,18 @@ class Layer:
     linears: dict[str, Linear]
 
 
+def module_in(layer: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of a layer; None where the layer lacks it."""
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def matrix_in(layer: nn.Module, path: str) -> nn.Module | None:
     """The module that keeps a matrix of a layer, dense or not; None where the layer lacks it."""
-    try:
-        module = layer.get_submodule(path)
-    except AttributeError:
+    module = module_in(layer, path)
+    if module is None:
         return None
     if is_low_rank(module) or is_quantized(module):
         return module

@@ -55,6 +55,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    changes_experts: ClassVar[bool] = False
+    """Whether it does anything to experts; else a model that has some is compressed beside them."""
 
     def __post_init__(self) -> None:
         check_fields(self)

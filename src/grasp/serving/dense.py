@@ -34,15 +34,17 @@ def notes(decoder: Decoder) -> tuple[str, ...]:
             f"the MLPs have {min(channels)} to {max(channels)} channels, and the architecture has"
             f" one number for all: they are filled up with zeros to {max(channels)}"
         )
-    found.append(
-        f"an MLP kept all {own.channels} channels, so the MLPs are as large as before compression"
-        if there.channels == own.channels
-        else f"the MLPs are smaller than before compression: {there.channels} channels of"
-        f" {own.channels}"
-    )
+    if decoder.family.holding("down"):
+        found.append(_of_channels(there.channels, own.channels))
     if _lost_heads(decoder):
         found.append("KV groups and value dimensions that went are zeros again")
     return tuple(found)
+
+
+def _of_channels(left: int, own: int) -> str:
+    if left == own:
+        return f"an MLP kept all {own} channels, so the MLPs are as large as before compression"
+    return f"the MLPs are smaller than before compression: {left} channels of {own}"
 
 
 def _lost_heads(decoder: Decoder) -> bool:

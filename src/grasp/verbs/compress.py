@@ -27,10 +27,12 @@ from grasp import __version__
 from grasp.core.bos import AS_TOKENISED, EVERY_BLOCK
 from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
+from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import EditLog, Entry
 from grasp.core.edits.slicing import check_unsliced
+from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike, declared
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
@@ -147,7 +149,7 @@ def _compress(
     clock.lap("calibration")
 
     needs = chosen.needs(decoder)
-    notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
+    notes = _notes(chosen, decoder, data, needs)
     runner = runner_for(decoder, data, journal)
     stats = runner.sweep(needs, "statistics")
     redundancy = describe_redundancy(stats)
@@ -249,6 +251,14 @@ def _check(
     decoder.check_finite()
 
 
+def _notes(
+    method: Method, decoder: Decoder, data: Calibration, needs: Sequence[Collector]
+) -> tuple[str, ...]:
+    """What a user should know about the result, before there is one."""
+    stay = "" if method.changes_experts else experts_stay(decoder)
+    return (*calibration_notes(decoder, data, needs), *method.notes(), *filter(None, [stay]))
+
+
 def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
     """Apply each edit before the next is asked for. Returns the log: every edit, and the parameter
     count after it.
@@ -323,7 +333,7 @@ def predict(
     _check(chosen, decoder, None, calibration)
     data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
-    notes = (*calibration_notes(decoder, data, needs), *chosen.notes())
+    notes = _notes(chosen, decoder, data, needs)
     runner = Resident(decoder, data)
     stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grasp.core.decoder import Decoder
+from grasp.core.experts import experts_stay
 from grasp.core.models import DTYPES, load_model
 from grasp.data.stream import check_lengths
 from grasp.methods import make
@@ -92,6 +93,11 @@ class DryRun:
         """Share of all parameters that would go, where it is known."""
         after = self.plan.parameters
         return None if after is None else 1 - after / self.decoder.num_parameters()
+
+    @property
+    def stays(self) -> str:
+        """What the method leaves as it is, where that needs saying."""
+        return "" if self.method.changes_experts else experts_stay(self.decoder)
 
     def estimate(self) -> Estimate:
         """Memory, and time on this machine."""

@@ -107,10 +107,12 @@ def _check_norms(decoder: Decoder, layer: int, sizes: Sizes) -> None:
 
 
 def sizes_of(decoder: Decoder, layer: int) -> Sizes:
-    """The axes of a layer as it is now."""
+    """The axes of a layer as it is now; no channels where its MLP has no common width of them."""
     family, sizes = decoder.family, Sizes.of(decoder.config)
     module = decoder.layer(layer).module
-    channels = features(module.get_submodule(family.path("down")))[0]
+    channels = 0
+    for path in family.holding("down"):
+        channels = features(module.get_submodule(path))[0]
     queries = features(module.get_submodule(family.path("o")))[0] // sizes.head_dim
     kv_heads = queries // sizes.group
     return replace(sizes, channels=channels, heads=queries, kv_heads=kv_heads)

@@ -173,6 +173,12 @@ def _reasons(decoder: Decoder, family: Family) -> Iterator[str]:
         yield f"its head is no linear, but {type(head).__name__}"
     if not _scales(_there(decoder, ends.norm)):
         yield f"'{ends.norm}' is no norm with a weight"
+    yield from _reasons_in_layers(decoder, family)
+
+
+def _reasons_in_layers(decoder: Decoder, family: Family) -> Iterator[str]:
+    if family.experts is not None:
+        yield f"'{family.experts.path}' holds its experts in one tensor, which cannot be sliced yet"
     for layer in decoder.layers():
         for path in (one for _, one in family.matrices if one not in layer.linears):
             yield f"layer {layer.index} has no dense matrix '{path}'"

@@ -34,9 +34,8 @@ def widths(decoder: Decoder) -> dict[int, Sizes]:
 
 def widest(decoder: Decoder, layers: dict[int, Sizes]) -> Sizes:
     """The axes that every layer can have: the heads of the config, the channels of the widest."""
-    return replace(
-        Sizes.of(decoder.config), channels=max(sizes.channels for sizes in layers.values())
-    )
+    own, channels = Sizes.of(decoder.config), max(sizes.channels for sizes in layers.values())
+    return replace(own, channels=channels or own.channels)
 
 
 def shape(family: Family, path: str, sizes: Sizes) -> tuple[int, int]:

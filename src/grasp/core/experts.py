@@ -1,0 +1,91 @@
+"""The mixture of experts of a decoder layer: where other layers have one MLP, it has many, each
+with its own two matrices, and a router that sends every token to a few of them.
+
+transformers keeps all experts of a layer in one tensor a matrix, (experts, ...), so no expert is a
+module. What is here says how many there are and how large; the tensors are changed by
+`grasp.core.edits` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from grasp.core.layer import module_in
+
+if TYPE_CHECKING:
+    from grasp.core.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of decoder layer `layer` and their router. `path`, `router_path`: where they are
+    in the model as loaded.
+    """
+
+    layer: int
+    path: str
+    router_path: str
+    experts: Any
+    router: Any
+
+    @property
+    def count(self) -> int:
+        """Experts that there are."""
+        return int(self.router.num_experts)
+
+    @property
+    def per_token(self) -> int:
+        """Experts that every token is sent to."""
+        return int(self.router.top_k)
+
+    @property
+    def groups(self) -> int:
+        """Groups of equally many experts in a row, of which a token's come from a few (DeepSeek);
+        1 where there are none.
+        """
+        return int(getattr(self.router, "num_group", 1))
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that one expert is: its matrices and biases, and its row of the router."""
+        return sum(
+            parameter[0].numel()
+            for module in (self.experts, self.router)
+            for parameter in module.parameters()
+        )
+
+
+def mixture(decoder: Decoder, layer: int) -> Mixture | None:
+    """The experts of a layer; None where it has none. Raises `RecipeError` for a layer that is not
+    there.
+    """
+    where, module = decoder.family.experts, decoder.layer(layer).module
+    if where is None:
+        return None
+    found = [module_in(module, path) for path in (where.path, where.router)]
+    if any(not isinstance(one, nn.Module) for one in found):
+        return None
+    begin = f"{decoder.family.layers}.{layer}"
+    return Mixture(layer, f"{begin}.{where.path}", f"{begin}.{where.router}", *found)
+
+
+def mixtures(decoder: Decoder) -> list[Mixture]:
+    """Those of all layers that have some, first to last."""
+    found = (mixture(decoder, layer) for layer in decoder.kept)
+    return [one for one in found if one is not None]
+
+
+def experts_stay(decoder: Decoder) -> str:
+    """Said where a method changes what is no expert; "" for a model without experts."""
+    found = mixtures(decoder)
+    if not found:
+        return ""
+    numbers = sum(one.count * one.numbers for one in found)
+    return (
+        f"the experts and routers of {len(found)} layers"
+        f" ({numbers / decoder.num_parameters():.0%} of all numbers, in the first at"
+        f" '{found[0].path}') stay as they are: this method changes what is no expert"
+    )
