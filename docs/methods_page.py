@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
@@ -58,11 +64,18 @@ def methods_page() -> str:
 
 
 def _seen(name: str) -> tuple[str, str]:
-    """What a method edits, and which statistics it asks for, on a tiny random Llama."""
+    """What a method edits, and which statistics it asks for, on a tiny random Llama; on a Mixtral
+    where it is about experts.
+    """
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 4}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    decoder = Decoder(LlamaForCausalLM(config))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model: PreTrainedModel = (
+        MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+        if available()[name].changes_experts
+        else LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    )
+    decoder = Decoder(model)
     method = make(name, {"ratio": 0.3} if "ratio" in declared(available()[name]) else {})
     runner = Watching(decoder, Calibration(torch.arange(128).view(4, 32) % 64, "numbers"))
     kinds: dict[str, None] = {}

@@ -324,15 +324,17 @@ def test_a_tensor_of_the_wrong_shape(compress, copy):
 
 
 def test_an_architecture_without_plain_linears(compress, tokenizer, tmp_path):
-    """Mixtral's experts are one tensor of three dimensions each."""
-    config = transformers.MixtralConfig(
+    """Ernie's experts are one tensor of three dimensions a matrix, and it has no row."""
+    config = transformers.Ernie4_5_MoeConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=4,
+        moe_num_experts=4,
+        moe_intermediate_size=48,
+        moe_layer_start_index=0,
         max_position_embeddings=128,
         bos_token_id=256,
         eos_token_id=257,
@@ -340,7 +342,7 @@ def test_an_architecture_without_plain_linears(compress, tokenizer, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
     tokenizer.save_pretrained(tmp_path / "experts")
     error = compress("--num-layers", "1", model=tmp_path / "experts").error
-    assert "mixtral" in error and "add a row" in error
+    assert "ernie4_5_moe" in error and "add a row" in error
 
 
 def test_a_model_without_its_familys_linears():

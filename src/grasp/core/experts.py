@@ -8,6 +8,7 @@ module. What is here says how many there are and how large; the tensors are chan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,16 @@ class Mixture:
         1 where there are none.
         """
         return int(getattr(self.router, "num_group", 1))
+
+    @property
+    def least(self) -> int:
+        """How few experts the router can do with: as many as a token is sent to, from as many
+        groups as it may come from. A group is scored by its best two.
+        """
+        if self.groups == 1 and not hasattr(self.router, "num_group"):
+            return self.per_token
+        chosen = int(self.router.topk_group)
+        return self.groups * max(2, math.ceil(self.per_token / chosen))
 
     @property
     def numbers(self) -> int:

@@ -196,7 +196,7 @@ def _widths(
 
 def part_of_axis(axis: str) -> str:
     """The part of a layer whose width it is."""
-    return MLP if axis == "channels" else ATTENTION
+    return MLP if axis in ("channels", "experts") else ATTENTION
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grasp.core.edits.base import Edit, Summary, Undo, layer_of, place_of, trial
 from grasp.core.edits.drop import Drop
+from grasp.core.edits.drop_experts import DropExperts
 from grasp.core.edits.factorize import Factorize
 from grasp.core.edits.kinds import KINDS, from_spec
 from grasp.core.edits.log import EditLog, Entry, Note, Step, noted, read_log
@@ -17,6 +18,7 @@ from grasp.core.edits.slice import Slice
 __all__ = [
     "KINDS",
     "Drop",
+    "DropExperts",
     "Edit",
     "EditLog",
     "Entry",

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from grasp.core.edits.base import Edit
 from grasp.core.edits.drop import Drop
+from grasp.core.edits.drop_experts import DropExperts
 from grasp.core.edits.factorize import Factorize
 from grasp.core.edits.narrow import Narrow
 from grasp.core.edits.quantize import Quantize
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type[Edit]] = {
     one.kind: one
-    for one in (Drop, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite, Slice)
+    for one in (Drop, DropExperts, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite, Slice)
 }
 
 
