@@ -24,7 +24,7 @@ from grasp.stages.closeness import Closeness, LastHidden
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputMeans, InputNorms
 from grasp.stages.modular import HeadMoments
-from grasp.stages.routing import ExpertUse
+from grasp.stages.routing import ExpertLosses, ExpertUse
 from grasp.stages.signals import Signals
 from grasp.stages.statistics import (
     AngularDistance,
@@ -93,11 +93,12 @@ COLLECTORS = {
         }
     ),
     ExpertUse: lambda decoder: ExpertUse(decoder.family),
+    ExpertLosses: lambda decoder: ExpertLosses(decoder.family),
     WindowSimilarity: lambda decoder: WindowSimilarity(decoder.kept, 2),
     WindowStates: lambda decoder: WindowStates(1, 2, Scratch()),
 }
 """Class -> how to make one for a model."""
-ON = {ExpertUse: "mixtral"}
+ON = {ExpertUse: "mixtral", ExpertLosses: "mixtral"}
 """Of collectors that other families have nothing for: the one they are tried on."""
 of_every_collector = pytest.mark.parametrize("kind", COLLECTORS, ids=lambda kind: kind.name)
 of_those_with_hooks = pytest.mark.parametrize(

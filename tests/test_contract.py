@@ -273,6 +273,8 @@ def test_plan_predicts_the_result(family, method, calibration):
             sum(one.weight.numel() for one in layer.linears.values()) for layer in model.layers()
         ]
         uneven = max(max(whole) - min(whole), max(inside) - min(inside))
+        if chosen.over_experts:  # nor how many tokens an expert sees: with few it stays as it is
+            uneven += sum(one.count * one.numbers for one in mixtures(model))
         missed = chosen.plan(model).parameters - result.parameters_after
         assert -uneven <= missed < one_step + uneven, fields
 

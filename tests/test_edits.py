@@ -203,7 +203,7 @@ def traces(decoder: Decoder) -> dict:
 def test_every_kind_is_here():
     llama = Decoder(build("llama"))
     kinds = {MAKE[name](llama).kind for name in MAKE if name != "quantize"} | {"quantize"}
-    kinds.add("drop-experts")  # of other families: tests/test_reap.py
+    kinds |= {"drop-experts", "split-experts"}  # of other families: test_reap.py, test_routed.py
     assert kinds == KINDS.keys()
 
 

@@ -9,12 +9,14 @@ module. What is here says how many there are and how large; the tensors are chan
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from grasp.core.layer import module_in
+from grasp.core.layer import Linear, module_in
+from grasp.core.layers.experts_grasp import MATRICES, SPLIT, view_of
 
 if TYPE_CHECKING:
     from grasp.core.decoder import Decoder
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Mixture:
     """The experts of decoder layer `layer` and their router. `path`, `router_path`: where they are
-    in the model as loaded.
+    in the model as loaded; `name`: where the experts are in the layer.
     """
 
     layer: int
+    name: str
     path: str
     router_path: str
     experts: Any
@@ -60,13 +63,17 @@ class Mixture:
         return self.groups * max(2, math.ceil(self.per_token / chosen))
 
     @property
+    def is_fused(self) -> bool:
+        """Whether all experts are in one tensor a matrix, as transformers has them."""
+        return isinstance(getattr(self.experts, "down_proj", None), nn.Parameter)
+
+    @property
     def numbers(self) -> int:
-        """Numbers that one expert is: its matrices and biases, and its row of the router."""
-        return sum(
-            parameter[0].numel()
-            for module in (self.experts, self.router)
-            for parameter in module.parameters()
-        )
+        """Numbers that one expert is: its matrices and biases, and its row of the router. Of
+        experts that are kept one by one, the mean.
+        """
+        modules = (self.experts, self.router)
+        return sum(p.numel() for module in modules for p in module.parameters()) // self.count
 
 
 def mixture(decoder: Decoder, layer: int) -> Mixture | None:
@@ -80,13 +87,44 @@ def mixture(decoder: Decoder, layer: int) -> Mixture | None:
     if any(not isinstance(one, nn.Module) for one in found):
         return None
     begin = f"{decoder.family.layers}.{layer}"
-    return Mixture(layer, f"{begin}.{where.path}", f"{begin}.{where.router}", *found)
+    places = (f"{begin}.{where.path}", f"{begin}.{where.router}")
+    return Mixture(layer, where.path, *places, *found)
 
 
 def mixtures(decoder: Decoder) -> list[Mixture]:
     """Those of all layers that have some, first to last."""
     found = (mixture(decoder, layer) for layer in decoder.kept)
     return [one for one in found if one is not None]
+
+
+def expert_linears(found: Mixture) -> Iterator[Linear]:
+    """The matrices of every expert, under the paths that they have once the experts are apart
+    (`edits.SplitExperts`); none where they are already. Weights are views of the fused tensors.
+    """
+    if not found.is_fused:
+        return
+    for number in range(found.count):
+        for name in MATRICES:
+            view = view_of(found.experts, name, number)
+            place = f"{SPLIT}.{number}.{name}"
+            yield Linear(f"{found.path}.{place}", found.layer, f"{found.name}.{place}", view)
+
+
+def is_of_expert(linear: Linear) -> bool:
+    """Whether it is a matrix of an expert."""
+    return f".{SPLIT}." in linear.name
+
+
+def fused_at(decoder: Decoder, path: str) -> int | None:
+    """The layer whose experts must be taken apart before the expert's matrix at `path` can be
+    edited; None where they are, or where `path` is no such matrix.
+    """
+    if f".{SPLIT}." not in path or decoder.family.experts is None:
+        return None
+    layer, name = decoder.locate(path)
+    found = mixture(decoder, layer)
+    inside = found is not None and found.is_fused and name.startswith(f"{found.name}.{SPLIT}.")
+    return layer if inside else None
 
 
 def experts_stay(decoder: Decoder) -> str:

@@ -329,6 +329,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 ROLES = tuple(AXES)
+EXPERTS = "experts"
+"""The word for the matrices of experts, which no row names one by one."""
 GROUPS = {"all": ROLES, "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
@@ -348,6 +350,8 @@ def select(
     for word in projections:
         if word in names or word in paths:
             named.update(names.get(word, [word]))
+        elif word == EXPERTS and family.experts is not None:
+            continue
         elif word in GROUPS or word in ROLES:
             wanted.update(GROUPS.get(word, (word,)))
             named.update(path for roles, path in groups.get(word, ()) if roles == path)
@@ -367,7 +371,7 @@ def select(
                 f"{flag}: {family.name} keeps {roles} in one matrix, {path.rsplit('.', 1)[-1]};"
                 f" name all of {roles} or none"
             )
-    if not chosen:
+    if not chosen and not (EXPERTS in projections and family.experts is not None):
         raise ModelError(
             f"{flag}: {', '.join(projections)} selects no matrix of {family.name}; allowed:"
             f" {', '.join(names)}"

@@ -88,6 +88,11 @@ class Method(ABC):
         return ()
 
     @property
+    def over_experts(self) -> bool:
+        """Whether it edits the matrices of experts as it does others."""
+        return False
+
+    @property
     def predicts(self) -> bool:
         """Whether the scores are losses in nats a token, so that `predict` can be asked."""
         return False

@@ -80,3 +80,8 @@ class Problem:
             size = allocation.sizes.get(name)
             if size is not None:
                 yield name, component, size
+
+
+def never(_size: int) -> Step:
+    """Of a component that is never smaller."""
+    raise AssertionError("a fixed component has no sizes")

@@ -39,7 +39,7 @@ from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.fields import flag
 from grasp.core.layer import Linear
-from grasp.core.records import Statistics
+from grasp.core.records import Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.size import STORAGES, STORED
 from grasp.methods.structure import Structure
@@ -59,6 +59,7 @@ class GraspFisher(Structure):
 
     name: ClassVar[str] = "grasp-fisher"
     paper: ClassVar[str] = "https://arxiv.org/abs/2501.00339"
+    knows_experts: ClassVar[bool] = True
 
     storage: str = flag("pivoted", STORED, words=STORAGES)
     basis: str = flag("fisher", "Metric of the decomposition: plain, input or fisher.", words=BASES)
@@ -73,9 +74,15 @@ class GraspFisher(Structure):
         curvatures = [Curvatures(paths, scratch)] if self.basis != "plain" else []
         return [*curvatures, *([WeightGrad(paths)] if self.score == "taylor" else [])]
 
+    @property
+    def over_experts(self) -> bool:
+        return super().over_experts and self.score != "taylor"
+
+    def curvature(self, linear: Linear, stats: Statistics) -> Curvature | None:
+        return None if self.basis == "plain" else halves(stats, linear.path).whole
+
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
-        curvature = None if self.basis == "plain" else halves(stats, linear.path).whole
-        return groups(linear.weight, curvature, self.basis, scratch)
+        return groups(linear.weight, self.curvature(linear, stats), self.basis, scratch)
 
     def expected(self, linear: Linear, seen: Tensor, stats: Statistics) -> Tensor:
         """Decomposed on each half of the blocks, and judged on both."""

@@ -13,27 +13,31 @@ Scope: grasp.methods.scope. Size and storage: grasp.methods.size.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Factorize, Step, noted
+from grasp.core.edits import Factorize, Note, SplitExperts, Step, noted
+from grasp.core.experts import expert_linears, fused_at, is_of_expert, mixture
+from grasp.core.families import EXPERTS
 from grasp.core.fields import Place, flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import balanced, pivoted
-from grasp.core.records import Allocation, Attribution, Statistics
+from grasp.core.records import Allocation, Attribution, Curvature, Statistics
 from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
-from grasp.methods.components import Component, Problem
+from grasp.methods.components import Component, Problem, never
 from grasp.methods.costs import Costs, numbers_of
 from grasp.methods.scope import Scope
 from grasp.methods.size import Size
@@ -41,6 +45,8 @@ from grasp.stages import budget as budgets
 from grasp.stages.basis import Groups, over_cores
 from grasp.stages.forecast import stated
 from grasp.stages.statistics import Similarity
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,13 @@ class LowRank(Scope, Size):
     @abstractmethod
     def metric(self, paths: Sequence[str], scratch: Scratch) -> list[Collector]:
         """What the metric of the matrices at `paths` is made of; large sums go into `scratch`."""
+
+    knows_experts: ClassVar[bool] = False
+    """Whether `metric` measures the matrices of experts (`grasp.stages.routed`)."""
+
+    def curvature(self, linear: Linear, stats: Statistics) -> Curvature | None:
+        """What the metric is made of, where that is a curvature."""
+        return None
 
     @abstractmethod
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
@@ -121,6 +134,41 @@ class LowRank(Scope, Size):
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         """What the sums of `metric` take at most."""
         return 2 * square_bytes(linears)
+
+    # --- experts
+
+    @property
+    def over_experts(self) -> bool:
+        words = {"all", "mlp", EXPERTS}
+        asked = bool(words & set(self.projections)) and not words & set(self.exclude)
+        return self.knows_experts and asked and self.unit != "latency"
+
+    def linears(self, decoder: Decoder, layers: Iterable[int]) -> list[Linear]:
+        layers = list(layers)
+        found = super().linears(decoder, layers)
+        if self.over_experts:
+            for index in layers:
+                experts = mixture(decoder, index)
+                found += expert_linears(experts) if experts is not None else ()
+        return found
+
+    def well_seen(self, linears: Sequence[Linear], stats: Statistics) -> list[Linear]:
+        """Those that enough tokens reached for their statistics: at least as many as these are
+        wide. Which are others, of experts, are named in a warning and stay as they are.
+        """
+        few = [one.path for one in linears if is_of_expert(one) and self._is_seldom(one, stats)]
+        if few:
+            logger.warning(
+                "%d matrices of experts saw fewer tokens than they have rows or columns, the first"
+                " is '%s'; they stay as they are (more --num-samples reach them)",
+                len(few),
+                few[0],
+            )
+        return [one for one in linears if one.path not in set(few)]
+
+    def _is_seldom(self, linear: Linear, stats: Statistics) -> bool:
+        found = self.curvature(linear, stats)
+        return found is not None and found.input_tokens < min(linear.shape)
 
     # --- what is the same for all
 
@@ -194,10 +242,14 @@ class LowRank(Scope, Size):
                 seen = budgets.tails(lost.sort(descending=True).values)
                 return found, lost, self.expected(linear, seen, stats)
 
-        components = {}
+        components = {
+            linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None))
+            for linear in linears
+        }
+        linears = self.well_seen(linears, stats)
         decoder.progress("decomposing", 0, len(linears))
-        for linear, (found, lost, expected) in zip(
-            linears, over_cores(decompose, linears), strict=True
+        for done, (linear, (found, lost, expected)) in enumerate(
+            zip(linears, over_cores(decompose, linears), strict=True), 1
         ):
             seen = budgets.tails(lost.sort(descending=True).values)
             cost = costs.of(linear.path)
@@ -206,7 +258,7 @@ class LowRank(Scope, Size):
             )
             make = partial(self.replacement, linear, found, lost, expected)
             components[linear.path] = Component(linear.layer, offer, make, matrices=(linear.path,))
-            decoder.progress("decomposing", len(components), len(linears))
+            decoder.progress("decomposing", done, len(linears))
         return components
 
     def target(self, costs: Costs, problem: Problem) -> float:
@@ -255,9 +307,17 @@ class LowRank(Scope, Size):
         return Scratch.for_bytes(groups_bytes(linears), decoder.device, self.scratch)
 
 
+def fixed(linear: Linear, cost: float) -> Component:
+    """A matrix that stays as it is."""
+    return Component(linear.layer, budgets.fixed(cost), never, matrices=(linear.path,))
+
+
 def carried_out(runner: Runner, problem: Problem, sizes: Allocation) -> Iterator[Step]:
-    """The edits of all that becomes smaller."""
+    """The edits of all that becomes smaller; experts are taken apart before the first of them."""
     for name, component, size in problem.taken(sizes):
+        layer = fused_at(runner.decoder, name)
+        if layer is not None:
+            yield Step(SplitExperts(layer), Note(predicted_loss=0.0, seen_loss=0.0))
         with runner.holding(component.layer):
             made = runner.once(name, partial(component.make, size))
         yield made

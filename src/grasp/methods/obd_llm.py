@@ -27,7 +27,7 @@ from torch import Tensor
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.layer import Linear
-from grasp.core.records import Statistics
+from grasp.core.records import Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.low_rank import LowRank
 from grasp.stages.basis import Groups, groups
@@ -43,13 +43,16 @@ class OBDLLM(LowRank):
 
     name: ClassVar[str] = "obd-llm"
     paper: ClassVar[str] = "https://arxiv.org/abs/2604.00821"
+    knows_experts: ClassVar[bool] = True
 
     def metric(self, paths: Sequence[str], scratch: Scratch) -> list[Collector]:
         return [Curvatures(paths, scratch, half=half) for half in (0, 1)]
 
+    def curvature(self, linear: Linear, stats: Statistics) -> Curvature:
+        return halves(stats, linear.path).whole
+
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
-        curvature = halves(stats, linear.path).whole
-        return groups(linear.weight, curvature, "fisher", scratch)
+        return groups(linear.weight, self.curvature(linear, stats), "fisher", scratch)
 
     def expected(self, linear: Linear, seen: Tensor, stats: Statistics) -> Tensor:
         parts = halves(stats, linear.path).parts

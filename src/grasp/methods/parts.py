@@ -14,17 +14,20 @@ import torch
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop, Factorize, Note, Step
 from grasp.core.edits.droppable import check_droppable
+from grasp.core.experts import is_of_expert
 from grasp.core.layer import Linear
+from grasp.core.layers.experts_grasp import SPLIT
 from grasp.core.records import Allocation, Statistics
 from grasp.errors import ModelError, RecipeError
-from grasp.methods.components import Component, Problem
+from grasp.methods.components import Component, Problem, never
 from grasp.stages import budget as budgets
 from grasp.stages.budget import All, Choice, Costs, OneOf
 from grasp.stages.narrowing import AXES
+from grasp.stages.routing import ExpertLosses
 from grasp.stages.sublayers import ATTENTION, MLP, LayerLosses
 
-RANKS, LAYERS = "ranks", "layers"
-PARTS = (RANKS, *AXES, LAYERS)
+RANKS, LAYERS, EXPERTS = "ranks", "layers", "experts"
+PARTS = (RANKS, *AXES, LAYERS, EXPERTS)
 DEFAULT, DENSE = (RANKS, "channels"), ("channels", LAYERS)
 """What may become smaller where no --parts say it: in any shape, and where all must stay dense."""
 FIRST = 0.8
@@ -71,6 +74,35 @@ def leaving(
                     found[f"{linear.path} gone"] = Component(
                         layer, offer, make, matrices=(linear.path,)
                     )
+    return found
+
+
+def experts_gone(
+    stats: Statistics, linears: Sequence[Linear], costs: Costs
+) -> dict[str, Component]:
+    """Experts gone, of those whose matrices may all be edited: both at rank 0, so that they add
+    nothing to the tokens that are still sent to them.
+    """
+    losses: Mapping[str, float] = stats[ExpertLosses.name]
+    found = {}
+    for name, members in by_expert(linears).items():
+        for linear in members:
+            known = losses[f"{linear.layer} {name}"]
+            loss, cost = known if linear is members[-1] else 0.0, costs.of(linear.path)
+            offer = budgets.gone(loss, cost(linear.shape, 0))
+            make = partial(emptied, linear, loss)
+            found[f"{linear.path} gone"] = Component(
+                linear.layer, offer, make, matrices=(linear.path,)
+            )
+    return found
+
+
+def by_expert(linears: Sequence[Linear]) -> dict[str, list[Linear]]:
+    """The matrices of one layer's experts, by expert."""
+    found: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if is_of_expert(linear):
+            found.setdefault(linear.name.rpartition(".")[0], []).append(linear)
     return found
 
 
@@ -133,16 +165,11 @@ def one_width(problem: Problem, spend: float) -> Allocation:
     return min(found, key=lambda one: budgets.total_loss(offers, one))
 
 
-def never(_size: int) -> Step:
-    """Of a component that is never smaller."""
-    raise AssertionError("a fixed component has no sizes")
-
-
 def narrower_first(problem: Problem, sizes: Allocation) -> Allocation | None:
     """Of a choice, what is no rank, `FIRST` of the way; None where that is nothing."""
     first: dict[str, int | None] = {}
     for name, component, size in problem.taken(sizes):
-        if " " in name:
+        if " " in name and f".{SPLIT}." not in name:  # experts are taken apart once
             offer, whole = component.offer, component.whole
             wanted = whole - FIRST * (whole - size)
             place = int(torch.searchsorted(offer.sizes, wanted))
@@ -178,7 +205,8 @@ def choices(
         ]
         others = tuple(dict.fromkeys(taken[path] for path in paths))
         taken |= dict.fromkeys(paths, OneOf((name, All(others))))
-    for members in sublayers(decoder, linears).values():
+    together = (*sublayers(decoder, linears).values(), *by_expert(linears).values())
+    for members in together:
         gone = tuple(f"{linear.path} gone" for linear in members)
         if all(name in components for name in gone):
             names = [linear.name for linear in members]

@@ -26,18 +26,19 @@ from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.costs import Costs
-from grasp.methods.low_rank import LowRank, carried_out
+from grasp.methods.low_rank import LowRank, carried_out, fixed
 from grasp.methods.parts import (
     DEFAULT,
     DENSE,
+    EXPERTS,
     LAYERS,
     PARTS,
     RANKS,
     beyond,
     choices,
+    experts_gone,
     leaving,
     narrower_first,
-    never,
     one_width,
     settled,
 )
@@ -47,11 +48,14 @@ from grasp.stages.budget import All
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import halves
 from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
+from grasp.stages.routing import ExpertLosses
 from grasp.stages.statistics import Similarity
 from grasp.stages.sublayers import LayerLosses
 
 logger = logging.getLogger(__name__)
 
+SPREAD = (RANKS, "values", EXPERTS)
+"""Parts that leave pairs, or gaps."""
 ALLOCATIONS = ("uniform", "per-layer", "global")
 WIDTH_MULTIPLE = 32
 LEAST_SAVING = 0.1
@@ -67,7 +71,8 @@ class Structure(LowRank):
     parts: tuple[str, ...] | None = flag(
         None,
         "What may become smaller: ranks (of matrices), channels (of MLPs), values (dimensions of"
-        " value heads), groups (key-value heads with their queries), layers; default:"
+        " value heads), groups (key-value heads with their queries), layers, experts (whole ones,"
+        " beside their ranks); default:"
         f" {','.join(DEFAULT)}, or {','.join(DENSE)} with --shape dense.",
         words=PARTS,
         metavar="PART,...",
@@ -104,14 +109,19 @@ class Structure(LowRank):
         said = f"--parts {','.join(self.parts or ())}"
         if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
             raise RecipeError(f"{said}: name at least one of {', '.join(PARTS)}, and none twice")
-        if self.is_dense and (odd := [part for part in self.kinds if part in (RANKS, "values")]):
+        if self.is_dense and (odd := [part for part in self.kinds if part in SPREAD]):
             raise RecipeError(
                 f"{said}: {' and '.join(odd)} leave no plain dense matrices; with"
                 f" {'--uniform' if self.uniform else '--shape dense'} take some of"
-                f" {', '.join(part for part in PARTS if part not in (RANKS, 'values'))}"
+                f" {', '.join(part for part in PARTS if part not in SPREAD)}"
             )
         if self.uniform and "channels" not in self.kinds:
             raise RecipeError(f"{said}: --uniform is about channels; name them")
+        if EXPERTS in self.kinds and (RANKS not in self.kinds or LAYERS in self.kinds):
+            raise RecipeError(
+                f"{said}: a whole expert goes as matrices of rank 0, beside the ranks of the others"
+                " and not with layers; name ranks, and leave layers out"
+            )
         if self.more and not self.predicts:
             named = said if self.parts else f"--shape {self.shape}"
             raise RecipeError(
@@ -143,6 +153,11 @@ class Structure(LowRank):
         """0 where shares are given out, and where times say what a pair is worth."""
         free = self.allocation == "global" and self.unit != "latency"
         return LEAST_SAVING if free and self.more else 0.0
+
+    @property
+    def over_experts(self) -> bool:
+        # a layer that goes takes its experts along: they would be counted twice
+        return super().over_experts and RANKS in self.kinds and LAYERS not in self.kinds
 
     @property
     def again(self) -> bool:
@@ -188,8 +203,9 @@ class Structure(LowRank):
         if not self.predicts:
             return self.metric(paths, scratch)
         readers = [one.reader.path for one in self.places(decoder, linears, parts)]
-        layers = [LayerLosses(decoder.family)] if LAYERS in parts else []
-        return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *layers]
+        whole: list[Collector] = [LayerLosses(decoder.family)] if LAYERS in parts else []
+        whole += [ExpertLosses(decoder.family)] if EXPERTS in parts else []
+        return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *whole]
 
     def places(
         self, decoder: Decoder, linears: Sequence[Linear], parts: Sequence[str]
@@ -244,8 +260,10 @@ class Structure(LowRank):
         linears = self.linears(decoder, [layer for layer in layers if layer in decoder.kept])
         spend -= settled(problem, Allocation({**sizes.sizes, **first.sizes}), linears)
         del problem
-        again = runner.sweep(self.asked(decoder, linears, ()), "statistics of the narrower model")
-        problem = self.posed(runner, again, linears, (), costs)
+        parts = [part for part in self.more if part == EXPERTS]
+        asked = self.asked(decoder, linears, parts)
+        again = runner.sweep(asked, "statistics of the narrower model")
+        problem = self.posed(runner, again, linears, parts, costs)
         yield from self.replacements(runner, problem, spend)
 
     def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:
@@ -278,14 +296,10 @@ class Structure(LowRank):
             components |= leaving(decoder, stats, linears, costs, RANKS in self.kinds)
         if RANKS in self.kinds:
             components |= self.decomposed(runner, stats, linears, costs)
+            components |= experts_gone(stats, linears, costs) if EXPERTS in parts else {}
         else:
             components |= {
-                linear.path: Component(
-                    linear.layer,
-                    budgets.fixed(costs.of(linear.path)(linear.shape, None)),
-                    never,
-                    matrices=(linear.path,),
-                )
+                linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None))
                 for linear in linears
             }
         layers: dict[int, list[Linear]] = {}

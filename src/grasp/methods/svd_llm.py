@@ -43,7 +43,7 @@ from grasp.core.edits import Step
 from grasp.core.fields import NumSamples, flag
 from grasp.core.held import passes
 from grasp.core.layer import Linear
-from grasp.core.records import Statistics
+from grasp.core.records import Curvature, Statistics
 from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
 from grasp.errors import RecipeError
@@ -72,6 +72,7 @@ class SVDLLM(LowRank):
 
     name: ClassVar[str] = "svd-llm"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.07378"
+    knows_experts: ClassVar[bool] = True
 
     update: str = flag(
         "none",
@@ -100,8 +101,16 @@ class SVDLLM(LowRank):
     def metric(self, paths: Sequence[str], scratch: Scratch) -> list[Collector]:
         return [InputCurvatures(paths, scratch)]
 
+    @property
+    def over_experts(self) -> bool:
+        return super().over_experts and self.update == "none"
+
+    def curvature(self, linear: Linear, stats: Statistics) -> Curvature:
+        found: Curvature = stats[InputCurvatures.name][linear.path]
+        return found
+
     def groups(self, linear: Linear, stats: Statistics, scratch: Scratch) -> Groups:
-        return groups(linear.weight, stats[InputCurvatures.name][linear.path], "input", scratch)
+        return groups(linear.weight, self.curvature(linear, stats), "input", scratch)
 
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         return square_bytes(linears)

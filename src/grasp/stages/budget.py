@@ -252,11 +252,13 @@ def in_shares(offers: Mapping[str, Options], parts: Sequence[Choice], budget: fl
 
 def rounded_down(offers: Mapping[str, Options], share: float) -> Allocation:
     """The largest rank of every matrix that costs at most `share` of what it costs dense: of
-    numbers in a plain pair, `int(m n share / (m + n))`. None stays dense, since `share` is below 1.
+    numbers in a plain pair, `int(m n share / (m + n))`. None stays dense, since `share` is below 1,
+    but what offers nothing.
     """
     fits = {
         path: int((offer.costs <= share * offer.dense * (1 + 1e-9)).sum())
         for path, offer in offers.items()
+        if len(offer.sizes)
     }
     return Allocation(
         {path: int(offers[path].sizes[max(fit, 1) - 1]) for path, fit in fits.items()}

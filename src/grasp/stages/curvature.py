@@ -25,6 +25,7 @@ from grasp.core.linalg import wide
 from grasp.core.records import Curvature
 from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
+from grasp.stages.routed import asked, watch
 
 
 class InputCurvatures(Collector):
@@ -76,22 +77,28 @@ class InputCurvatures(Collector):
         for linear in layer.linears.values():
             if linear.path in self.paths:
                 undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
+        watch(self, layer, undo)
 
     def _forward(self, linear: Linear) -> Callable[..., None]:
         def forward(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             if not self.is_looking:
                 return
-            x = self._tokens(inputs[0])
-            self._count("input", linear.path, x)
-            if linear.is_tall:
-                self._see_input(f"near.{linear.path}", inputs[0], x)
-            elif linear.path in self.inputs:
-                self._see_input(f"inputs.{linear.path}", inputs[0], x)
-            else:
-                self._add_squares("input", linear.path, x)
-                self._add_gram(f"far.{linear.path}", _through(x, linear.weight.mT))
+            self.see_inputs(linear.path, linear.weight, self._tokens(inputs[0]), inputs[0])
 
         return forward
+
+    def see_inputs(self, path: str, weight: Tensor, x: Tensor, given: Tensor | None = None) -> None:
+        """Add rows x (tokens, in) that the matrix W (out, in) at `path` reads; `given`: the tensor
+        that they are from, where another matrix may read the same.
+        """
+        self._count("input", path, len(x))
+        if weight.shape[0] >= weight.shape[1]:
+            self._see_input(f"near.{path}", x if given is None else given, x)
+        elif path in self.inputs:
+            self._see_input(f"inputs.{path}", x if given is None else given, x)
+        else:
+            self._add_squares("input", path, x)
+            self._add_gram(f"far.{path}", _through(x, weight.mT))
 
     def _see_input(self, key: str, given: Tensor, x: Tensor) -> None:
         """Add the tokens x (tokens, in) of the input `given` to X, the sum `key`, unless the matrix
@@ -104,9 +111,9 @@ class InputCurvatures(Collector):
         self._add_gram(key, x)
         self.last_input = (given, key)
 
-    def _count(self, side: str, path: str, rows: Tensor) -> None:
-        """How many rows (tokens, width) of inputs or gradients there are."""
-        self._add(f"{side}_tokens.{path}", torch.tensor(len(rows)))
+    def _count(self, side: str, path: str, tokens: int) -> None:
+        """Over how many tokens inputs or gradients are summed up."""
+        self._add(f"{side}_tokens.{path}", torch.tensor(tokens))
 
     def _add_squares(self, side: str, path: str, rows: Tensor) -> None:
         """The squares of rows (tokens, width) whose outer products are not summed; of others the
@@ -201,7 +208,8 @@ class Curvatures(InputCurvatures):
     backward: ClassVar[bool] = True
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
-        if any(linear.path in self.paths for linear in layer.linears.values()):
+        own = (linear.path in self.paths for linear in layer.linears.values())
+        if any(own) or asked(layer, self.paths):
             ask_for_gradients_at(layer, undo)
         super()._hook(layer, undo)
 
@@ -215,14 +223,20 @@ class Curvatures(InputCurvatures):
 
         def backward(grad: Tensor) -> None:
             d = self._tokens(grad)
-            self._count("gradient", linear.path, d)
-            if linear.is_tall:
-                self._add_squares("gradient", linear.path, d)
-                self._add_gram(f"far.{linear.path}", _through(d, linear.weight))
-            else:
-                self._add_gram(f"near.{linear.path}", d)
+            self.see_gradients(linear.path, linear.weight, d, len(d))
 
         return forward
+
+    def see_gradients(self, path: str, weight: Tensor, d: Tensor, tokens: int) -> None:
+        """Add gradients d (some, out) at the output of the matrix W (out, in) at `path`; those of
+        the others among the `tokens` are 0.
+        """
+        self._count("gradient", path, tokens)
+        if weight.shape[0] >= weight.shape[1]:
+            self._add_squares("gradient", path, d)
+            self._add_gram(f"far.{path}", _through(d, weight))
+        else:
+            self._add_gram(f"near.{path}", d)
 
 
 def _through(rows: Tensor, weight: Tensor) -> Tensor:

@@ -7,10 +7,17 @@ REAP (Lasby et al., arXiv 2510.13999) scores expert j by what it adds to the tok
 
 with g_j the weight that the router gives it, as the model uses it (after it was normed and scaled),
 and f_j(x) what the expert makes of the token. Higher = keep.
+
+What leaving it out costs, the router sending to it as before, is in nats a token of the text
+
+    1/2 E[(d' g_j f_j(x))^2]        d: the gradient of the loss where the experts are summed up
+
+as of a layer or sublayer (`grasp.stages.sublayers`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +27,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grasp.core.collector import Collector
+from grasp.core.collector import Collector, ask_for_gradients_at
 from grasp.core.families import Family
 from grasp.core.layer import Layer, module_in
+from grasp.core.layers.experts_grasp import SPLIT
 from grasp.errors import NumericsError
 
 
@@ -86,4 +94,58 @@ class ExpertUse(Collector):
         }
         if not all(bool(torch.isfinite(one.weighted).all()) for one in found.values()):
             raise NumericsError("what experts give is not finite; try --dtype float32")
+        return found
+
+
+class ExpertLosses(Collector):
+    """Of every expert, what is lost without it. Table: "3 mlp.experts.split.5" (layer 3, expert 5)
+    -> nats a token. Sums: "lost.LAYER" (experts), "tokens.LAYER".
+
+    The bias of its last matrix counts as staying: it stays where the matrices become empty.
+    """
+
+    name: ClassVar[str] = "expert_losses"
+    backward: ClassVar[bool] = True
+
+    def __init__(self, family: Family):
+        super().__init__()
+        self.path = "" if family.experts is None else family.experts.path
+
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        experts = module_in(layer.module, self.path) if self.path else None
+        if experts is None or not hasattr(experts, "down_proj"):
+            return
+        ask_for_gradients_at(layer, undo)
+
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                given = tuple(self._tokens(one) for one in args)
+                output.register_hook(lambda grad: self._see(layer.index, module, given, grad))
+
+        undo.callback(experts.register_forward_hook(hook).remove)
+
+    @torch.no_grad()
+    def _see(self, layer: int, module: Any, given: tuple[Tensor, ...], grad: Tensor) -> None:
+        hidden, chosen, weights = given
+        gradients, count = self._tokens(grad), int(module.num_experts)
+        lost = torch.zeros(count, dtype=torch.float64, device=hidden.device)
+        if len(hidden):
+            each, places = chosen.shape[1], chosen.reshape(-1)
+            rows = hidden.repeat_interleave(each, 0)
+            alone = module.forward(rows, places[:, None], torch.ones_like(weights.reshape(-1, 1)))
+            bias = getattr(module, "down_proj_bias", None)
+            alone = alone.float() if bias is None else alone.float() - bias[places].float()
+            asked = gradients.repeat_interleave(each, 0).float() * weights.reshape(-1, 1).float()
+            lost.index_add_(0, places, (asked * alone).sum(1).double().square())
+        self._add(f"lost.{layer}", lost)
+        self._add(f"tokens.{layer}", torch.tensor(len(hidden)))
+
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, float]:
+        found = {}
+        for layer in sorted(int(key.partition(".")[2]) for key in sums if key.startswith("lost.")):
+            tokens = max(int(sums[f"tokens.{layer}"]), 1)
+            for number, lost in enumerate(sums[f"lost.{layer}"].tolist()):
+                found[f"{layer} {self.path}.{SPLIT}.{number}"] = lost / tokens / 2
+        if not all(map(math.isfinite, found.values())):
+            raise NumericsError("the losses of experts are not finite; try --dtype float32")
         return found

@@ -255,7 +255,7 @@ def _notes(
     method: Method, decoder: Decoder, data: Calibration, needs: Sequence[Collector]
 ) -> tuple[str, ...]:
     """What a user should know about the result, before there is one."""
-    stay = "" if method.changes_experts else experts_stay(decoder)
+    stay = "" if method.changes_experts or method.over_experts else experts_stay(decoder)
     return (*calibration_notes(decoder, data, needs), *method.notes(), *filter(None, [stay]))
 
 

@@ -97,7 +97,8 @@ class DryRun:
     @property
     def stays(self) -> str:
         """What the method leaves as it is, where that needs saying."""
-        return "" if self.method.changes_experts else experts_stay(self.decoder)
+        changes = self.method.changes_experts or self.method.over_experts
+        return "" if changes else experts_stay(self.decoder)
 
     def estimate(self) -> Estimate:
         """Memory, and time on this machine."""

@@ -14,6 +14,7 @@ from grasp.core.edits.replace import Replace
 from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
 from grasp.core.edits.slice import Slice
+from grasp.core.edits.split_experts import SplitExperts
 
 __all__ = [
     "KINDS",
@@ -30,6 +31,7 @@ __all__ = [
     "ReplaceMLP",
     "Rewrite",
     "Slice",
+    "SplitExperts",
     "Step",
     "Summary",
     "Undo",

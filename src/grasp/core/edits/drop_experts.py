@@ -82,6 +82,8 @@ class DropExperts(Edit):
         """Raise `RecipeError` for experts that are not there, for too few of them, or where those
         of a group are more than those of another.
         """
+        if not one.is_fused:
+            raise RecipeError(f"layer {one.layer}: its experts are kept one by one, so none can go")
         keep, size = self.keep[one.layer], one.count // one.groups
         rising = all(one < other for one, other in pairwise(keep))
         if len(keep) != self.left or not rising or not 0 <= keep[0] <= keep[-1] < one.count:

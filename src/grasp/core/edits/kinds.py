@@ -18,6 +18,7 @@ from grasp.core.edits.replace import Replace
 from grasp.core.edits.replace_mlp import ReplaceMLP
 from grasp.core.edits.rewrite import Rewrite
 from grasp.core.edits.slice import Slice
+from grasp.core.edits.split_experts import SplitExperts
 from grasp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,7 +26,18 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type[Edit]] = {
     one.kind: one
-    for one in (Drop, DropExperts, Factorize, Narrow, Quantize, Replace, ReplaceMLP, Rewrite, Slice)
+    for one in (
+        Drop,
+        DropExperts,
+        Factorize,
+        Narrow,
+        Quantize,
+        Replace,
+        ReplaceMLP,
+        Rewrite,
+        Slice,
+        SplitExperts,
+    )
 }
 
 

@@ -5,28 +5,33 @@ These are no edits: they belong to opening and exporting a model, and nothing is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from grasp.core.axes import width_entry
 from grasp.core.decoder import Decoder
+from grasp.core.edits.joining import joined
 from grasp.core.edits.placing import stored, sync
 from grasp.core.edits.widening import whole, widened, widest, widths
 from grasp.core.edits.widths import copy_widths
 from grasp.core.layer import is_quantized
+from grasp.core.layers.experts_grasp import SplitExperts
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.layers.modeling_grasp import plain_class
 from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.core.layers.structure_grasp import made, structure_of
 from grasp.errors import ModelError
 
+ORDINARY = ("low-rank", "narrow", "experts")
+"""Kinds of modules that an ordinary model can do without."""
+
 
 @torch.no_grad()
 def multiply_out(decoder: Decoder) -> int:
     """Put dense matrices in the place of all low-rank pairs, products taken in float32 and kept in
-    the pair's dtype; returns how many.
+    the pair's dtype; returns how many. Experts that were taken apart are in one tensor again.
 
     Narrowed layers get one width, that of the widest, filled up with zeros; heads and value
     dimensions that went are zeros again. The model is then one of its original class, with nothing
@@ -34,7 +39,7 @@ def multiply_out(decoder: Decoder) -> int:
     """
     model, structure = decoder.model, structure_of(decoder.model)
     kinds = {path: record["kind"] for path, record in structure.items()}
-    if odd := next((path for path in kinds if kinds[path] not in ("low-rank", "narrow")), None):
+    if odd := next((path for path in kinds if kinds[path] not in ORDINARY), None):
         raise ModelError(
             f"'{odd}' is of the kind '{kinds[odd]}', which has no place in an ordinary model; load"
             " the checkpoint with `import grasp`, or with trust_remote_code=True"
@@ -49,7 +54,14 @@ def multiply_out(decoder: Decoder) -> int:
     with torch.device("meta"):
         # says which kind of module stood there: GPT-2 stores its matrices (in, out)
         original = type(model)(model.config)
+    split = [path for path, kind in kinds.items() if kind == "experts"]
+    for path in split:
+        model.set_submodule(
+            path, joined(cast(SplitExperts, ours[path]), original.get_submodule(path))
+        )
     for path, module in ours.items():
+        if any(f"{path}.".startswith(f"{one}.") for one in split):
+            continue
         dense, (matrix, bias) = original.get_submodule(path), whole(module)
         if there is not None:
             place, name = decoder.locate(path)

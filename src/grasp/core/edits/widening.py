@@ -102,7 +102,8 @@ def dense_parameters(decoder: Decoder) -> int:
     layers, size = widths(decoder), decoder.num_parameters()
     there = widest(decoder, layers) if layers else None
     for path, module in decoder.model.named_modules():
-        if record_of(module) is None:
+        record = record_of(module)
+        if record is None or record["kind"] == "experts":
             continue
         fan_in, rows = features(module)
         if there is not None:

@@ -52,7 +52,8 @@ def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
 
 def own_path(model: nn.Module, path: str, what: str = "linear") -> str:
     """Where that is in this model which config.json calls `path`, as it may be of another class
-    than the one saved: a "linear" of a decoder layer, a "layer", or an "end", which is in none.
+    than the one saved: a "linear" of a decoder layer, its "experts", a "layer", or an "end", which
+    is in none.
     """
     if _is_there(model, path, what):
         return path
@@ -76,6 +77,8 @@ def _is_there(model: nn.Module, path: str, what: str) -> bool:
         return False
     if what == "end":
         return True
+    if what == "experts":
+        return hasattr(found, "num_experts")
     is_layer = isinstance(parent, nn.ModuleList)
     return is_layer if what == "layer" else isinstance(found, (nn.Linear, Conv1D))
 

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .experts_grasp import check_record as check_experts
+from .experts_grasp import place as place_experts
 from .low_rank_grasp import check_record as check_low_rank
 from .low_rank_grasp import place as place_low_rank
 from .narrow_grasp import check_record as check_narrow
@@ -42,6 +44,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "experts": Kind(check_experts, place_experts),
     "low-rank": Kind(check_low_rank, place_low_rank),
     "mlp-span": Kind(check_span, place_span),
     "narrow": Kind(check_narrow, place_narrow),
@@ -75,13 +78,14 @@ def place(model: nn.Module, structure: dict[str, Record]) -> dict[str, str]:
     Returns where each path is in this model, which may be of another class than the one saved; a
     body alone has no head. Raises `ValueError`.
     """
-    places = {
-        path: own_path(model, path, _stands_for(record))
-        for path, record in structure.items()
-        if not (record.get("part") == "head" and getattr(model, "base_model", None) is model)
-    }
-    for path, here in places.items():
-        model.set_submodule(here, made(path, model.get_submodule(here), structure[path]))
+    places = {}
+    # experts first: other records may be of linears inside them
+    for path in sorted(structure, key=lambda path: structure[path]["kind"] != "experts"):
+        record = structure[path]
+        if record.get("part") == "head" and getattr(model, "base_model", None) is model:
+            continue
+        here = places[path] = own_path(model, path, _stands_for(record))
+        model.set_submodule(here, made(path, model.get_submodule(here), record))
     return places
 
 
@@ -93,11 +97,13 @@ def made(path: str, old: nn.Module, record: Record) -> nn.Module:
 
 
 def _stands_for(record: Record) -> str:
-    """What a record is about: a whole decoder layer, a linear in one, or what is before or behind
-    the layers.
+    """What a record is about: a whole decoder layer, the experts or a linear in one, or what is
+    before or behind the layers.
     """
     if record["kind"] in ("span", "mlp-span") or record.get("part") == "layer":
         return "layer"
+    if record["kind"] == "experts":
+        return "experts"
     return "end" if record["kind"] == "sliced" else "linear"
 
 
