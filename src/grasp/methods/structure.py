@@ -42,7 +42,6 @@ from grasp.methods.parts import (
     one_width,
     settled,
 )
-from grasp.stages import budget as budgets
 from grasp.stages.basis import over_cores
 from grasp.stages.budget import All
 from grasp.stages.curvature import Curvatures
