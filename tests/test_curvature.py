@@ -216,7 +216,7 @@ def test_scratch_files_give_equal_sums_and_vanish(calibration, tmp_path):
     assert folder.is_dir() and not list(folder.iterdir())
 
 
-def test_every_scratch_tensor_has_a_file_of_its_own(tmp_path):
+def test_scratch_tensors_do_not_overlap(tmp_path):
     one = Scratch(tmp_path).zeros(2, 3)
     other = Scratch(tmp_path).hold(torch.full((2, 3), 2.0, dtype=torch.float64))
     assert (

@@ -13,7 +13,7 @@ from conftest import _GATED, _IDS
 from test_cli import SMALL, command
 
 import grasp
-from grasp.core import models
+from grasp.core import explaining, models
 from grasp.errors import ModelError
 
 POINTER = (
@@ -114,7 +114,9 @@ def test_pickles_and_adapters_of_the_hub(adapter, pickled, monkeypatch):
     monkeypatch.setattr(models, "_beside", lambda *_: ())
     has = {"adapter_config.json"} if adapter else {"pytorch_model.bin"}
     monkeypatch.setattr(
-        models, "try_to_load_from_cache", lambda _, file: f"/cache/{file}" if file in has else None
+        explaining,
+        "try_to_load_from_cache",
+        lambda _, file: f"/cache/{file}" if file in has else None,
     )
     with pytest.raises(
         ModelError, match="holds an adapter" if adapter else "its weights are pickles"

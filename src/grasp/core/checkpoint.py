@@ -56,7 +56,7 @@ def save(
     check_destination(out, decoder.num_bytes())
     said = answer(decoder)
     with whole(out) as scratch:
-        decoder.model.save_pretrained(scratch, max_shard_size=MAX_SHARD_SIZE)
+        _save_model(decoder, scratch)
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(scratch)
         for file in decoder.beside:
@@ -67,6 +67,22 @@ def save(
             beside(scratch)
         manifest = sealed(scratch, {"format_version": FORMAT_VERSION, **manifest})
         (scratch / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+
+
+def _save_model(decoder: Decoder, folder: Path) -> None:
+    """Weights and config; where the layers are on the disk, one shard is in memory at a time."""
+    model, offload = decoder.model, decoder.offload
+    if offload is None:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        return
+    # it would ask the model for its weights, and not take those that it is given
+    quantizer = vars(model).pop("hf_quantizer", None)
+    try:
+        most, weights = offload.shard_bytes, offload.state(model)
+        model.save_pretrained(folder, max_shard_size=most, state_dict=weights)
+    finally:
+        if quantizer is not None:
+            vars(model)["hf_quantizer"] = quantizer
 
 
 @checked

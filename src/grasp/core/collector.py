@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from grasp.core.layer import Layer
+from grasp.core.scratch import Scratch
+
+LARGE = 1 << 16
+"""Numbers of a sum that is kept in a file, where there is one."""
 
 
 def add(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,7 +41,8 @@ class Collector(ABC):
     Every block is shown to every layer once: `begin(block, mask)`, then the passes, then
     `end(hidden)`. A layer is measured between `attach` and `detach`, in whatever order the layers
     and the blocks come.
-    `sums` holds float tensors of 32 bits or wider and int64 counts.
+    `sums` holds float tensors of 32 bits or wider and int64 counts. `scratch`: where large ones are
+    kept; None: in memory.
     """
 
     name: ClassVar[str]
@@ -47,6 +52,7 @@ class Collector(ABC):
         self.sums: dict[str, Tensor] = {}
         self.block = 0
         self.mask: Tensor | None = None
+        self.scratch: Scratch | None = None
         self._attached: dict[int, ExitStack] = {}
 
     def begin(self, block: int, mask: Tensor | None) -> None:
@@ -98,11 +104,16 @@ class Collector(ABC):
         own.
         """
         if key in self.sums:
-            self.sums[key].add_(value)
+            self.sums[key].add_(value.to(self.sums[key].device))
             return
         is_float = value.is_floating_point()
         dtype = torch.promote_types(value.dtype, torch.float32 if is_float else torch.int64)
-        self.sums[key] = value.to(dtype, copy=True)
+        is_large = dtype == torch.float32 and value.numel() >= LARGE
+        self.sums[key] = (
+            self.scratch.hold(value)
+            if self.scratch is not None and self.scratch.folder is not None and is_large
+            else value.to(dtype, copy=True)
+        )
 
 
 def ask_for_gradient(parameter: nn.Parameter, undo: ExitStack) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,11 @@ from grasp.core.layers.modeling_grasp import auto_classes
 from grasp.core.layers.reading_grasp import text_decoder
 from grasp.core.linalg import wide
 from grasp.core.progress import Progress, silent
+from grasp.core.scratch import Scratch
 from grasp.errors import ModelError, NumericsError, RecipeError
+
+if TYPE_CHECKING:
+    from grasp.core.offload import Offload
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,8 @@ class Decoder:
 
     `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model.
     Where its layers and matrices are is found out when it is first asked: a model that is only run
-    may be of any kind. `beside`: files that a saved copy takes along.
+    may be of any kind. `beside`: files that a saved copy takes along. `offload`: where the weights
+    of its layers are, if not in memory.
 
     Raises `ModelError` for a model that does not give the logits of a text.
     """
@@ -53,6 +59,7 @@ class Decoder:
         self.source = source or getattr(model.config, "_name_or_path", "")
         self.progress: Progress = silent
         self.beside: tuple[Path, ...] = ()
+        self.offload: Offload | None = None
         check_reads_text(model)
 
     @cached_property
@@ -164,15 +171,26 @@ class Decoder:
         """Bytes of those numbers, as they are stored."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
+    def holding(self, *weights: Tensor) -> AbstractContextManager[None]:
+        """Inside, these weights are in memory, if they are not always."""
+        return nullcontext() if self.offload is None else self.offload.holding(weights)
+
+    def scratch(self, num_bytes: int, folder: str | Path | None = None) -> Scratch:
+        """A place for sums of so many bytes: in `folder` if one is named, else where they fit."""
+        if self.offload is not None:
+            return self.offload.scratch(folder)
+        return Scratch.for_bytes(num_bytes, self.device, folder)
+
     def check_finite(self) -> None:
         """Raise `NumericsError` naming the first parameter that holds a NaN or an infinity."""
         for name, parameter in self.model.named_parameters():
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                bad = int((~torch.isfinite(parameter)).sum())
-                raise NumericsError(
-                    f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be"
-                    " compressed as it is"
-                )
+            with self.holding(parameter):
+                if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                    bad = int((~torch.isfinite(parameter)).sum())
+                    raise NumericsError(
+                        f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be"
+                        " compressed as it is"
+                    )
 
     def loss(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
         """Cross-entropy summed over the predicted tokens of `ids` (batch, seq), in nats, and their

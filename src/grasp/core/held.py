@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
-from grasp.core.scratch import available_memory
+from grasp.core.scratch import Scratch, available_memory
 
 Looked = tuple[int, int | None]
 """The first and the last layer that are looked at; None: to the head."""
@@ -84,7 +84,9 @@ class Held:
         is_new = first != self.decoder.kept[0] and first not in self.states
         if is_new:
             self.states[first] = States([(weakref.ref(p), p._version) for p in self._before(first)])
-        one = Pass(self.states, first, num_blocks)
+        offload = self.decoder.offload
+        scratch = None if offload is None else offload.scratch()
+        one = Pass(self.states, first, num_blocks, scratch)
         with ExitStack() as stack:
             for layer in self.decoder.layers():
                 if layer.index < first:
@@ -109,10 +111,15 @@ class Held:
 
 
 class Pass:
-    """One pass after another from where states are held; each begins with `begin`."""
+    """One pass after another from where states are held; each begins with `begin`. `scratch`: where
+    new ones are kept, if not in memory.
+    """
 
-    def __init__(self, states: dict[int, States], first: int, num_blocks: int):
+    def __init__(
+        self, states: dict[int, States], first: int, num_blocks: int, scratch: Scratch | None
+    ):
         self.states, self.first, self.num_blocks = states, first, num_blocks
+        self.scratch = scratch
         self.block, self.start, self.as_tuple = 0, -1, False
 
     def begin(self, block: int) -> None:
@@ -144,7 +151,7 @@ class Pass:
         def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if layer == self.start:
                 given = args[0] if args else kwargs["hidden_states"]
-                hidden = self.states[layer].blocks[self.block].to(given.device)
+                hidden = self.states[layer].blocks[self.block].to(given)
                 if args:
                     return (hidden, *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": hidden}
@@ -156,6 +163,10 @@ class Pass:
 
     def _keep(self, hidden: Tensor) -> None:
         """Keep the states of one block; none where those of all would fill the memory."""
+        if self.scratch is not None:
+            self.states[self.first].blocks[self.block] = self.scratch.hold(hidden.detach())
+            self.states[self.first].as_tuple = self.as_tuple
+            return
         states, free = self.states[self.first], available_memory()
         to_come = (self.num_blocks - len(states.blocks)) * hidden.numel() * hidden.element_size()
         if free is None or to_come < free / 2:

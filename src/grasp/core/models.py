@@ -11,14 +11,12 @@ import importlib.util
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -27,19 +25,14 @@ from transformers.utils import cached_file
 
 from grasp.core.decoder import Decoder
 from grasp.core.dequantizing import dequantizing, ordinary
-from grasp.core.directory import (
-    ADAPTER,
-    PICKLES,
-    check_directory,
-    check_pointer,
-    is_adapter,
-    only_pickles,
-)
+from grasp.core.directory import PICKLES, check_directory, check_pointer
 from grasp.core.edits.ordinary import strip_quantization_marks
+from grasp.core.explaining import explained
 from grasp.core.extras import need
 from grasp.core.hub import reachable
 from grasp.core.layers.modeling_grasp import AUTO_CLASSES, NAMES, GraspConfig
 from grasp.core.layers.structure_grasp import place, without_bits
+from grasp.core.offload import Offload
 from grasp.core.opening import opening
 from grasp.core.seal import warn_of_changes
 from grasp.core.writing import whole
@@ -60,9 +53,11 @@ def load_model(
     trust_remote_code: bool = False,
     empty: bool = False,
     dequantize: bool = False,
+    offload: Offload | None = None,
 ) -> Decoder:
     """Load any MODEL. `dtype` None keeps the stored one; `empty` gives shapes without weights (meta
-    device); `dequantize` makes a quantized one an ordinary one, with a warning.
+    device); `dequantize` makes a quantized one an ordinary one, with a warning; `offload` leaves
+    the weights of the decoder layers on the disk.
 
     Raises `ModelError` (not found, not a causal language model), `CheckpointError` (damaged),
     `RecipeError` (device, dtype).
@@ -93,6 +88,10 @@ def load_model(
         elif dequantize:
             options |= dequantizing(config)
         safe = {} if gguf else {"use_safetensors": True}
+        if offload is not None:
+            _check_offload(source, config, gguf)
+            skeleton = Decoder(_without_weights(auto, config, trust_remote_code), None, source)
+            options |= offload.options(skeleton.model, skeleton.family.layers, target)
         model, info = auto.from_pretrained(
             name,
             dtype=wanted or "auto",
@@ -110,16 +109,34 @@ def load_model(
         RuntimeError,
         KeyError,
     ) as failure:
-        raise _explained(source, path, failure, options) from failure
+        raise explained(source, path, failure, options, EMBEDDED) from failure
     _check_weights(source, model, info)
     if gguf:
         strip_quantization_marks(model)
     warn_of_changes(path)
-    decoder = Decoder(model.to(target), tokenizer, source)
+    decoder = Decoder(model if offload else model.to(target), tokenizer, source)
     decoder.beside = beside
+    if offload is not None:
+        offload.take(model, decoder.family.layers, target)
+        decoder.offload = offload
     if dequantize and getattr(config, "quantization_config", None) and not gguf:
         ordinary(decoder, config.quantization_config, DTYPES.get(dtype or ""))
     return decoder
+
+
+def _check_offload(source: str, config: Any, gguf: str | None) -> None:
+    """Raise `RecipeError` where the weights cannot stay on the disk: they have to be unpacked."""
+    written = getattr(config, "quantization_config", None) or {}
+    records = written.get("structure", {}).values()
+    packed = bool(written) and written.get("quant_method") not in NAMES
+    packed = packed or any(record.get("kind") == "quantized" for record in records)
+    if gguf or packed:
+        what = "a .gguf file is" if gguf else "quantized weights are"
+        raise RecipeError(
+            f"MODEL {source}: {what} unpacked in memory, so --offload and --max-memory are of no"
+            " use; give the model it was made from, or do without them"
+        )
+    need("--offload", "offload", "accelerate")
 
 
 def _without_weights(auto: Any, config: Any, trust_remote_code: bool) -> PreTrainedModel:
@@ -247,6 +264,7 @@ def open_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    offload: Offload | None = None,
 ) -> Decoder:
     """A `Decoder` of whatever a user hands over: MODEL by name or path (loaded), a Hugging Face
     model, or a `Decoder`.
@@ -258,6 +276,7 @@ def open_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             dequantize=dequantize,
+            offload=offload,
         )
     if isinstance(model, (Decoder, PreTrainedModel)):
         decoder = model if isinstance(model, Decoder) else Decoder(model, tokenizer)
@@ -325,48 +344,6 @@ def _device(name: str | None) -> torch.device:
             f" cpu{did_you_mean(name.split(':')[0], ('cpu', 'cuda', 'mps'))}"
         ) from failure
     return device
-
-
-def _explained(
-    source: str, path: Path, failure: Exception, options: dict[str, Any]
-) -> ModelError | CheckpointError:
-    """One line for what transformers says in many."""
-    reason = " ".join(str(failure).split())
-    if "trust_remote_code=True" in reason:
-        return ModelError(
-            f"MODEL {source}: needs the code that lies beside it; read that, and if you trust it,"
-            " give --trust-remote-code"
-        )
-    if path.is_dir():
-        return CheckpointError(
-            f"{source}: cannot be loaded: {textwrap.shorten(reason, 300, placeholder='…')}"
-        )
-    if not path.exists() and _in_hub(source, ADAPTER, options):
-        return ModelError(f"MODEL {is_adapter(source, '')}")
-    if (
-        not path.exists()
-        and "safetensors" in reason
-        and (found := _in_hub(source, "pytorch_model.bin", options))
-    ):
-        return ModelError(f"MODEL {only_pickles(source, found.name)}")
-    return ModelError(
-        f"MODEL {source}: not a local directory, and the Hugging Face hub did not give it"
-        f" ({textwrap.shorten(reason, 120, placeholder='…')}); check the name and the network, or"
-        f" use a local directory, a .gguf file or '{EMBEDDED}'"
-    )
-
-
-def _in_hub(source: str, file: str, options: dict[str, Any]) -> Path | None:
-    """Whether a hub repository has a file; only asked once loading failed, to say why. Nothing
-    large is fetched.
-    """
-    try:
-        if options.get("local_files_only"):
-            found = try_to_load_from_cache(source, file)
-            return Path(found) if isinstance(found, str) else None
-        return Path(file) if HfApi().file_exists(source, file) else None
-    except (OSError, ValueError):  # HFValidationError is a ValueError
-        return None
 
 
 def embedded_model() -> Path:

@@ -13,7 +13,8 @@ Same process, same device, same kernels: the logits are equal, but for the order
 depend on where a tensor lies in memory or on the attention kernel of the model in memory. So two
 thirds of the digits of the weights' dtype must agree, relative to the largest logit: 2e-5 of it in
 float32, 1 % in float16, 4 % in bfloat16. Cost: one load and two short passes; memory for one more
-model as small as the one that is saved.
+model as small as the one that is saved, or where its layers are on the disk, for what is not in
+layers.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ def prove(decoder: Decoder, said: Tensor, written: Path, out: Path) -> None:
     try:
         with _quiet():
             again = load_model(
-                str(written), device=_device(decoder), trust_remote_code=_runs_own_code(decoder)
+                str(written),
+                device=_device(decoder),
+                trust_remote_code=_runs_own_code(decoder),
+                offload=None if decoder.offload is None else decoder.offload.beside(),
             )
     except GraspError as failure:
         reason = str(failure).replace(str(written), out.name)
@@ -158,8 +162,11 @@ def _differences(decoder: Decoder, again: Decoder) -> Iterator[str]:
         )
     stored = _tensors(again.model)
     for name, tensor in _tensors(decoder.model).items():
-        if name in stored and not tensor.is_meta and not _same(tensor, stored[name]):
-            yield f"the weight '{name}' is another one"
+        if name in stored and not tensor.is_meta:
+            with decoder.holding(tensor), again.holding(stored[name]):
+                is_same = _same(tensor, stored[name])
+            if not is_same:
+                yield f"the weight '{name}' is another one"
 
 
 def _layers(decoder: Decoder) -> nn.ModuleList:

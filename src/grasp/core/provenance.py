@@ -69,10 +69,11 @@ def describe_model(decoder: Decoder) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, parameter in decoder.model.named_parameters():
         # the ends and the sum of a tensor tell two trainings apart at the price of one pass
-        sample = [
-            float(parameter.detach().sum(dtype=torch.float64)),
-            *parameter.detach().flatten()[:4].tolist(),
-        ]
+        with decoder.holding(parameter):
+            sample = [
+                float(parameter.detach().sum(dtype=torch.float64)),
+                *parameter.detach().flatten()[:4].tolist(),
+            ]
         digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
     return {
         "source": decoder.source,
@@ -105,12 +106,14 @@ def contents(decoder: Decoder) -> dict[str, str]:
         settings.pop(name, None)
     said = json.dumps(settings, sort_keys=True, default=str)
     digest = hashlib.sha256()
-    for name, parameter in decoder.model.state_dict().items():
-        digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
-        bits = parameter.detach().reshape(-1).view(WHOLE[parameter.element_size()])
-        for part in bits.split(PART):  # a sum in int64 makes a copy in int64
-            rows = part[: len(part) // ROW * ROW].view(-1, ROW).sum(1, dtype=torch.int64)
-            digest.update(str([*rows.tolist(), *part[len(rows) * ROW :].tolist()]).encode())
+    for name, weight in decoder.model.state_dict(keep_vars=True).items():
+        digest.update(json.dumps([name, str(weight.dtype), list(weight.shape)]).encode())
+        with decoder.holding(weight):
+            bits = weight.detach().reshape(-1).view(WHOLE[weight.element_size()])
+            for part in bits.split(PART):  # a sum in int64 makes a copy in int64
+                rows = part[: len(part) // ROW * ROW].view(-1, ROW).sum(1, dtype=torch.int64)
+                digest.update(str([*rows.tolist(), *part[len(rows) * ROW :].tolist()]).encode())
+            del bits
     return {
         "model settings": hashlib.sha256(said.encode()).hexdigest(),
         "model weights": digest.hexdigest(),

@@ -75,6 +75,13 @@ class Runner(ABC):
         same layer or different ones.
         """
 
+    def apply(self, edit: Edit) -> Edit:
+        """Change the model. Returns the edit to remember: where memory is short, one without its
+        tensors.
+        """
+        edit.apply(self.decoder)
+        return edit
+
     @abstractmethod
     def loss(self, block: int) -> tuple[Tensor, int]:
         """The loss of the model, as it is now, on one block of the set: summed over the predicted
@@ -136,7 +143,7 @@ class Resident(Runner):
         self.decoder.progress(task, kept.blocks, len(edits))
         # one trial counts as one block of the journal's
         for done, name in enumerate(list(edits)[kept.blocks :], kept.blocks + 1):
-            with trial(self.decoder, edits[name]()):
+            with self._trial(edits[name]()):
                 found = [
                     self._loss(block, *self._block(block))
                     for block in self._own(range(self.data.num_blocks)[:num_blocks])
@@ -220,6 +227,10 @@ class Resident(Runner):
         """
         return loss, tokens
 
+    def _trial(self, edit: Edit) -> AbstractContextManager[None]:
+        """The edited model inside; afterwards the model as it was."""
+        return trial(self.decoder, edit)
+
     def _block(self, block: int) -> tuple[Tensor, Tensor | None]:
         """(ids, mask) of one block, (1, seq_len), on the model's device."""
         device, mask = self.decoder.device, self.data.mask
@@ -251,7 +262,6 @@ class Resident(Runner):
         """Gradients off except where a collector turns them on, hooks attached to `layers` or all;
         all of it undone at the end.
         """
-        first, last = layers or (0, None)
         before = [
             (parameter, parameter.requires_grad, parameter.grad)
             for parameter in self.decoder.model.parameters()
@@ -261,11 +271,7 @@ class Resident(Runner):
                 parameter.requires_grad_(False)
                 parameter.grad = None
             with ExitStack() as stack:
-                for layer in self.decoder.layers():
-                    looked = first <= layer.index and (last is None or layer.index <= last)
-                    for collector in collectors if looked else ():
-                        collector.attach(layer)
-                        stack.callback(collector.detach, layer)
+                self._attach(collectors, stack, layers)
                 if looking := [one for one in collectors if type(one).end is not Collector.end]:
                     handle = self.decoder.body.register_forward_hook(_told(looking))
                     stack.callback(handle.remove)
@@ -274,6 +280,17 @@ class Resident(Runner):
             for parameter, requires_grad, grad in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
+
+    def _attach(
+        self, collectors: Sequence[Collector], stack: ExitStack, layers: Looked | None
+    ) -> None:
+        """Hook the collectors onto `layers`, or all; `stack` undoes it."""
+        first, last = layers or (0, None)
+        for layer in self.decoder.layers():
+            looked = first <= layer.index and (last is None or layer.index <= last)
+            for collector in collectors if looked else ():
+                collector.attach(layer)
+                stack.callback(collector.detach, layer)
 
 
 def _told(collectors: Sequence[Collector]) -> Callable[..., None]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import tempfile
+import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -18,6 +21,9 @@ from torch import Tensor
 from grasp.errors import GraspError
 
 logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 28
+"""Bytes of the largest file that holds several tensors: a process may not open many files."""
 
 
 def available_memory() -> int | None:
@@ -40,6 +46,10 @@ class Scratch:
     def __init__(self, folder: str | Path | None = None, on_device: bool = True):
         self.folder = None if folder is None else Path(folder)
         self.on_device = on_device
+        self._files: list[weakref.ref[mmap.mmap]] = []
+        self._last: mmap.mmap | None = None
+        self._used = self._taken = 0
+        self._lock = threading.Lock()
 
     @classmethod
     def for_bytes(
@@ -73,18 +83,26 @@ class Scratch:
         numel = math.prod(shape)
         if self.folder is None or numel == 0:
             return torch.zeros(shape, device=device if self.on_device else "cpu")
+        with self._lock:
+            if self._last is None or self._used + 4 * numel > len(self._last):
+                self._last, self._used = self._file(max(4 * numel, min(self._taken, CHUNK))), 0
+            file, begin = self._last, self._used
+            self._used += 4 * numel
+        return torch.frombuffer(file, dtype=torch.float32, count=numel, offset=begin).view(shape)
+
+    def _file(self, num_bytes: int) -> mmap.mmap:
+        """A new file of zeros, mapped into memory; gone with the last tensor in it."""
+        assert self.folder is not None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor, path = tempfile.mkstemp(prefix="grasp-", suffix=".sum", dir=self.folder)
             try:
                 # a file with holes would end the process when the disk is full
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, 4 * numel)
+                    os.posix_fallocate(descriptor, 0, num_bytes)
                 else:
-                    os.truncate(descriptor, 4 * numel)
-                return torch.from_file(path, shared=True, size=numel, dtype=torch.float32).view(
-                    shape
-                )
+                    os.truncate(descriptor, num_bytes)
+                made = mmap.mmap(descriptor, num_bytes)
             finally:
                 os.close(descriptor)
                 os.unlink(path)
@@ -93,6 +111,17 @@ class Scratch:
             raise GraspError(
                 f"--scratch {self.folder}: {reason}; name a folder on a disk with more free space"
             ) from None
+        self._files = [*(one for one in self._files if one() is not None), weakref.ref(made)]
+        self._taken += num_bytes
+        return made
+
+    def release(self) -> None:
+        """Take the pages of all files out of this process's memory. Their numbers stay, and come
+        back when they are looked at.
+        """
+        for one in self._files if hasattr(mmap, "MADV_DONTNEED") else ():
+            if (pages := one()) is not None:
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def hold(self, value: Tensor) -> Tensor:
         """`value` in float32, in memory on the CPU or in a file."""

@@ -16,6 +16,7 @@ import torch
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.journal import Journal
+from grasp.core.offloaded import runner_of
 from grasp.core.processes import add_up, of_all, rank, world_size
 from grasp.core.records import Calibration
 from grasp.core.runner import Resident, Runner
@@ -44,7 +45,7 @@ def runner_for(decoder: Decoder, data: Calibration, journal: Journal) -> Runner:
     have not the same text.
     """
     check_same("calibration text", data.ids_hash)
-    return (Several if world_size() > 1 else Resident)(decoder, data, journal)
+    return Several(decoder, data, journal) if world_size() > 1 else runner_of(decoder, data, journal)
 
 
 def check_same(what: str, value: Any) -> None:

@@ -37,8 +37,10 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a new file; it is on the disk when this returns. Returns its sha256."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], wait: bool = True) -> str:
+    """Write a new file; unless `wait` is False, it is on the disk when this returns. Returns its
+    sha256.
+    """
     # the widest first, or a reader would find numbers across the borders of their size
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header, end = {}, 0
@@ -62,7 +64,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
             digest.update(data)
             file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if wait:
+            os.fsync(file.fileno())
     return digest.hexdigest()
 
 

@@ -304,7 +304,7 @@ class LowRank(Scope, Size):
     def _scratch(self, decoder: Decoder) -> Scratch:
         """A place for the sums, and later for the groups' vectors."""
         linears = self.linears(decoder, self.possible_layers(decoder))
-        return Scratch.for_bytes(groups_bytes(linears), decoder.device, self.scratch)
+        return decoder.scratch(groups_bytes(linears), self.scratch)
 
 
 def fixed(linear: Linear, cost: float) -> Component:

@@ -45,7 +45,6 @@ from grasp.core.fields import Place, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
-from grasp.core.scratch import Scratch
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.widths import Widths, gone
@@ -121,7 +120,7 @@ class MoDeGPT(Widths):
         parts = self.parts(decoder)
         inner = [one for one in parts if one.axis == CHANNELS]
         bytes_ = 4 * sum(one.count**2 for one in inner)
-        scratch = Scratch.for_bytes(bytes_, decoder.device, self.scratch)
+        scratch = decoder.scratch(bytes_, self.scratch)
         paths = [self._reader(decoder, one.layer).path for one in inner]
         roles: dict[int, str] = {}
         for one in parts:

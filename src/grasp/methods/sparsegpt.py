@@ -39,7 +39,6 @@ from grasp.core.fields import Count, Place, Share, flag
 from grasp.core.layer import Linear
 from grasp.core.linalg import wide
 from grasp.core.records import Statistics
-from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError, RecipeError
 from grasp.methods.sparse import Prune, Sparse, lowest
 from grasp.stages.curvature import InputCurvatures
@@ -79,7 +78,7 @@ class SparseGPT(Sparse):
 
     def statistic(self, linears: Sequence[Linear], decoder: Decoder) -> Collector:
         size = 4 * sum(linear.shape[1] ** 2 for linear in linears)
-        scratch = Scratch.for_bytes(size, decoder.device, self.scratch)
+        scratch = decoder.scratch(size, self.scratch)
         paths = [linear.path for linear in linears]
         return InputCurvatures(paths, scratch, inputs=paths)
 

@@ -41,7 +41,6 @@ from grasp.core.fields import Count, NumLayers, Place, Share, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.runner import Runner
-from grasp.core.scratch import Scratch
 from grasp.errors import RecipeError
 from grasp.methods.base import Method, Plan, check_one_size, ratio_unreachable
 from grasp.stages.light_network import Training, by_states, in_place, learn, new_mlp
@@ -199,12 +198,12 @@ class Streamline(Method):
         return Step(ReplaceMLP(path, window[-1], net.up.detach(), net.down.detach()))
 
     def _train(self, runner: Runner, net: nn.Module, window: list[int]) -> None:
-        data, device = runner.data, runner.decoder.device
+        data = runner.data
         size = 8 * data.ids.numel() * runner.decoder.config.hidden_size
         how = Training(self.learning_rate, self.weight_decay, self.epochs, data.seed)
         with ExitStack() as stack:
             loss = (
-                by_states(runner, net, window, Scratch.for_bytes(size, device, self.scratch))
+                by_states(runner, net, window, runner.decoder.scratch(size, self.scratch))
                 if self.loss == "mse"
                 else in_place(runner, net, window, stack)
             )

@@ -158,7 +158,7 @@ class SVDLLM(LowRank):
         """
         decoder = runner.decoder
         linears = [one for one in self.linears(decoder, [layer]) if one.path in taken]
-        scratch = Scratch.for_bytes(_input_bytes(linears), decoder.device, self.scratch)
+        scratch = decoder.scratch(_input_bytes(linears), self.scratch)
         seen = InputCurvatures(taken, scratch, inputs=taken)
         task = f"least squares, layer {layer}"
         stats = runner.sweep([seen], task, self._blocks, layers=(layer, layer))

@@ -53,7 +53,7 @@ class InputCurvatures(Collector):
     ):
         super().__init__()
         self.paths = tuple(paths)
-        self.scratch = scratch or Scratch()
+        self.scratch: Scratch = scratch or Scratch()
         self.inputs = frozenset(inputs)
         self.half = half
         if half is not None:
@@ -156,7 +156,11 @@ class InputCurvatures(Collector):
                     " one in others; leave it out: --exclude"
                 )
             own[key] = sums[first]
-        return {path: self._record(own, path) for path in self.paths}
+        found = {}
+        for path in self.paths:
+            found[path] = self._record(own, path)
+            self.scratch.release()
+        return found
 
     def _record(self, sums: Mapping[str, Tensor], path: str) -> Curvature:
         """The record of one matrix; in `sums` is its X under its own path."""

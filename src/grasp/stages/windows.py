@@ -93,7 +93,8 @@ class WindowStates(Collector):
 
     def __init__(self, first: int, last: int, scratch: Scratch):
         super().__init__()
-        self.first, self.last, self.scratch = first, last, scratch
+        self.first, self.last = first, last
+        self.scratch: Scratch = scratch
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -36,12 +36,13 @@ from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike, declared
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
+from grasp.core.offloaded import runner_of
 from grasp.core.processes import is_first, joined, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, code_of, contents, describe_model, versions
 from grasp.core.records import Calibration, Statistics
-from grasp.core.runner import Resident, Runner
+from grasp.core.runner import Runner
 from grasp.core.several import check_same, runner_for
 from grasp.core.shapes import Shapes
 from grasp.data.calibration import calibrate
@@ -268,8 +269,7 @@ def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
     before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
     for made in method.edits(runner, stats):
         step = runner.journal.repeated(len(log), made)
-        step.edit.apply(decoder)
-        log.append(Entry(step.edit, step.note, decoder.num_parameters()))
+        log.append(Entry(runner.apply(step.edit), step.note, decoder.num_parameters()))
         runner.journal.record(len(log) - 1, step, log[-1].parameters)
         decoder.progress("replacing", len(log), max(expected, len(log)))
     decoder.progress("replacing", len(log), len(log))
@@ -334,7 +334,7 @@ def predict(
     data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
     notes = _notes(chosen, decoder, data, needs)
-    runner = Resident(decoder, data)
+    runner = runner_of(decoder, data)
     stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None
     found = chosen.predict(runner, stats, ratios)
