@@ -49,7 +49,7 @@ test-export: $(VENV)/export
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_edits.py tests/test_flags.py -k 'quantize or on_top_of'
 
 # cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
-EXTRAS = none data report recover quantize tasks onnx openvino
+EXTRAS = none data report offload recover quantize tasks onnx openvino
 test-extras: .venv-extra/bare/ready
 	@for extra in $(EXTRAS); do \
 	  rm -rf .venv-extra/it .venv-extra/home && mkdir .venv-extra/home && \

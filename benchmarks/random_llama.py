@@ -8,18 +8,43 @@ measure speed where weights bound it.
     grasp=grasp --of 'random 1.07 B' --dtype bfloat16 \\
         --eager --batch-sizes 1
 
-What it says is noise; a decode step reads the same bytes as a trained model's.
+    python benchmarks/random_llama.py large --layers 48         3.02 billion parameters, 6.04 GB
+
+What it says is noise; a decode step reads the same bytes as a trained model's. One layer is made
+and written at a time, a file for each, so that it needs no more memory than that.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from grasp.core.models import embedded_model
+
+
+def parts(model: nn.Module, layers: int) -> Iterator[dict[str, Tensor]]:
+    """The weights that Llama begins a training with: of all that is outside layers, then of one
+    layer after the other.
+    """
+    shapes = {name: one.shape for name, one in model.named_parameters()}
+    for prefix in ("", *(f"model.layers.{index}." for index in range(layers))):
+        names = [
+            name for name in shapes if name.startswith(prefix or ("model.embed", "model.norm"))
+        ]
+        yield {name: numbers(shapes[name]) for name in names}
+
+
+def numbers(shape: torch.Size) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
 def main() -> None:
@@ -42,9 +67,21 @@ def main() -> None:
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(asked.out)
+    asked.out.mkdir(parents=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    places: dict[str, str] = {}
+    for number, weights in enumerate(parts(model, asked.layers), 1):
+        file = f"model-{number:05d}-of-{asked.layers + 1:05d}.safetensors"
+        save_file(weights, asked.out / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(weights, file)
+    index = {"metadata": {"total_size": 2 * model.num_parameters()}, "weight_map": places}
+    (asked.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config.save_pretrained(asked.out)
     tokenizer.save_pretrained(asked.out)
 
 

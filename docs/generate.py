@@ -25,6 +25,7 @@ from grasp.data.files import FILE_TYPES
 from grasp.data.text import NAMED
 from grasp.methods import available
 from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.model import ModelSource
 
 OUTPUT, EXPERIMENTS, PAPER, RECOVERY, QUANTIZATION, SERVING, METHODS = (
@@ -42,7 +43,7 @@ OUTPUT, EXPERIMENTS, PAPER, RECOVERY, QUANTIZATION, SERVING, METHODS = (
 RESULTS = Path(__file__).parents[1] / "results"
 TIMED = {"iterative"}
 """Experiments that are about time; the others ran beside other work."""
-SHARED = (ModelSource, CalibrationRecipe)
+SHARED = (ModelSource, CalibrationRecipe, MemoryRecipe)
 """Parts whose flags several commands have."""
 PLACE = re.compile(r"<!-- results: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 

@@ -20,7 +20,7 @@ from grasp.methods import make
 from grasp.stages import budget as budgets
 from grasp.stages.input_norms import InputMeans
 from grasp.stages.truncation import KEPT, cut, to_try, truncatable
-from grasp.verbs.dry_run import estimate
+from grasp.verbs.preflight import estimate
 
 CONTRACT = {
     "recipe": {"ratio": 0.2},

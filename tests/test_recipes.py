@@ -22,6 +22,7 @@ from grasp.recipes.calibration import CalibrationRecipe, InspectionRecipe
 from grasp.recipes.evaluation import EvaluationRecipe
 from grasp.recipes.experiment import COMMAND_LINE, TABLES, TOP
 from grasp.recipes.keywords import keywords
+from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
 from grasp.recipes.part import Part, defaults, keys, made
@@ -32,7 +33,7 @@ from grasp.verbs.bench import bench
 from grasp.verbs.compress import predict
 
 VERBS = {
-    "compress": (grasp.compress, (ModelSource, MethodChoice, CalibrationRecipe)),
+    "compress": (grasp.compress, (ModelSource, MethodChoice, CalibrationRecipe, MemoryRecipe)),
     "inspect": (grasp.inspect, (ModelSource, InspectionRecipe)),
     "eval": (grasp.evaluate, (ModelSource, EvaluationRecipe)),
     "bench": (bench, (ModelSource, SpeedRecipe)),

@@ -124,6 +124,7 @@ def none(model: Path, text: Path, here: Path) -> None:
     parquet.write_bytes(b"PAR1")
     gguf.write_bytes(b"GGUF" + bytes(60))
     refused("data", "compress", model, here / "no", "--data", parquet, *SMALL)
+    refused("offload", "compress", model, here / "no", "--data", text, *SMALL, "--offload", here)
     refused("gguf", "compress", gguf, here / "no", "--data", text, *SMALL)
     refused("gguf", "compress", "smollm2", here / "no", "--data", text, *SMALL)
     refused("report", "report", here / "r.json", "-o", here / "r.html")
@@ -219,6 +220,10 @@ def tasks(model: Path, text: Path, here: Path) -> None:
     assert any(score["name"] == "arc_easy" for score in found["rows"][0]["scores"]), found
 
 
+def offload(model: Path, text: Path, here: Path) -> None:
+    grasp("compress", model, here / "out", "--data", text, *SMALL, "--offload", here / "files")
+
+
 def exported(runtime: str) -> Callable[[Path, Path, Path], None]:
     def run(model: Path, text: Path, here: Path) -> None:
         grasp("compress", model, here / "out", "--data", text, *SMALL)
@@ -231,6 +236,7 @@ EXTRAS: dict[str, Callable[[Path, Path, Path], None]] = {
     "none": none,
     "data": data,
     "report": report,
+    "offload": offload,
     "recover": recover,
     "quantize": quantize,
     "tasks": tasks,

@@ -19,6 +19,7 @@ from grasp import __version__
 from grasp.core.children import end_with_parent
 from grasp.recipes.calibration import CalibrationRecipe, InspectionRecipe
 from grasp.recipes.evaluation import EvaluationRecipe
+from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
 from grasp.recipes.quantization import QuantizationRecipe
@@ -69,6 +70,7 @@ def cli() -> None:
 @flags(MethodChoice)
 @flags(CalibrationRecipe)
 @flags(ModelSource)
+@flags(MemoryRecipe)
 @click.option(
     "--config",
     type=Place(),

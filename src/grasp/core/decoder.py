@@ -25,7 +25,7 @@ from grasp.core.inspecting import find_family
 from grasp.core.layer import Layer, Linear, is_dense, is_low_rank, is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import auto_classes
 from grasp.core.layers.reading_grasp import text_decoder
-from grasp.core.linalg import wide
+from grasp.core.linalg import count_non_finite, wide
 from grasp.core.progress import Progress, silent
 from grasp.core.scratch import Scratch
 from grasp.errors import ModelError, NumericsError, RecipeError
@@ -185,8 +185,8 @@ class Decoder:
         """Raise `NumericsError` naming the first parameter that holds a NaN or an infinity."""
         for name, parameter in self.model.named_parameters():
             with self.holding(parameter):
-                if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                    bad = int((~torch.isfinite(parameter)).sum())
+                bad = 0 if parameter.is_meta else count_non_finite(parameter.detach())
+                if bad:
                     raise NumericsError(
                         f"the model's weight '{name}' holds {bad} non-finite numbers; it cannot be"
                         " compressed as it is"

@@ -53,7 +53,7 @@ def check_beside(path: Path, out: Path, what: str) -> None:
     """
     problem = _impossible(path)
     if not problem and not os.path.isdir(path):
-        place = _ancestor(real(path))
+        place = existing(real(path))
         problem = (
             ""
             if place.is_dir() and os.access(place, os.W_OK | os.X_OK)
@@ -115,7 +115,7 @@ def _printable(text: str) -> bool:
     )
 
 
-def _ancestor(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path itself where it is there, else the nearest folder above it that is."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
@@ -132,7 +132,7 @@ def _impossible(path: Path) -> str:
                 f"{link} to {os.readlink(place)}, which is not there; make that first, or choose"
                 " another path"
             )
-    place = _ancestor(real(path))
+    place = existing(real(path))
     longest, most = os.pathconf(place, "PC_NAME_MAX"), os.pathconf(place, "PC_PATH_MAX") - INSIDE
     if any(len(os.fsencode(part)) > longest for part in whole.parts):
         return f"a name in it is too long; at most {longest} bytes"
@@ -144,7 +144,7 @@ def _impossible(path: Path) -> str:
 def _taken(out: Path) -> str:
     """What is at `out`, or above it, that keeps a directory from being made or filled there."""
     target = real(out)
-    place = _ancestor(target)
+    place = existing(target)
     if not place.is_dir():
         return (
             "exists and is not an empty directory; choose another path or remove it"
@@ -176,7 +176,7 @@ def _not_replaced(path: Path, new_folder: bool) -> str:
         return "is not an ordinary file; choose another path"
     if target.is_file() and not os.access(target, os.W_OK):
         return "is there and not writable; choose another path"
-    place = _ancestor(target.parent)
+    place = existing(target.parent)
     if not place.is_dir() or (place != target.parent and not new_folder):
         return f"{path.parent} is not a directory; make it first, or choose another path"
     return (
@@ -199,7 +199,7 @@ def _no_room(path: Path, needed: int | float) -> str:
     counts as free.
     """
     target = real(path)
-    place = _ancestor(target)
+    place = existing(target)
     dead = {
         left
         for folder in (target, target.parent)

@@ -98,14 +98,14 @@ class Sums:
 
 
 class Journal:
-    """The journal of one run, begun at `began` (`time.perf_counter`); a run younger than `wait`
-    seconds is not written down. Without a folder it remembers nothing.
+    """The journal of one run, begun at `began` (`time.perf_counter`). Without a folder it remembers
+    nothing. `at_once`: also a young run is written down, since nothing of it may wait in memory.
     """
 
     def __init__(self, folder: Path | None = None, began: float = 0.0):
         self.folder = None if folder is None else Folder(folder)
         self.began = began
-        self.wait = WAIT
+        self.at_once = False
         self.is_open = False
         self._identity: dict[str, Any] | None = None
         self._sweeps = 0
@@ -157,7 +157,7 @@ class Journal:
         """
         if self.is_open or self.folder is None or self._identity is None:
             return self.is_open
-        if time.perf_counter() - self.began < self.wait:
+        if not self.at_once and time.perf_counter() - self.began < WAIT:
             return False
         try:
             self.folder.begin(self._identity)

@@ -18,6 +18,14 @@ from grasp.errors import NumericsError
 SigmaSplit = Literal["both", "left", "right"]
 
 
+def count_non_finite(values: Tensor, at_once: int = 1 << 22) -> int:
+    """How many of a tensor's numbers are NaN or infinite, looked at in parts: what is asked of all
+    makes several copies.
+    """
+    parts = values.flatten().split(at_once)
+    return sum(int((~torch.isfinite(part)).sum()) for part in parts)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 or wider: the precision in which losses and decompositions are
     computed.

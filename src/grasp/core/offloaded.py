@@ -44,7 +44,7 @@ class Offloaded(Resident):
         super().__init__(decoder, data, journal)
         assert decoder.offload is not None
         self.offload: Offload = decoder.offload
-        self.journal.wait = 0.0  # what waits to be written down would be in memory
+        self.journal.at_once = True
         self._standing_in: list[int] = []
 
     def sweep(

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import time
@@ -70,10 +71,11 @@ def describe_model(decoder: Decoder) -> dict[str, Any]:
     for name, parameter in decoder.model.named_parameters():
         # the ends and the sum of a tensor tell two trainings apart at the price of one pass
         with decoder.holding(parameter):
-            sample = [
-                float(parameter.detach().sum(dtype=torch.float64)),
-                *parameter.detach().flatten()[:4].tolist(),
-            ]
+            numbers = parameter.detach().flatten()
+            # a sum in float64 makes a copy in float64
+            sums = [float(part.sum(dtype=torch.float64)) for part in numbers.split(PART)]
+            sample = [math.fsum(sums), *numbers[:4].tolist()]
+            del numbers
         digest.update(json.dumps([name, list(parameter.shape), sample]).encode())
     return {
         "source": decoder.source,

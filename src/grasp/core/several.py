@@ -45,7 +45,9 @@ def runner_for(decoder: Decoder, data: Calibration, journal: Journal) -> Runner:
     have not the same text.
     """
     check_same("calibration text", data.ids_hash)
-    return Several(decoder, data, journal) if world_size() > 1 else runner_of(decoder, data, journal)
+    return (
+        Several(decoder, data, journal) if world_size() > 1 else runner_of(decoder, data, journal)
+    )
 
 
 def check_same(what: str, value: Any) -> None:

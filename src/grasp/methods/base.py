@@ -31,7 +31,8 @@ class Plan:
     where the set has so many; passes through a few layers count together as so many whole ones.
     `statistics_bytes`: what it collects, and makes of that, in memory at once. Beside that are the
     hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
-    `decompositions`: matrices whose singular groups are computed.
+    `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what the making
+    of edits takes at once, beside weights and statistics.
     """
 
     num_layers: int
@@ -44,6 +45,7 @@ class Plan:
     forward_blocks: int = 0
     held_sets: int = 0
     held_blocks: int = 0
+    workspace_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

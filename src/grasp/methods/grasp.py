@@ -130,7 +130,18 @@ class Grasp(LayerMethod):
             )
         fused = self.layers is not None and sweeps == 1 and self.score in NEEDS_WEIGHT_GRAD
         forward = 0 if fused else 1
-        return Plan(len(layers), num_edits, parameters, forward, sweeps, gradients, num_edits)
+        # the matrix, its groups and the score's product, and what a decomposition takes; in float32
+        each = [4 * (3 * m * n + 8 * min(m, n) ** 2) for m, n in (one.shape for one in linears)]
+        return Plan(
+            len(layers),
+            num_edits,
+            parameters,
+            forward,
+            sweeps,
+            gradients,
+            num_edits,
+            workspace_bytes=max(each, default=0),
+        )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         collectors = super().needs(decoder)

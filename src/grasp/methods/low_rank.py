@@ -48,6 +48,9 @@ from grasp.stages.statistics import Similarity
 
 logger = logging.getLogger(__name__)
 
+SQUARES = 12
+"""Matrices of the shorter side that a decomposition holds at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Scope, Size):
@@ -189,6 +192,7 @@ class LowRank(Scope, Size):
             int(backward),
             self.sums_bytes(decoder, linears) + groups_bytes(linears),
             len(linears),
+            workspace_bytes=decomposing_bytes([linear.shape for linear in linears]),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
@@ -326,6 +330,14 @@ def carried_out(runner: Runner, problem: Problem, sizes: Allocation) -> Iterator
 def square_bytes(linears: Sequence[Linear]) -> int:
     """Of one float32 square matrix of the shorter side of every matrix."""
     return 4 * sum(min(linear.shape) ** 2 for linear in linears)
+
+
+def decomposing_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Of what the decomposition of matrices of these shapes holds at once, one on every core: a
+    matrix and its product with the metric, and some squares of its shorter side; in float64.
+    """
+    each = [8 * (2 * m * n + SQUARES * min(m, n) ** 2) for m, n in shapes]
+    return min(max(torch.get_num_threads(), 1), len(shapes)) * max(each, default=0)
 
 
 def groups_bytes(linears: Sequence[Linear]) -> int:

@@ -26,7 +26,7 @@ from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.costs import Costs
-from grasp.methods.low_rank import LowRank, carried_out, fixed
+from grasp.methods.low_rank import LowRank, carried_out, decomposing_bytes, fixed
 from grasp.methods.parts import (
     DEFAULT,
     DENSE,
@@ -180,10 +180,14 @@ class Structure(LowRank):
 
     def plan(self, decoder: Decoder) -> Plan:
         plan, rounds = super().plan(decoder), 2 if self.again else 1
+        linears = self.linears(decoder, self.planned_layers(decoder))
+        channels = [one.count for one in self.places(decoder, linears, self.more)]
+        narrowing = decomposing_bytes([(count, count) for count in channels])
         return dataclasses.replace(
             plan,
             backward_sweeps=plan.backward_sweeps * rounds,
             decompositions=plan.decompositions * rounds if RANKS in self.kinds else 0,
+            workspace_bytes=max(plan.workspace_bytes, narrowing),
         )
 
     # --- statistics

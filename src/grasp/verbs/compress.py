@@ -1,7 +1,8 @@
 """READ FIRST: the whole tool in the paper's order.
 
     compress()   model + calibration text -> fewer parameters, saved as a checkpoint
-        1. load the model; draw the calibration set                        (paper, section 4.1)
+        1. load the model, or leave its layers on the disk where it does not fit in memory;
+           draw the calibration set                                        (paper, section 4.1)
         2. one sweep: how redundant is every layer, and what else the method needs   (3.1)
         3. the method yields edits; each is applied before the next is asked for     (3.2, 3.3)
         4. save: weights, manifest, model card
@@ -52,17 +53,21 @@ from grasp.methods import make
 from grasp.methods.base import Method
 from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.keywords import keywords
+from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
 from grasp.report.card import model_card, picture_for
 from grasp.stages.enough import calibration_notes, with_few_tokens
 from grasp.stages.forecast import expectation, interval
 from grasp.stages.redundancy import describe_redundancy
+from grasp.verbs.preflight import offload_for
 
 logger = logging.getLogger(__name__)
 
 KEYWORDS = tuple(
-    name for part in (ModelSource, MethodChoice, CalibrationRecipe) for name in declared(part)
+    name
+    for part in (ModelSource, MethodChoice, CalibrationRecipe, MemoryRecipe)
+    for name in declared(part)
 )
 """What `compress` takes beside the method's own fields."""
 
@@ -98,6 +103,7 @@ def compress(
     *,
     choice: MethodChoice,
     calibration: CalibrationRecipe,
+    memory: MemoryRecipe,
     resume: bool = False,
     progress: Progress = silent,
     **fields: Any,
@@ -121,24 +127,23 @@ def compress(
     elif resume:
         raise RecipeError("--resume: needs OUT, beside which the journal is; name it")
     with joined(), journal_of(place, resume, clock.began) as journal:
-        return _compress(
-            chosen, source, calibration, place, journal, clock, progress, choice.plugin
-        )
+        offload = offload_for(chosen, source, memory, calibration, place)
+        decoder = open_model(**vars(source), dequantize=True, offload=offload)
+        decoder.progress = progress
+        return _compress(chosen, decoder, source, calibration, place, journal, clock, choice.plugin)
 
 
 def _compress(
     chosen: Method,
+    decoder: Decoder,
     source: ModelSource,
     calibration: CalibrationRecipe,
     out: Path | None,
     journal: Journal,
     clock: Clock,
-    progress: Progress,
     plugin: str | Path | None,
 ) -> Compression:
-    """`compress` with its arguments read and its journal at hand."""
-    decoder = open_model(**vars(source), dequantize=True)
-    decoder.progress = progress
+    """`compress` with its arguments read, its model open and its journal at hand."""
     _check(chosen, decoder, out, calibration)
     before, original = decoder.num_parameters(), describe_model(decoder)
     shapes = Shapes.of(decoder)
@@ -313,6 +318,7 @@ def predict(
     *,
     choice: MethodChoice,
     calibration: CalibrationRecipe,
+    memory: MemoryRecipe,
     progress: Progress = silent,
     **fields: Any,
 ) -> Prediction:
@@ -328,7 +334,8 @@ def predict(
         raise RecipeError(
             f"--method {chosen.name}: predicts no loss with these fields; only scores in nats do"
         )
-    decoder = open_model(**vars(source), dequantize=True)
+    offload = offload_for(chosen, source, memory, calibration, None)
+    decoder = open_model(**vars(source), dequantize=True, offload=offload)
     decoder.progress = progress
     _check(chosen, decoder, None, calibration)
     data = draw(decoder, calibration)

@@ -14,7 +14,7 @@ from grasp.methods.base import Method
 from grasp.stages.enough import only_pydoc
 from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
 from grasp.verbs import compress as pipeline
-from grasp.verbs.dry_run import DryRun, Estimate
+from grasp.verbs.dry_run import DryRun
 from grasp.verbs.dry_run import dry_run as plan_of
 
 LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -24,24 +24,25 @@ LADDER = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Plan and estimate; where the method predicts, read the model and sweep once."""
     check_destination(out, 0, model)
-    run = plan_of(model, **options)
+    run = plan_of(model, out, **options)
     check_destination(out, run.num_bytes, model)
-    cost = run.estimate()
     asked = getattr(run.method, "share", None) or options.get("ratio")
     asked = asked or (None if run.ratio is None else round(run.ratio, 4))
     expected = _expect(model, options, asked, quiet) if run.method.predicts else None
-    table("dry run", ("", ""), _rows(model, out, run, cost), left=2)
+    table("dry run", ("", ""), _rows(model, out, run), left=2)
     if expected is not None:
         _ladder(expected, asked, "ratio (of time)" if _is_time(run.method) else "ratio")
     notes = (
-        tuple(filter(None, [only_pydoc(run.calibration.data), *run.method.notes(), run.stays]))
+        tuple(
+            filter(None, [only_pydoc(run.needs.calibration.data), *run.method.notes(), run.stays])
+        )
         if expected is None
         else expected.notes
     )
     for note in notes:
         say(f"[yellow]note[/yellow] {plain(note)}")
     if as_json:
-        emit(_json(run, cost, expected, notes))
+        emit(_json(run, expected, notes))
 
 
 def _is_time(method: Method) -> bool:
@@ -60,9 +61,9 @@ def _expect(
         )
 
 
-def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str, str]]:
+def _rows(model: str, out: Path, run: DryRun) -> list[tuple[str, str]]:
     """The table: what, how large, how long."""
-    decoder, plan, blocks = run.decoder, run.plan, run.calibration
+    decoder, plan, blocks, cost = run.decoder, run.plan, run.needs.calibration, run.cost
     before, unknown = decoder.num_parameters(), "follows from the scores"
     return [
         (
@@ -89,10 +90,19 @@ def _rows(model: str, out: Path, run: DryRun, cost: Estimate) -> list[tuple[str,
             ),
         ),
         ("statistics", f"about {megabytes(plan.statistics_bytes)}"),
-        ("memory", f"about {megabytes(cost.memory)}, with the statistics"),
+        ("layers", "on the disk, one in memory at a time" if run.needs.offloaded else "in memory"),
+        ("memory", f"about {megabytes(cost.memory)} beside Python's own{_other(run)}"),
+        ("disk", f"about {megabytes(cost.disk)}, the result among them"),
         ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
         ("writes", f"{out}: nothing in a dry run"),
     ]
+
+
+def _other(run: DryRun) -> str:
+    """What the other way to keep the layers would need."""
+    there = run.needs.estimate(not run.needs.offloaded)
+    how = "in memory" if run.needs.offloaded else "with the layers on the disk (--offload FOLDER)"
+    return f"; {megabytes(there.memory)} {how}"
 
 
 def _ladder(expected: pipeline.Prediction, asked: float | None, share: str) -> None:
@@ -118,14 +128,16 @@ def _ladder(expected: pipeline.Prediction, asked: float | None, share: str) -> N
 
 
 def _json(
-    run: DryRun, cost: Estimate, expected: pipeline.Prediction | None, notes: tuple[str, ...]
+    run: DryRun, expected: pipeline.Prediction | None, notes: tuple[str, ...]
 ) -> dict[str, Any]:
     """The same for programs."""
     told = {
         "parameters_before": run.decoder.num_parameters(),
         "parameters_after": run.plan.parameters,
-        "seconds": cost.seconds,
-        "memory_bytes": cost.memory,
+        "seconds": run.cost.seconds,
+        "memory_bytes": run.cost.memory,
+        "disk_bytes": run.cost.disk,
+        "offloaded": run.needs.offloaded,
         **dataclasses.asdict(run.plan),
         "notes": notes,
     }

@@ -1,0 +1,309 @@
+"""What a compression will need, told before it is run: memory and disk from shapes, time from short
+measurements of this machine; and whether the model's layers have to stay on the disk for it.
+
+Memory is the largest of three moments, over what Python and its libraries take:
+
+    a sweep         the weights, the sums, activations, and logits where gradients are taken
+    decompositions  the weights, all statistics, and what one matrix a thread needs
+    the proof       the model that was made, once more as it loads, a table of it twice, and what
+                    the log holds of it
+
+With the layers on the disk, statistics lie there too, and of weights and sums one layer counts.
+Checked by benchmarks/offload.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp.core.decoder import Decoder
+from grasp.core.destination import existing, size
+from grasp.core.models import DTYPES, load_model
+from grasp.core.offload import Offload
+from grasp.core.processes import world_size
+from grasp.core.records import Calibration
+from grasp.core.scratch import available_memory
+from grasp.errors import RecipeError
+from grasp.methods.base import Method, Plan
+from grasp.recipes.calibration import CalibrationRecipe
+from grasp.recipes.memory import MemoryRecipe
+from grasp.recipes.model import ModelSource
+
+logger = logging.getLogger(__name__)
+
+EFFICIENCY = 0.4
+"""Share of a bare matrix product's speed that a whole transformer pass reaches: an assumption,
+checked once on two cores, where it gave 51 s in the setting of benchmarks/compress_cost.py for runs
+of 38 to 43 s.
+"""
+ACTIVATIONS = 1.5
+"""Of the inputs and outputs of a layer's matrices, what its graph keeps for the backward pass."""
+READING = 1e9
+"""Bytes a second at which layers come from the disk, or from what the system keeps of it."""
+SURELY = 4
+"""Where so many times the weights are free, nothing more is asked before a run."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`memory` in bytes over what Python and its libraries take, `disk` in bytes, OUT among them,
+    `seconds` on this machine: these within a factor of two.
+    """
+
+    memory: int
+    disk: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a model: what is outside layers, the largest table there, all layers, the largest
+    of them, the edited part as it will be, and what is made.
+    """
+
+    outside: float
+    table: float
+    layers: float
+    layer: float
+    edited: float
+    after: float
+
+
+def estimate(
+    decoder: Decoder,
+    plan: Plan,
+    num_samples: int,
+    seq_len: int,
+    width: int,
+    offloaded: bool = False,
+) -> Estimate:
+    """From the model's shapes (it may be empty) and what the method plans; `width`: bytes of a
+    number, `offloaded`: with the layers on the disk.
+    """
+    sizes = _sizes(decoder, plan, width)
+    config, backward = decoder.config, plan.backward_sweeps > 0
+    layers = len(decoder.kept)
+    touched = [sum(map(sum, shapes)) for shapes in _shapes(decoder)]
+    of_layer = ACTIVATIONS * seq_len * max(touched, default=0) * width
+    states = seq_len * layers * config.hidden_size * width
+    logits = seq_len * config.vocab_size * (2 * width + (12 if width == 4 else 16)) * backward
+    held = (plan.held_sets * num_samples + plan.held_blocks) * seq_len * config.hidden_size * 4
+    collected, workspace = plan.statistics_bytes + held, plan.workspace_bytes
+    threads = max(torch.get_num_threads(), 1)
+    if offloaded:
+        one = plan.statistics_bytes / max(plan.num_layers, 1)
+        memory = sizes.outside + max(
+            sizes.layer + one + of_layer + max(states * backward, 0) + logits,
+            threads * sizes.layer + one + workspace,
+            sizes.outside + sizes.table + sizes.layer,
+        )
+        disk = sizes.after + sizes.edited * (1 + 4 / width) + collected
+    else:
+        weights = sizes.outside + sizes.layers
+        kept = sizes.edited * 4 / width
+        memory = max(
+            weights + collected + (of_layer * layers if backward else of_layer) + logits,
+            weights + collected + workspace + kept,
+            2 * sizes.after + sizes.table + kept + collected,
+        )
+        disk = sizes.after + kept
+    return Estimate(
+        int(memory), int(disk), _seconds(decoder, plan, num_samples, seq_len, width, offloaded)
+    )
+
+
+def _shapes(decoder: Decoder) -> list[list[tuple[int, int]]]:
+    """Of every layer, the shapes of its matrices."""
+    return [[one.shape for one in layer.linears.values()] for layer in decoder.layers()]
+
+
+def _work(shape: tuple[int, int]) -> int:
+    return max(shape) * min(shape) ** 2
+
+
+def _sizes(decoder: Decoder, plan: Plan, width: int) -> _Sizes:
+    each = [sum(p.numel() for p in layer.module.parameters()) for layer in decoder.layers()]
+    before, largest = decoder.num_parameters(), max(each, default=0)
+    after = before if plan.parameters is None else plan.parameters
+    edited = max(after - before + min(plan.num_layers * largest, sum(each)), 0)
+    table = max(p.numel() for p in decoder.model.parameters())
+    outside = before - sum(each)
+    of_each = (width * one for one in (outside, table, sum(each), largest, edited, after))
+    return _Sizes(*of_each)
+
+
+def _seconds(
+    decoder: Decoder, plan: Plan, num_samples: int, seq_len: int, width: int, offloaded: bool
+) -> float:
+    """Passes at the speed of a product in the model's dtype, decompositions at that of float64."""
+    parameters, tokens = decoder.num_parameters(), num_samples * seq_len
+    backward = plan.backward_sweeps * (3.5 if offloaded else 2.5)
+    passes = 2.0 * parameters * tokens * (plan.forward_sweeps + backward)
+    passes += 2.0 * parameters * seq_len * plan.forward_blocks
+    shapes = [shape for layer in _shapes(decoder) for shape in layer]
+    each = plan.decompositions / max(len(shapes), 1)
+    decomposing = sum(20.0 * _work(shape) * each for shape in shapes)
+    seconds = (passes + decomposing) / (_matmul_speed() * EFFICIENCY)
+    if offloaded:
+        shown = num_samples * (plan.forward_sweeps + 2 * plan.backward_sweeps) + plan.forward_blocks
+        seconds += shown * parameters * width / READING
+    return seconds
+
+
+def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations a second of a float32 matrix product here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        float((left @ right)[0, 0])
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
+# --- where the layers will be
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known of a run before it begins. `decoder` is empty: shapes without weights; `width`
+    the bytes of a number, `free` those that may be used.
+    """
+
+    decoder: Decoder
+    plan: Plan
+    calibration: CalibrationRecipe
+    memory: MemoryRecipe
+    width: int
+    free: int | None
+
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        source: ModelSource,
+        memory: MemoryRecipe,
+        calibration: CalibrationRecipe,
+        decoder: Decoder,
+    ) -> Preflight:
+        """Of a run with the model whose shapes `decoder` has."""
+        width = (DTYPES[source.dtype] if source.dtype else decoder.model.dtype).itemsize
+        free = memory.most if memory.most is not None else free_memory(source.device)
+        return cls(decoder, method.plan(decoder), calibration, memory, width, free)
+
+    def estimate(self, offloaded: bool) -> Estimate:
+        """What the run needs, with the layers in memory or on the disk."""
+        asked: Any = self.calibration
+        blocks, length = asked.num_samples, asked.seq_len
+        if isinstance(asked.data, Calibration):
+            blocks, length = asked.data.ids.shape
+        return estimate(self.decoder, self.plan, blocks, length, self.width, offloaded)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the layers have to stay on the disk, or are asked to."""
+        if self.memory.offload is not None:
+            return True
+        return self.free is not None and self.estimate(False).memory > self.free
+
+    def check(self, folder: Path) -> Estimate:
+        """What the run needs as it will be done, `folder` being where it writes on the way. Raises
+        `RecipeError` where it does not fit, with the way out.
+        """
+        if not self.offloaded:
+            return self.estimate(False)
+        cost = self.estimate(True)
+        if self.free is not None and cost.memory > self.free:
+            asked = self.memory.max_memory
+            said = f"--max-memory {asked}" if asked else f"{size(self.free)} of memory are free"
+            raise RecipeError(
+                f"{said}: about {size(cost.memory)} are needed with the layers on the disk; give"
+                f" --max-memory {_rounded(cost.memory)} or more, or a --seq-len below"
+                f" {self.calibration.seq_len}"
+            )
+        free = shutil.disk_usage(existing(folder)).free
+        if cost.disk > free:
+            raise RecipeError(
+                f"--offload {folder}: about {size(cost.disk)} are needed on the way,"
+                f" {size(free)} are free; name a folder on another disk, or give more --max-memory"
+            )
+        return cost
+
+
+def _rounded(num_bytes: int) -> str:
+    """A size that can be given for `num_bytes`, a little more than them."""
+    unit, scale = (
+        ("GB", 1e9) if num_bytes >= 1e9 else ("MB", 1e6) if num_bytes >= 1e6 else ("kB", 1e3)
+    )
+    return f"{math.ceil(num_bytes * 10.2 / scale) / 10:g}{unit}"
+
+
+def free_memory(device: str | None) -> int | None:
+    """Bytes that can be had where the model will be; None where nobody says it."""
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+
+
+def folder_of(memory: MemoryRecipe, out: Path | None) -> Path:
+    """Where a run writes what is needed on the way: the folder asked for, or that of OUT."""
+    if memory.offload is not None:
+        return Path(memory.offload)
+    return Path(tempfile.gettempdir()) if out is None else existing(out.parent)
+
+
+def offload_for(
+    method: Method,
+    source: ModelSource,
+    memory: MemoryRecipe,
+    calibration: CalibrationRecipe,
+    out: Path | None,
+) -> Offload | None:
+    """Where the layers of the model go, or None where it is to be in memory. Raises `RecipeError`
+    where the run does not fit, before any work is done.
+    """
+    asked = next((f"--{n.replace('_', '-')}" for n, v in vars(memory).items() if v is not None), "")
+    name: Any = source.model
+    if not isinstance(name, (str, Path)):
+        if asked:
+            raise RecipeError(f"{asked}: the model is in memory already; give its name or path")
+        return None
+    if str(name).endswith(".gguf") and not asked:
+        return None
+    told = vars(source)
+    told = {one: told[one] for one in ("device", "dtype", "trust_remote_code")}
+    decoder = load_model(str(name), empty=True, **told)
+    free = free_memory(source.device)
+    if not asked and (free is None or SURELY * decoder.num_bytes() < free):
+        return None
+    method.check(decoder)
+    found = Preflight.of(method, source, memory, calibration, decoder)
+    folder = folder_of(memory, out)
+    cost = found.check(folder)
+    if not found.offloaded:
+        return None
+    if world_size() > 1:
+        raise RecipeError(
+            f"{asked or f'MODEL {name}'}: layers on the disk are for one process; run it without"
+            " torchrun, or where the model fits into memory once for every process"
+        )
+    if not asked:
+        logger.warning(
+            "%s would need about %s of memory, %s are free: its layers stay on the disk, and about"
+            " %s are used (see --max-memory and --offload)",
+            name,
+            size(found.estimate(False).memory),
+            size(found.free or 0),
+            size(cost.memory),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Offload(folder, cost.memory)
