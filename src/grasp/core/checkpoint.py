@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grasp.core.decoder import Decoder
@@ -22,11 +23,14 @@ from grasp.core.destination import check_destination
 from grasp.core.fields import PathLike, checked
 from grasp.core.manifest import FORMAT_VERSION, MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.offload import Offload
 from grasp.core.proof import answer, prove
 from grasp.core.seal import sealed
 from grasp.core.writing import whole
 
 MAX_SHARD_SIZE = "5GB"
+WHOLE = "model.safetensors"
+"""What transformers calls a checkpoint's only file of weights."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,32 @@ def _save_model(decoder: Decoder, folder: Path) -> None:
     # it would ask the model for its weights, and not take those that it is given
     quantizer = vars(model).pop("hf_quantizer", None)
     try:
-        most, weights = offload.shard_bytes, offload.state(model)
-        model.save_pretrained(folder, max_shard_size=most, state_dict=weights)
+        _save_in_parts(model, offload, decoder.family.layers, folder)
     finally:
         if quantizer is not None:
             vars(model)["hf_quantizer"] = quantizer
+
+
+def _save_in_parts(model: PreTrainedModel, offload: Offload, layers: str, folder: Path) -> None:
+    """A checkpoint of several files, each saved by itself: transformers holds on to all weights
+    that it is given at once.
+    """
+    places: dict[str, str] = {}
+    parts = offload.parts(model, layers)
+    for number, names in enumerate(parts, 1):
+        one = folder / "part"
+        model.save_pretrained(one, max_shard_size="1000TB", state_dict=offload.state(model, names))
+        file = WHOLE if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        os.replace(one / WHOLE, folder / file)
+        with safe_open(folder / file, "pt") as found:
+            places |= dict.fromkeys(found.keys(), file)
+        for other in one.iterdir():
+            os.replace(other, folder / other.name)
+        one.rmdir()
+    if len(parts) > 1:
+        size = {"total_parameters": model.num_parameters(), "total_size": bytes_on_disk(folder)}
+        index = {"metadata": size, "weight_map": places}
+        (folder / f"{WHOLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @checked

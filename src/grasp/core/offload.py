@@ -220,13 +220,35 @@ class Offload:
         """
         return max(self.most // SHARDS, 1 << 20)
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state dict of `model`; a weight in a file is read when it is looked at, and is in
-        memory while somebody holds it.
+    def parts(self, model: nn.Module, layers: str) -> list[list[str]]:
+        """The names in the state dict of `model`, in groups of at most `shard_bytes`: what is not
+        at the path `layers`, then whole layers, of which one may be larger.
         """
+        weights = model.state_dict(keep_vars=True)
+        whole: dict[str, list[str]] = {"": []}
+        for name in weights:
+            inside = name.startswith(f"{layers}.")
+            index = name.removeprefix(f"{layers}.").partition(".")[0] if inside else ""
+            whole.setdefault(index, []).append(name)
+        found, room = [whole.pop("")], 0
+        for names in whole.values():
+            size = sum(weights[name].numel() * weights[name].element_size() for name in names)
+            if size > room:
+                found, room = [*found, []], self.shard_bytes
+            found[-1] += names
+            room -= size
+        return found
+
+    def state(self, model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The state dict of `model`, or these entries of it; a weight in a file is read when it is
+        looked at, and is in memory while somebody holds it.
+        """
+        weights = model.state_dict(keep_vars=True)
         return {
-            name: self._mapped(value) if value in self.places else value.detach()
-            for name, value in model.state_dict(keep_vars=True).items()
+            name: self._mapped(weights[name])
+            if weights[name] in self.places
+            else weights[name].detach()
+            for name in (weights if names is None else names)
         }
 
     def _mapped(self, weight: nn.Parameter) -> Tensor:

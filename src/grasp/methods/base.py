@@ -31,8 +31,8 @@ class Plan:
     where the set has so many; passes through a few layers count together as so many whole ones.
     `statistics_bytes`: what it collects, and makes of that, in memory at once. Beside that are the
     hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
-    `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what the making
-    of edits takes at once, beside weights and statistics.
+    `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what
+    making edits takes at once, beside weights and statistics.
     """
 
     num_layers: int
