@@ -47,6 +47,8 @@ of 38 to 43 s.
 """
 ACTIVATIONS = 1.5
 """Of the inputs and outputs of a layer's matrices, what its graph keeps for the backward pass."""
+PACKED = 2
+"""Copies of the head that its products make, one forward and one backward."""
 READING = 1e9
 """Bytes a second at which layers come from the disk, or from what the system keeps of it."""
 SURELY = 4
@@ -96,6 +98,7 @@ def estimate(
     of_layer = ACTIVATIONS * seq_len * max(touched, default=0) * width
     states = seq_len * layers * config.hidden_size * width
     logits = seq_len * config.vocab_size * (2 * width + (12 if width == 4 else 16)) * backward
+    logits += PACKED * sizes.table * backward
     held = (plan.held_sets * num_samples + plan.held_blocks) * seq_len * config.hidden_size * 4
     collected, workspace = plan.statistics_bytes + held, plan.workspace_bytes
     threads = max(torch.get_num_threads(), 1)
