@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ from typing import Any
 def on_disk(folder: Path) -> int:
     """Bytes of the files below a folder, and of those without a name that this process has open."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for place, _, names in os.walk(folder):  # what goes meanwhile is passed over
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     for name in os.listdir("/proc/self/fd"):
         try:
             found = os.stat(f"/proc/self/fd/{name}")
