@@ -16,12 +16,14 @@ import grasp
 from grasp.core import collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Drop, Factorize, trial
+from grasp.core.experts import mixture
 from grasp.core.models import load_model
 from grasp.core.offload import Offload
 from grasp.core.offloaded import Offloaded, runner_of
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
-from grasp.errors import NumericsError
+from grasp.errors import NumericsError, RecipeError
+from grasp.methods import make
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.statistics import Similarity, WeightGrad
 from grasp.stages.sublayers import LayerLosses
@@ -37,6 +39,9 @@ SHOWN = ("grasp", "grasp-fisher", "shortgpt", "svd-llm", "wanda")
 """One that goes by weight gradients, by gradients at outputs, by none, by inputs, and one that
 sweeps again after every layer.
 """
+WITH_EXPERTS = [name for name in FAMILY_ROWS if mixture(Decoder(build(name)), 1) is not None]
+OVER_EXPERTS = [name for name, fields in RECIPES.items() if make(name, fields).over_experts]
+"""Methods that decompose experts, which they do in memory only."""
 PAIRS = [
     pytest.param(
         family,
@@ -49,6 +54,7 @@ PAIRS = [
     for family in FAMILY_ROWS
     for method in RECIPES
     if family not in REFUSES.get(method, ())
+    and not (family in WITH_EXPERTS and method in OVER_EXPERTS)
 ]
 
 
@@ -81,6 +87,12 @@ def in_memory(decoder):
         for name, one in decoder.stack.named_parameters()
         if one in decoder.offload.places and not torch.isnan(one).all()
     ]
+
+
+@pytest.mark.parametrize("method", OVER_EXPERTS)
+def test_experts_are_decomposed_in_memory_only(method, opened, calibration):
+    with pytest.raises(RecipeError, match=f"--method {method}: matrices of experts .*--exclude"):
+        grasp.compress(opened("mixtral"), method=method, data=calibration, **RECIPES[method])
 
 
 # --- sweeps
