@@ -39,7 +39,12 @@ SHOWN = ("grasp", "grasp-fisher", "shortgpt", "svd-llm", "wanda")
 """One that goes by weight gradients, by gradients at outputs, by none, by inputs, and one that
 sweeps again after every layer.
 """
-WITH_EXPERTS = [name for name in FAMILY_ROWS if mixture(Decoder(build(name)), 1) is not None]
+WITH_EXPERTS = [
+    name
+    for name in FAMILY_ROWS
+    for decoder in (Decoder(build(name)),)
+    if any(mixture(decoder, layer) is not None for layer in decoder.kept)
+]
 OVER_EXPERTS = [name for name, fields in RECIPES.items() if make(name, fields).over_experts]
 """Methods that decompose experts, which they do in memory only."""
 PAIRS = [
