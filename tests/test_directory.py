@@ -181,9 +181,9 @@ def test_no_tokenizer_files(copy, said):
 
 @pytest.fixture
 def experts(tokenizer, tmp_path) -> Path:
-    """A Mixtral, whose experts are one tensor each, with a tokenizer."""
-    config = transformers.MixtralConfig(**_IDS, **_GATED, num_local_experts=4)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    """A family without a row, whose experts are one tensor each, with a tokenizer."""
+    config = transformers.GraniteMoeConfig(**_IDS, **_GATED, num_local_experts=4)
+    transformers.GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "experts")
     tokenizer.save_pretrained(tmp_path / "experts")
     return tmp_path / "experts"
 
@@ -201,4 +201,4 @@ def test_a_model_that_is_only_run_may_be_of_any_kind(experts, text_file, tmp_pat
     error = command(
         "compress", experts, tmp_path / "out", "--ratio", "0.1", "--data", text_file, *SMALL
     ).error
-    assert "plain linears hold only" in error and "MixtralExperts" in error and "?" not in error
+    assert "plain linears hold only" in error and "GraniteMoeExperts" in error and "?" not in error

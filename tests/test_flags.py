@@ -83,7 +83,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--rounds": Flag(("0", "3", "1.5", "nan", HUGE), OURS, recipe=True),
         "--speedup": Flag(("1", "0.5", "-2", "nan", "inf", HUGE, "x"), recipe=True),
         "--width-multiple": whole(1, OURS, recipe=True), "--uniform": in_a_recipe(FREE),
-        "--scratch": FREE,
+        "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
         **ALL, **LOADING, **TEXT, "model": FREE, "--dtype": DTYPE, "--output": FREE,

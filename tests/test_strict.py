@@ -330,8 +330,10 @@ for path, auto in json.loads(sys.argv[1]):
         model = getattr(transformers, auto).from_pretrained(place, trust_remote_code=True)
         ids, want = (torch.load(f"{{path}}.{{name}}") for name in ("ids", "want"))
         with torch.no_grad():
-            equal = torch.equal(model.base_model(input_ids=ids)[0], want)
-        assert equal and "grasp" not in sys.modules, (place, auto, type(model))
+            found = model.base_model(input_ids=ids)[0]
+        # products of experts may differ by their order
+        far = float((found - want).abs().max() / want.abs().max())
+        assert far < 3e-5 and "grasp" not in sys.modules, (place, auto, type(model), far)
         if place == path:
             model.save_pretrained(path + "-again")
 print("RESULT all equal")
