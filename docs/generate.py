@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 from methods_page import methods_page
-from tables_page import table
+from tables_page import names, table
 
 from grasp.cli import cli
 from grasp.core.families import FAMILIES
@@ -159,11 +159,7 @@ def _place(name: str) -> str:
     if not (RESULTS / f"{name}.json").is_file():
         return f"<!-- results: {name} -->\nNot measured yet.\n<!-- end -->"
     rows = [row for row in Results.read(RESULTS / f"{name}.json").rows]
-    texts = list(
-        dict.fromkeys(
-            score.name for row in rows for score in row.scores if score.unit == "perplexity"
-        )
-    )
+    texts = names(rows, ("perplexity",))
     heads = [
         "",
         "parameters",
@@ -218,11 +214,7 @@ def _trainings() -> str:
     if not path.is_file():
         return "<!-- results: recovery -->\nNot measured yet.\n<!-- end -->"
     rows = Results.read(path).rows
-    texts = list(
-        dict.fromkeys(
-            score.name for row in rows for score in row.scores if score.unit == "perplexity"
-        )
-    )
+    texts = names(rows, ("perplexity",))
     dense = [rows[0].score("perplexity", text) for text in texts]
     heads = [
         "",

@@ -19,9 +19,10 @@ from grasp.core.edits import Drop, Factorize, trial
 from grasp.core.experts import mixture
 from grasp.core.models import load_model
 from grasp.core.offload import Offload
-from grasp.core.offloaded import Offloaded, runner_of
+from grasp.core.offloaded import Offloaded
 from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
+from grasp.core.several import runner_for
 from grasp.errors import NumericsError, RecipeError
 from grasp.methods import make
 from grasp.stages.curvature import Curvatures, InputCurvatures
@@ -105,7 +106,7 @@ def test_experts_are_decomposed_in_memory_only(method, opened, calibration):
 
 def check_sweeps(kinds, resident, offloaded, data):
     expected = Resident(resident, data).sweep([COLLECTORS[kind](resident) for kind in kinds])
-    found = runner_of(offloaded, data).sweep([COLLECTORS[kind](resident) for kind in kinds])
+    found = runner_for(offloaded, data).sweep([COLLECTORS[kind](resident) for kind in kinds])
     assert found.tables.keys() == expected.tables.keys() and found.loss == expected.loss
     for name, table in expected.tables.items():
         check_equal(found[name], table)
@@ -145,7 +146,7 @@ def test_gradients_of_some_layers(layers, saved, opened, calibration):
     for layer in offloaded.stack:
         layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
     expected = Resident(resident, calibration).sweep([WeightGrad(wanted)])
-    found = runner_of(offloaded, calibration).sweep([WeightGrad(wanted)])
+    found = runner_for(offloaded, calibration).sweep([WeightGrad(wanted)])
     check_equal(found["weight_grad"], expected["weight_grad"])
     again = 4 - layers[0]
     assert len(runs) == calibration.num_blocks * (4 + again)
@@ -162,7 +163,7 @@ def test_one_layer_is_in_memory_at_a_time(opened, calibration):
             )
             for layer in decoder.stack
         ]
-        runner_of(decoder, calibration).sweep(kinds)
+        runner_for(decoder, calibration).sweep(kinds)
         for handle in handles:
             handle.remove()
     forward = [{str(index)} for index in range(4)]
@@ -173,7 +174,7 @@ def test_a_weight_that_is_away_is_no_number(opened, calibration):
     decoder = opened("llama")
     linear = decoder.linears(1)[0]
     assert torch.isnan(linear.weight).all() and linear.shape == tuple(linear.weight.shape)
-    runner = runner_of(decoder, calibration)
+    runner = runner_for(decoder, calibration)
     with runner.holding(1):
         with runner.holding(1):
             assert torch.isfinite(linear.weight).all()
@@ -188,7 +189,7 @@ def test_nothing_stays_in_memory_after_an_error(opened, calibration):
 
     decoder = opened("llama")
     with pytest.raises(NumericsError, match="here"):
-        runner_of(decoder, calibration).sweep([Failing(paths(decoder)[9:])])
+        runner_for(decoder, calibration).sweep([Failing(paths(decoder)[9:])])
     assert in_memory(decoder) == []
     assert all(p.requires_grad and p.grad is None for p in decoder.model.parameters())
     hooks = [module._forward_hooks for module in decoder.model.modules()]
@@ -201,7 +202,7 @@ def test_large_sums_are_kept_in_files(opened, calibration, monkeypatch):
     zeros = Scratch.zeros
     monkeypatch.setattr(Scratch, "zeros", lambda *a, **o: kept.append(a[1:]) or zeros(*a, **o))
     wanted = WeightGrad(paths(decoder))
-    found = runner_of(decoder, calibration).sweep([wanted])["weight_grad"]
+    found = runner_for(decoder, calibration).sweep([wanted])["weight_grad"]
     expected = Resident(Decoder(build("llama")), calibration).sweep([WeightGrad(wanted.paths)])
     check_equal(found, expected["weight_grad"])
     assert len(kept) == len(found)
@@ -320,11 +321,11 @@ def test_what_is_tried_is_as_in_memory_and_leaves_nothing(saved, opened, calibra
     factors = torch.randn(3, 32), torch.randn(48, 3)
     edits = {"drop": lambda: Drop(1), "pair": lambda: Factorize(path, *factors)}
     expected = Resident(resident, calibration).tried(edits, 3)
-    assert runner_of(offloaded, calibration).tried(edits, 3) == pytest.approx(expected)
+    assert runner_for(offloaded, calibration).tried(edits, 3) == pytest.approx(expected)
     assert same_weights_of(offloaded, resident.model) and in_memory(offloaded) == []
     with trial(offloaded, Drop(1)):
         pass
-    assert runner_of(offloaded, calibration).tried(edits, 3) == pytest.approx(expected)
+    assert runner_for(offloaded, calibration).tried(edits, 3) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("fields", [{"net": "layer"}, {"net": "ffn"}])

@@ -119,3 +119,14 @@ def test_what_all_get_wrong_is_said_once(flags, said, model_directory, text_file
     done = launched(2, "compress", *asked)
     assert done.returncode != 0 and done.stderr.count(said) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_told_once(model_directory, text_file, tmp_path):
+    asked = (model_directory, tmp_path / "out", "--ratio", "0.2", "--data", text_file, *TEXT)
+    told = [
+        json.loads(launched(processes, "compress", *asked, "--dry-run", "--json").stdout)
+        for processes in (1, 2)
+    ]
+    assert told[0]["parameters_after"] == told[1]["parameters_after"]
+    assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-5)

@@ -163,15 +163,13 @@ class Pass:
 
     def _keep(self, hidden: Tensor) -> None:
         """Keep the states of one block; none where those of all would fill the memory."""
-        if self.scratch is not None:
-            self.states[self.first].blocks[self.block] = self.scratch.hold(hidden.detach())
-            self.states[self.first].as_tuple = self.as_tuple
-            return
         states, free = self.states[self.first], available_memory()
         to_come = (self.num_blocks - len(states.blocks)) * hidden.numel() * hidden.element_size()
-        if free is None or to_come < free / 2:
+        if self.scratch is not None:
+            states.blocks[self.block] = self.scratch.hold(hidden.detach())
+        elif free is None or to_come < free / 2:
             states.blocks[self.block] = hidden.detach().to("cpu", copy=True)
-            states.as_tuple = self.as_tuple
+        states.as_tuple = self.as_tuple
 
 
 @contextmanager

@@ -27,14 +27,8 @@ from grasp.core.held import Looked, lent
 from grasp.core.journal import Journal
 from grasp.core.layer import Layer
 from grasp.core.offload import Offload
-from grasp.core.records import Calibration, Statistics
-from grasp.core.runner import Resident, Runner
-
-
-def runner_of(decoder: Decoder, data: Calibration, journal: Journal | None = None) -> Runner:
-    """The runner that a model needs, as it was loaded."""
-    kind = Resident if decoder.offload is None else Offloaded
-    return kind(decoder, data, journal)
+from grasp.core.records import Calibration
+from grasp.core.runner import Resident
 
 
 class Offloaded(Resident):
@@ -46,18 +40,6 @@ class Offloaded(Resident):
         self.offload: Offload = decoder.offload
         self.journal.at_once = True
         self._standing_in: list[int] = []
-
-    def sweep(
-        self,
-        collectors: Sequence[Collector],
-        task: str = "sweep",
-        blocks: int | None = None,
-        layers: Looked | None = None,
-    ) -> Statistics:
-        for collector in collectors:
-            if collector.scratch is None:
-                collector.scratch = self.offload.scratch()
-        return super().sweep(collectors, task, blocks, layers)
 
     def holding(self, layer: int) -> AbstractContextManager[None]:
         if layer not in self.decoder.kept:
@@ -112,6 +94,9 @@ class Offloaded(Resident):
     def _attach(
         self, collectors: Sequence[Collector], stack: ExitStack, layers: Looked | None
     ) -> None:
+        for collector in collectors:
+            if collector.scratch is None:
+                collector.scratch = self.offload.scratch()
         if any(collector.backward for collector in collectors):
             self._attach_again(collectors, stack)
         else:

@@ -16,7 +16,7 @@ import torch
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.journal import Journal
-from grasp.core.offloaded import runner_of
+from grasp.core.offloaded import Offloaded
 from grasp.core.processes import add_up, of_all, rank, world_size
 from grasp.core.records import Calibration
 from grasp.core.runner import Resident, Runner
@@ -40,14 +40,13 @@ class Several(Resident):
         return None if loss is None else float(numbers["loss"]), int(numbers["tokens"])
 
 
-def runner_for(decoder: Decoder, data: Calibration, journal: Journal) -> Runner:
-    """The runner of a process that is alone, or of one of several. Raises `GraspError` where these
-    have not the same text.
+def runner_for(decoder: Decoder, data: Calibration, journal: Journal | None = None) -> Runner:
+    """The runner that a model needs, as it was loaded, and by as many processes as there are.
+    Raises `GraspError` where these have not the same text.
     """
     check_same("calibration text", data.ids_hash)
-    return (
-        Several(decoder, data, journal) if world_size() > 1 else runner_of(decoder, data, journal)
-    )
+    alone = Resident if decoder.offload is None else Offloaded
+    return (Several if world_size() > 1 else alone)(decoder, data, journal)
 
 
 def check_same(what: str, value: Any) -> None:

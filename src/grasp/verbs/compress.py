@@ -37,7 +37,6 @@ from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike, declared
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
-from grasp.core.offloaded import runner_of
 from grasp.core.processes import is_first, joined, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
@@ -263,8 +262,14 @@ def _notes(
     method: Method, decoder: Decoder, data: Calibration, needs: Sequence[Collector]
 ) -> tuple[str, ...]:
     """What a user should know about the result, before there is one."""
-    stay = "" if method.changes_experts or method.over_experts else experts_stay(decoder)
+    stay = stays(method, decoder)
     return (*calibration_notes(decoder, data, needs), *method.notes(), *filter(None, [stay]))
+
+
+def stays(method: Method, decoder: Decoder) -> str:
+    """What the method leaves as it is, where that needs saying; "" where not."""
+    changes = method.changes_experts or method.over_experts
+    return "" if changes else experts_stay(decoder)
 
 
 def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
@@ -343,8 +348,9 @@ def predict(
     data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
     notes = _notes(chosen, decoder, data, needs)
-    runner = runner_of(decoder, data)
-    stats = runner.sweep(needs, "statistics")
+    with joined():
+        runner = runner_for(decoder, data)
+        stats = runner.sweep(needs, "statistics")
     assert stats.loss is not None
     found = chosen.predict(runner, stats, ratios)
     rises = {ratio: expected for ratio, (expected, _) in found.items()}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.decoder import Decoder
-from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike
 from grasp.core.models import load_model
 from grasp.data.stream import check_lengths
@@ -18,7 +17,7 @@ from grasp.recipes.keywords import keywords
 from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.method import MethodChoice
 from grasp.recipes.model import ModelSource
-from grasp.verbs.compress import KEYWORDS
+from grasp.verbs.compress import KEYWORDS, stays
 from grasp.verbs.preflight import Estimate, Preflight, folder_of
 
 
@@ -57,8 +56,7 @@ class DryRun:
     @property
     def stays(self) -> str:
         """What the method leaves as it is, where that needs saying."""
-        changes = self.method.changes_experts or self.method.over_experts
-        return "" if changes else experts_stay(self.decoder)
+        return stays(self.method, self.decoder)
 
 
 @keywords

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.destination import check_destination
+from grasp.core.processes import is_first
 from grasp.methods.base import Method
 from grasp.stages.enough import only_pydoc
 from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
@@ -29,6 +30,8 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
     asked = getattr(run.method, "share", None) or options.get("ratio")
     asked = asked or (None if run.ratio is None else round(run.ratio, 4))
     expected = _expect(model, options, asked, quiet) if run.method.predicts else None
+    if not is_first():  # of several processes the first speaks
+        return
     table("dry run", ("", ""), _rows(model, out, run), left=2)
     if expected is not None:
         _ladder(expected, asked, "ratio (of time)" if _is_time(run.method) else "ratio")
@@ -55,7 +58,7 @@ def _expect(
     """Read the model and sweep the calibration set once: the loss to expect at the ratio asked for
     and at a few others.
     """
-    with progress_bars(quiet) as bars:
+    with progress_bars(quiet or not is_first()) as bars:
         return pipeline.predict(
             model, sorted({*LADDER, *([] if asked is None else [asked])}), progress=bars, **options
         )
