@@ -18,13 +18,15 @@ from pathlib import Path
 from grasp.core.provenance import machine, versions
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+METHOD = ("--method", "grasp", "--layers", "0", "--projections", "o", "--retain-ratio", "0.1")
+"""Forward and backward through all layers, and one small decomposition."""
 
 
 def seconds(processes: int, text: Path, blocks: int) -> float:
     """Of the sweep alone, as the run's own record has it."""
     launch = (*LAUNCH, str(processes)) if processes > 1 else ()
     with tempfile.TemporaryDirectory() as folder:
-        words = ["compress", "smollm2", f"{folder}/out", "--ratio", "0.2", "--rounds", "1"]
+        words = ["compress", "smollm2", f"{folder}/out", *METHOD]
         words += ["--data", str(text), "--num-samples", str(blocks), "--seq-len", "512"]
         subprocess.run(
             [sys.executable, *launch, "-m", "grasp", *words, "--dtype", "float32", "--quiet"],
