@@ -143,10 +143,25 @@ def test_the_largest_ratio_that_is_named_can_be_had(data):
 @pytest.mark.parametrize("multiple", [4, 16, 32])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_widths_are_multiples(name, multiple, data):
-    result = run(data, name, ratio=0.15, parts="channels", width_multiple=multiple)
+    result = run(data, name, ratio=0.1, parts="channels", width_multiple=multiple)
     whole = sizes_of(Decoder(build(name)), 0).channels
     widths = {sizes_of(result.decoder, layer).channels for layer in range(LAYERS)}
     assert all(width == whole or width % multiple == 0 for width in widths) and widths != {whole}
+
+
+@pytest.mark.parametrize(
+    ("fields", "stays"),
+    [({}, True), ({"parts": "channels"}, True), ({"parts": "channels", "uniform": True}, False)],
+    ids=["default", "channels", "uniform"],
+)
+def test_the_last_mlp_keeps_its_width(fields, stays, data):
+    """What narrowing it costs is several times its price; where one width is asked for, it must."""
+    result = run(data, ratio=0.15, width_multiple=8, **fields)
+    last, others = (
+        {sizes_of(result.decoder, layer).channels for layer in layers}
+        for layers in ([LAYERS - 1], range(LAYERS - 1))
+    )
+    assert (last == {48}) is stays and others != {48}
 
 
 @pytest.mark.parametrize("allocation", ["per-layer", "uniform"])
@@ -197,7 +212,7 @@ def test_what_is_predicted_is_what_the_manifest_says(parts, data):
 def test_more_parts_never_lose_more(data):
     """In one round, where the budget has more to choose from."""
     rises = [
-        run(data, ratio=0.3, parts=parts, rounds=1).manifest["prediction"]["loss_rise"]
+        run(data, ratio=0.25, parts=parts, rounds=1).manifest["prediction"]["loss_rise"]
         for parts in ("channels", "ranks,channels", ",".join(ALONE))
     ]
     assert rises[0] * 1.001 >= rises[1] and rises[1] * 1.05 >= rises[2]

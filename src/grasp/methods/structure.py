@@ -213,12 +213,16 @@ class Structure(LowRank):
     def places(
         self, decoder: Decoder, linears: Sequence[Linear], parts: Sequence[str]
     ) -> list[Place]:
-        """Where the model can be made narrower."""
+        """Where the model can be made narrower. Not in the MLP of the last layer, where every layer
+        need not: it costs several times what a quadratic of means says there.
+        """
         if self.is_dense and not decoder.family.heads_by_width:
             parts = [part for part in parts if part != "groups"]  # they would leave gaps
         chosen = {linear.path for linear in linears}
         layers = dict.fromkeys(linear.layer for linear in linears)
         wanted = [(layer, part) for layer in layers for part in AXES if part in parts]
+        if self.allocation == "global" and not self.uniform:
+            wanted = [one for one in wanted if one != (decoder.kept[-1], "channels")]
         found = (place(decoder, layer, part, chosen) for layer, part in wanted)
         return [one for one in found if one is not None]
 
