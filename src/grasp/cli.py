@@ -369,9 +369,7 @@ def list_methods(plugin: Path | None, as_json: bool, quiet: bool) -> None:
 @cli.command("families", short_help="List the supported architectures.")
 @everywhere
 def list_families(as_json: bool, quiet: bool) -> None:
-    """The architectures in the table, and where each keeps its matrices. Others work by inspection
-    where they can.
-    """
+    """The architectures in the table, and where each keeps its matrices. Others are inspected."""
     _show("families")(as_json)
 
 

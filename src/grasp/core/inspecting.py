@@ -1,15 +1,10 @@
 """The family of a model: its row in the table, placed where this model keeps it; failing that, a
-row read off the model itself.
-
-A model of no row is understood where its decoder layers are nearly all plain linears. They may
-differ in which: a hybrid model has layers of two kinds, and `Decoder.layer` gives of each what is
-there. What a matrix read off so is for is not known, so such a row has no roles and no axes.
+row read off the model itself (`grasp.core.unlisted`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +13,10 @@ from torch import nn
 from grasp.core.families import FAMILIES, Ends, Family
 from grasp.core.layer import matrix_in, module_in
 from grasp.core.layers.reading_grasp import text_decoder
+from grasp.core.unlisted import ADD_A_ROW, left_alone, read_off
 from grasp.errors import ModelError
 
 logger = logging.getLogger(__name__)
-
-_ADD_A_ROW = "to support it, add a row to src/grasp/core/families.py (see CONTRIBUTING.md)"
-_MOSTLY = 0.9
-"""Share of a layer's parameters that plain linears must hold for a layer to be understood by
-inspection.
-"""
 
 
 def find_family(model: nn.Module, model_type: str) -> Family:
@@ -40,14 +30,18 @@ def find_family(model: nn.Module, model_type: str) -> Family:
             here = _placed(model, family)
             _check(model, here)
             return here
-    family = _inspect(model, model_type)
+    family = read_off(model, model_type)
+    layers: Any = model.get_submodule(family.layers)
+    experts = family.experts
     logger.warning(
-        "no family row for model type '%s': found %d layers at '%s' with the linears %s by"
-        " inspection",
+        "no family row for model type '%s': found %d layers at '%s' with the linears %s%s by"
+        " inspection%s",
         model_type,
-        len(model.get_submodule(family.layers)),  # type: ignore[arg-type]
+        len(layers),
         family.layers,
         ", ".join(path for _, path in family.matrices),
+        f", and experts at {experts.path}" if experts else "",
+        left_alone(layers, family),
     )
     return family
 
@@ -106,7 +100,7 @@ def _check(model: nn.Module, family: Family) -> None:
         layers: Any = model.get_submodule(family.layers)
     except AttributeError as missing:
         raise ModelError(
-            f"the model is not laid out as {family.name}: {missing}; {_ADD_A_ROW}"
+            f"the model is not laid out as {family.name}: {missing}; {ADD_A_ROW}"
         ) from None
     needed = {path: matrix_in for roles, path in family.matrices if roles != path}
     if family.experts is not None:
@@ -115,71 +109,5 @@ def _check(model: nn.Module, family: Family) -> None:
         if all(found_in(layer, path) is None for layer in layers):
             raise ModelError(
                 f"the model is not laid out as {family.name}: no layer of {family.layers} has"
-                f" '{path}'; {_ADD_A_ROW}"
+                f" '{path}'; {ADD_A_ROW}"
             )
-
-
-def _inspect(model: nn.Module, model_type: str) -> Family:
-    """Read a row off the model: the largest list of modules in its text decoder, and the plain
-    linears that its layers have, all or some of them.
-    """
-    begin, decoder = text_decoder(model)
-    lists = [
-        (name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    if not lists:
-        raise ModelError(f"model type '{model_type}' has no list of decoder layers; {_ADD_A_ROW}")
-    name, layers = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    linears = [
-        [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        for layer in layers
-    ]
-    for index, (layer, found) in enumerate(zip(layers, linears, strict=True)):
-        held, others = _numbers(layer)
-        if not found or held < _MOSTLY * (held + others):
-            raise ModelError(
-                f"model type '{model_type}' is unknown, and plain linears hold only"
-                f" {held / max(held + others, 1):.0%} of layer {index}:"
-                f" {_holder(layer)} holds most of the rest; {_ADD_A_ROW}"
-            )
-    paths = list(dict.fromkeys(path for found in linears for path in found))
-    for path in paths:
-        having = [index for index, found in enumerate(linears) if path in found]
-        if "cross" in path and len(having) < len(layers):
-            raise ModelError(
-                f"model type '{model_type}' is unknown, and its layers differ in kind: layer"
-                f" {having[0]} has '{path}', which text alone does not run; {_ADD_A_ROW}"
-            )
-    attention = tuple((path, path) for path in paths if "attn" in path or "attention" in path)
-    mlp = tuple((path, path) for path in paths if (path, path) not in attention)
-    return Family(
-        f"{model_type} (by inspection)",
-        (model_type,),
-        ".".join(filter(None, (begin, name))),
-        attention,
-        mlp,
-    )
-
-
-def _numbers(layer: nn.Module) -> tuple[int, int]:
-    """(numbers of a layer's linears, all others). A low-rank pair counts as the matrix it stands
-    for, or a compressed layer would be understood no more.
-    """
-    held = others = 0
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            held += module.in_features * module.out_features
-        else:
-            others += sum(p.numel() for p in module.parameters(recurse=False))
-    return held, others
-
-
-def _holder(layer: nn.Module) -> str:
-    """The class that holds most of a layer's numbers beside its plain linears."""
-    sizes = Counter[str]()
-    for module in layer.modules():
-        if not isinstance(module, nn.Linear):
-            sizes[type(module).__name__] += sum(p.numel() for p in module.parameters(recurse=False))
-    return sizes.most_common(1)[0][0]

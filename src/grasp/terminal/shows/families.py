@@ -23,8 +23,8 @@ def show(as_json: bool) -> None:
     table("", ("family", "model_type", "matrices by role", "KV groups", "notes"), rows, left=5)
     say(
         "KV groups: whether whole ones go out of a layer with plain smaller matrices. An unknown"
-        " model whose layers are plain linears works by inspection, with a notice. --json gives the"
-        " paths of matrices, norms, embeddings and head."
+        " model is inspected: linears and experts of its layers are compressed, the rest is left"
+        " alone and named. --json gives the paths of matrices, norms, embeddings and head."
     )
     if as_json:
         emit({f.name: dataclasses.asdict(f) for f in FAMILIES})
