@@ -14,7 +14,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.errors import GraspError, RecipeError
-from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING, over_cores
+from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING
 from grasp.verbs.compress import predict
 
 
@@ -498,20 +498,6 @@ def test_the_same_edits_on_one_thread_or_three(data, monkeypatch):
         assert close(product(three, path).float(), product(one, path).float(), roundings=10_000), (
             path
         )
-
-
-def test_over_cores_keeps_the_order_and_the_threads():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert list(over_cores(lambda item: (item, torch.get_num_threads()), range(5))) == [
-            (item, 1) for item in range(5)
-        ]
-        with pytest.raises(ZeroDivisionError):
-            list(over_cores(lambda item: 1 // item, [1, 0]))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_it_reads_the_text_once(data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -83,3 +83,16 @@ def of_all(value: Any) -> list[Any]:
         json.loads(bytes(one[: int(count)].tolist()))
         for one, count in zip(found, lengths, strict=True)
     ]
+
+
+def of_one(tensors: Sequence[Tensor] | None, owner: int) -> list[Tensor]:
+    """The tensors that process number `owner` has, on the CPU; the others give None."""
+    given = None if tensors is None else [tensor.detach().cpu().contiguous() for tensor in tensors]
+    shapes = [[list(one.shape), str(one.dtype).removeprefix("torch.")] for one in given or ()]
+    shapes = of_all(shapes)[owner]
+    found = []
+    for number, (shape, dtype) in enumerate(shapes):
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype)) if given is None else given[number]
+        dist.broadcast(tensor.view(-1).view(torch.uint8), owner)  # of any dtype
+        found.append(tensor)
+    return found

@@ -21,9 +21,11 @@ from grasp.core.edits import Edit, trial
 from grasp.core.held import Held, Looked, Seen, lent
 from grasp.core.journal import Journal, Sums
 from grasp.core.records import Calibration, Statistics
+from grasp.core.sharing import Tensors, over_cores
 from grasp.errors import NumericsError
 
 Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
 class Runner(ABC):
@@ -93,6 +95,18 @@ class Runner(ABC):
         """Inside, `forward` computes what layer number `layer` gives, called with the arguments of
         that layer; no weight of the model asks for a gradient. The model comes back unchanged.
         """
+
+    def each(
+        self,
+        work: Callable[[Item], Tensors],
+        items: Sequence[Item],
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensors]:
+        """`work` on every item, in order, on all cores, and by all processes where there are
+        several; what others made goes through `keep`. It must depend on nothing but the item
+        and what all processes have.
+        """
+        yield from over_cores(work, items)
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
         """The step that `make()` gives. `key` names it among all that a run makes: a run that goes

@@ -1,17 +1,19 @@
 """Several processes with a copy of the model each, which share the blocks of the calibration set.
 
-Statistics are additive: each process shows its blocks, and the sums are added up. So all of them
-see the same statistics, choose the same edits, and make them on their own copies. The first writes.
+Statistics are additive: each process shows its blocks, and the sums are added up. Decompositions
+are shared out, and every process gets those of the others. So all of them see the same, choose the
+same edits, and make them on their own copies. The first writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
@@ -19,12 +21,21 @@ from grasp.core.journal import Journal
 from grasp.core.offloaded import Offloaded
 from grasp.core.processes import add_up, of_all, rank, world_size
 from grasp.core.records import Calibration
-from grasp.core.runner import Resident, Runner
+from grasp.core.runner import Item, Resident, Runner
+from grasp.core.sharing import Tensors, over_processes
 from grasp.errors import GraspError
 
 
 class Several(Resident):
     """One of several processes (`grasp.core.processes.joined`)."""
+
+    def each(
+        self,
+        work: Callable[[Item], Tensors],
+        items: Sequence[Item],
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensors]:
+        yield from over_processes(work, items, keep)
 
     def _own(self, blocks: Sequence[int]) -> Sequence[int]:
         return blocks[rank() :: world_size()]

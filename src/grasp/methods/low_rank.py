@@ -35,6 +35,7 @@ from grasp.core.linalg import balanced, pivoted
 from grasp.core.records import Allocation, Attribution, Curvature, Statistics
 from grasp.core.runner import Runner
 from grasp.core.scratch import Scratch
+from grasp.core.sharing import Tensors
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem, never
@@ -42,7 +43,7 @@ from grasp.methods.costs import Costs, numbers_of
 from grasp.methods.scope import Scope
 from grasp.methods.size import Size
 from grasp.stages import budget as budgets
-from grasp.stages.basis import Groups, over_cores
+from grasp.stages.basis import Groups
 from grasp.stages.forecast import stated
 from grasp.stages.statistics import Similarity
 
@@ -239,12 +240,16 @@ class LowRank(Scope, Size):
             for rank in (None, 0):  # time is measured now, while nothing else runs
                 costs.of(linear.path)(linear.shape, rank)
 
-        def decompose(linear: Linear) -> tuple[Groups, Tensor, Tensor]:
+        def decompose(linear: Linear) -> Tensors:
             with runner.holding(linear.layer):
                 found = self.groups(linear, stats, scratch)
                 lost = self.losses(linear, found, stats, runner.data.seed)
                 seen = budgets.tails(lost.sort(descending=True).values)
-                return found, lost, self.expected(linear, seen, stats)
+                expected = self.expected(linear, seen, stats)
+                return found.squares, found.expand, found.contract, lost, expected
+
+        def keep(made: Tensor) -> Tensor:
+            return made if made.dim() < 2 else scratch.hold(made)
 
         components = {
             linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None))
@@ -252,16 +257,18 @@ class LowRank(Scope, Size):
         }
         linears = self.well_seen(linears, stats)
         decoder.progress("decomposing", 0, len(linears))
-        for done, (linear, (found, lost, expected)) in enumerate(
-            zip(linears, over_cores(decompose, linears), strict=True), 1
-        ):
+        made = runner.each(decompose, linears, keep)
+        for done, (linear, tensors) in enumerate(zip(linears, made, strict=True), 1):
+            found, (lost, expected) = Groups(*tensors[:3]), tensors[3:]
             seen = budgets.tails(lost.sort(descending=True).values)
             cost = costs.of(linear.path)
             offer = budgets.options(
                 linear.shape, expected, cost, self.rank_multiple, seen, self.least_saving
             )
-            make = partial(self.replacement, linear, found, lost, expected)
-            components[linear.path] = Component(linear.layer, offer, make, matrices=(linear.path,))
+            replace = partial(self.replacement, linear, found, lost, expected)
+            components[linear.path] = Component(
+                linear.layer, offer, replace, matrices=(linear.path,)
+            )
             decoder.progress("decomposing", done, len(linears))
         return components
 

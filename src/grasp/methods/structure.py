@@ -22,6 +22,7 @@ from grasp.core.fields import RankMultiple, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Allocation, Statistics
 from grasp.core.runner import Runner
+from grasp.core.sharing import Tensors
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
@@ -42,7 +43,6 @@ from grasp.methods.parts import (
     one_width,
     settled,
 )
-from grasp.stages.basis import over_cores
 from grasp.stages.budget import All
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import halves
@@ -328,15 +328,17 @@ class Structure(LowRank):
         """What each place that can be narrower costs at every width."""
         decoder = runner.decoder
 
-        def price(where: Place) -> Narrowing:
+        def price(where: Place) -> Tensors:
             with runner.holding(where.layer):
-                return narrowing(decoder, where, halves(stats, where.reader.path))
+                found = narrowing(decoder, where, halves(stats, where.reader.path))
+                return found.order, found.losses, found.seen
 
-        where = self.places(decoder, linears, parts)
-        decoder.progress("narrowing", 0, len(where))
-        for done, found in enumerate(over_cores(price, where), 1):
-            yield found
-            decoder.progress("narrowing", done, len(where))
+        places = self.places(decoder, linears, parts)
+        decoder.progress("narrowing", 0, len(places))
+        made = runner.each(price, places)
+        for done, (where, tensors) in enumerate(zip(places, made, strict=True), 1):
+            yield Narrowing(where, *tensors)
+            decoder.progress("narrowing", done, len(places))
 
     def narrower(self, decoder: Decoder, found: Narrowing, stats: Statistics, size: int) -> Step:
         """The edit that leaves `size` units of a part."""

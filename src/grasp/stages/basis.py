@@ -12,10 +12,8 @@ X and D come damped: the sample's eigenvalues of rare directions are too small, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -31,9 +29,6 @@ INPUT_DAMPING, GRADIENT_DAMPING = 1e-4, 1e-2
 """Added to the diagonals of X and D, as shares of their mean eigenvalues. Figures hardly move
 between a tenth and a hundred times this.
 """
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -151,20 +146,3 @@ def _double(weight: Tensor) -> Tensor:
 def _damped(total: Tensor, tokens: int, damping: float, identity: Tensor) -> Tensor:
     gram = total.to(identity) / tokens
     return gram + damping * gram.diagonal().mean() * identity
-
-
-def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` on every item, in order, one thread a core: decompositions of this size gain little
-    from more threads each.
-    """
-    threads = torch.get_num_threads()
-
-    def alone(item: Item) -> Result:
-        torch.set_num_threads(1)
-        return work(item)
-
-    try:
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            yield from pool.map(alone, items)
-    finally:
-        torch.set_num_threads(threads)

@@ -351,8 +351,8 @@ def predict(
     with joined():
         runner = runner_for(decoder, data)
         stats = runner.sweep(needs, "statistics")
+        found = chosen.predict(runner, stats, ratios)
     assert stats.loss is not None
-    found = chosen.predict(runner, stats, ratios)
     rises = {ratio: expected for ratio, (expected, _) in found.items()}
     seen = {ratio: on_calibration for ratio, (_, on_calibration) in found.items()}
     asked = getattr(chosen, "share", None)

@@ -1,0 +1,50 @@
+"""Work on many matrices, shared out over the cores of a machine, and over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from grasp.core.processes import of_one, rank, world_size
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Tensors = tuple[Tensor, ...]
+
+
+def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` on every item, in order, one thread a core: decompositions of this size gain little
+    from more threads each.
+    """
+    threads = torch.get_num_threads()
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return work(item)
+
+    try:
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            yield from pool.map(alone, items)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def over_processes(
+    work: Callable[[Item], Tensors],
+    items: Sequence[Item],
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensors]:
+    """`work` on every item, in order, each done by one process for all. What the others made comes
+    to this one's CPU, and `keep` says where it stays.
+    """
+    world, own = world_size(), rank()
+    mine = over_cores(work, items[own::world])
+    for number in range(len(items)):
+        owner = number % world
+        made = next(mine) if owner == own else None
+        others = of_one(made, owner)
+        yield tuple(map(keep, others) if keep else others) if made is None else made
