@@ -130,3 +130,17 @@ def test_a_dry_run_is_told_once(model_directory, text_file, tmp_path):
     ]
     assert told[0]["parameters_after"] == told[1]["parameters_after"]
     assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", [False, True], ids=["alone", "against"])
+def test_two_processes_measure_what_one_measures(against, model_directory, text_file, tmp_path):
+    asked = (model_directory, "--ppl", text_file, "--seq-len", "24", "--dtype", "float32", "--json")
+    asked += ("--against", model_directory) if against else ()
+    told = [launched(processes, "eval", *asked) for processes in (1, 2)]
+    assert [one.stdout.count('"scores"') > 0 for one in told] == [True, True], told[1].stderr
+    assert told[1].stdout.count("\n") == told[0].stdout.count("\n")  # the first speaks
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in told)
+    for mine, theirs in zip(one["rows"][-1]["scores"], two["rows"][-1]["scores"], strict=True):
+        assert theirs["value"] == pytest.approx(mine["value"], rel=1e-9)
+        assert theirs["num_blocks"] == mine["num_blocks"]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from test_several import launched
 from transformers import PreTrainedTokenizerFast
 
 import grasp
@@ -240,6 +241,18 @@ def test_numbers_are_those_of_lm_eval_run_directly(model, folder, monkeypatch):
         assert mine.protocol["num_fewshot"] == direct["n-shot"][name]
         assert mine.protocol["num_examples"] == direct["n-samples"][name]["effective"]
         assert mine.protocol["version"] == direct["versions"][name]
+
+
+@needs_lm_eval
+def test_two_processes_share_the_questions(model_directory, folder):
+    """torchrun, through lm-eval's own way of sharing: the numbers of one process, told once."""
+    asked = (model_directory, "--tasks", "arc_easy,piqa", "--task-data", folder, "--json")
+    told = [launched(processes, "eval", *asked, "--dtype", "float32") for processes in (1, 2)]
+    one, two = (json.loads(done.stdout.splitlines()[-1])["rows"][-1] for done in told)
+    assert told[1].stdout.count("\n") == told[0].stdout.count("\n")
+    scores = zip(one["scores"], two["scores"], strict=True)
+    assert all(mine["value"] == theirs["value"] for mine, theirs in scores)
+    assert len(one["scores"]) > 2
 
 
 @needs_lm_eval

@@ -1,4 +1,4 @@
-"""Work on many matrices, shared out over the cores of a machine, and over several processes."""
+"""Work that is shared out: over the cores of a machine, and over several processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grasp.core.processes import of_one, rank, world_size
+from grasp.core.processes import of_all, of_one, rank, world_size
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,3 +48,13 @@ def over_processes(
         made = next(mine) if owner == own else None
         others = of_one(made, owner)
         yield tuple(map(keep, others) if keep else others) if made is None else made
+
+
+def by_turns(work: Callable[[int], Sequence[float]], count: int) -> list[Sequence[float]]:
+    """What `work` gives for the numbers from 0 on, `count` of them: the processes take one after
+    the other, and all get all.
+    """
+    world = world_size()
+    own = [list(work(number)) for number in range(rank(), count, world)]
+    found = [own] if world == 1 else of_all(own)
+    return [found[number % world][number // world] for number in range(count)]

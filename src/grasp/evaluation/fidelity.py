@@ -25,6 +25,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.linalg import wide
 from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
+from grasp.core.sharing import by_turns
 from grasp.data.blocks import Blocks
 from grasp.errors import NumericsError, RecipeError
 from grasp.evaluation.perplexity import block_logits, block_loss, score_of
@@ -67,10 +68,12 @@ def fidelity(
     """Compare `model` with `dense` on blocks. Raises `NumericsError` on a non-finite loss or
     divergence.
     """
-    rows = []  # per block: loss of the model, loss of the dense one, divergence, agreements
     task, count = f"against dense on {blocks.name}", len(blocks.ids)
-    progress(task, 0, count)
-    for block, (ids, fresh) in enumerate(zip(blocks.ids, blocks.fresh, strict=True)):
+
+    def compared(block: int) -> tuple[float, ...]:
+        """Loss of the model, loss of the dense one, divergence, agreements."""
+        progress(task, block, count)
+        ids, fresh = blocks.ids[block], blocks.fresh[block]
         logits = block_logits(decoder, ids, fresh)  # fresh, vocab
         reference = block_logits(dense, ids, fresh).to(decoder.device)
         if logits.shape != reference.shape:
@@ -82,8 +85,10 @@ def fidelity(
             block_loss(one, out, ids, blocks.name, block)
             for one, out in ((decoder, logits), (dense, reference))
         )
-        rows.append((*losses, *_compare(logits, reference, blocks.name, block)))
-        progress(task, block + 1, count)
+        return (*losses, *_compare(logits, reference, blocks.name, block))
+
+    rows = by_turns(compared, count)
+    progress(task, count, count)
     table, tokens = numpy.array(rows), numpy.array(blocks.fresh, dtype=float)
     mine, theirs, divergences, agreements = table.T
     protocol: dict[str, Any] = {

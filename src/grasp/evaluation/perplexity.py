@@ -19,21 +19,26 @@ from grasp.core.decoder import Decoder
 from grasp.core.linalg import wide
 from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
+from grasp.core.sharing import by_turns
 from grasp.data.blocks import Blocks
 from grasp.errors import NumericsError
 
 
 @torch.no_grad()
 def perplexity(decoder: Decoder, blocks: Blocks, progress: Progress = silent) -> Score:
-    """Perplexity of a model on blocks. Raises `NumericsError` on a non-finite loss."""
-    losses = []
+    """Perplexity of a model on blocks, of which each of several processes reads some. Raises
+    `NumericsError` on a non-finite loss.
+    """
     task, count = f"perplexity on {blocks.name}", len(blocks.ids)
-    progress(task, 0, count)
-    for block, (ids, fresh) in enumerate(zip(blocks.ids, blocks.fresh, strict=True)):
-        losses.append(
-            block_loss(decoder, block_logits(decoder, ids, fresh), ids, blocks.name, block)
-        )
-        progress(task, block + 1, count)
+
+    def loss(block: int) -> tuple[float]:
+        progress(task, block, count)
+        ids = blocks.ids[block]
+        logits = block_logits(decoder, ids, blocks.fresh[block])
+        return (block_loss(decoder, logits, ids, blocks.name, block),)
+
+    losses = [found for (found,) in by_turns(loss, count)]
+    progress(task, count, count)
     return score_of(decoder, blocks, losses)
 
 

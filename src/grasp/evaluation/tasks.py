@@ -36,6 +36,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from grasp.core.decoder import Decoder
 from grasp.core.extras import need
 from grasp.core.hub import reachable
+from grasp.core.processes import of_all, rank, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.score import Score
 from grasp.errors import DataError, GraspError, RecipeError
@@ -114,10 +115,19 @@ def run_tasks(
         if decoder.block_bos is not None and tokenizer("a").input_ids[:1] != [decoder.block_bos]:
             tokenizer.add_bos_token = True  # the model needs what its tokenizer's files leave out
         harness = wrap(pretrained=decoder.model, tokenizer=tokenizer, batch_size=batch_size)
+        if world_size() > 1:
+            _share(harness)
         for job in jobs:
             for name, task in job.loaded["tasks"].items():
                 fit_to_model(task, name, harness)
         return tuple(score for job in jobs for score in _run(job, harness, limit, seed, progress))
+
+
+def _share(harness: Any) -> None:
+    """Let lm-eval share the questions among the processes, as where it loads the model itself."""
+    accelerator = importlib.import_module("accelerate").Accelerator
+    harness.accelerator = accelerator(cpu=harness.device.type == "cpu")
+    harness._rank, harness._world_size = rank(), world_size()
 
 
 def _run(job: _Job, harness: Any, limit: int | None, seed: int, progress: Progress) -> list[Score]:
@@ -143,7 +153,10 @@ def _run(job: _Job, harness: Any, limit: int | None, seed: int, progress: Progre
             files=sorted({path.name for files in job.files.values() for path in files}),
         )
     protocol |= _cuts(job.name, answers)
-    return scores_of(found, job.name, protocol)
+    scores = [] if found is None else scores_of(found, job.name, protocol)  # None: not the first
+    if world_size() == 1:
+        return scores
+    return [Score.from_json(one) for one in of_all([score.to_json() for score in scores])[0]]
 
 
 def _cuts(name: str, answers: Answers) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from grasp.core.decoder import Decoder
 from grasp.core.fields import IS_PATH
 from grasp.core.models import open_model
+from grasp.core.processes import joined
 from grasp.core.progress import Progress, silent
 from grasp.core.provenance import machine, versions
 from grasp.core.records import Text
@@ -68,7 +69,8 @@ def evaluate(
     calibration: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a model, and how close it stays to a dense one.
+    """Measure a model, and how close it stays to a dense one. Several processes that torchrun began
+    share the blocks and the questions.
 
     Args:
         against: the dense model. Perplexities and tasks are measured of both, and KL(dense ||
@@ -99,10 +101,11 @@ def evaluate(
         check_room(decoder, recipe.new_tokens)
 
     pair = _Pair(decoder, reference, progress, calibration or {})
-    for blocks in cuts:
-        pair.read(blocks)
-    if recipe.tasks:
-        pair.solve(recipe.tasks, batch_size=recipe.batch_size, **questions)
+    with joined():
+        for blocks in cuts:
+            pair.read(blocks)
+        if recipe.tasks:
+            pair.solve(recipe.tasks, batch_size=recipe.batch_size, **questions)
     if recipe.generate:
         pair.write(recipe.new_tokens)
     return pair.evaluation(texts)
