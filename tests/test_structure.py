@@ -65,7 +65,12 @@ DOORS = {
     },
     "torchao": {"core/rounding.py"},
     "peft": {"compensation/trainable.py"},
-    "accelerate": {"compensation/teacher.py", "compensation/trainer.py", "core/offload.py"},
+    "accelerate": {
+        "compensation/teacher.py",
+        "compensation/trainer.py",
+        "core/offload.py",
+        "evaluation/tasks.py",
+    },
     "datasets": {"data/text.py", "evaluation/task_files.py"},
     "rich": {"terminal/bars.py"},
     "matplotlib": {"report/plots.py"},
