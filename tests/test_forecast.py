@@ -205,27 +205,29 @@ MEASURED = {
     "16 blocks, 0.05": (0.0091, 0.0212, 0.0154),
     "16 blocks, 0.1": (0.0386, 0.0834, 0.0801),
     "16 blocks, 0.15": (0.0846, 0.1724, 0.1803),
-    "16 blocks, 0.2": (0.1471, 0.2826, 0.3557),
-    "16 blocks, 0.3": (0.3241, 0.5721, 0.6519),
-    "16 blocks, 0.4": (0.5854, 0.9719, 0.9695),
-    "32 blocks, 0.2135": (0.1774, 0.2701, 0.3191),
+    "16 blocks, 0.2": (0.1469, 0.2839, 0.2997),
+    "16 blocks, 0.3": (0.3252, 0.5799, 0.6019),
+    "16 blocks, 0.4": (0.5918, 0.9906, 0.9305),
+    "32 blocks, 0.2135": (0.1765, 0.2682, 0.2689),
     "64 blocks, 0.05": (0.0121, 0.0170, 0.0086),
     "64 blocks, 0.1": (0.0487, 0.0666, 0.0472),
-    "64 blocks, 0.1659": (0.1228, 0.1612, 0.1713),
-    "64 blocks, 0.2": (0.1731, 0.2244, 0.2365),
-    "64 blocks, 0.2135": (0.1959, 0.2523, 0.2618),
-    "64 blocks, 0.3": (0.3752, 0.4794, 0.4842),
-    "64 blocks, 0.4": (0.6589, 0.8318, 0.7408),
-    "64 blocks, 0.5": (1.0424, 1.2807, 1.1222),
+    "64 blocks, 0.1659": (0.1224, 0.1606, 0.1554),
+    "64 blocks, 0.2": (0.1726, 0.2235, 0.2253),
+    "64 blocks, 0.2135": (0.1953, 0.2512, 0.2446),
+    "64 blocks, 0.3": (0.3732, 0.4777, 0.4700),
+    "64 blocks, 0.4": (0.6550, 0.8278, 0.7498),
+    "64 blocks, 0.5": (1.0435, 1.2777, 1.1381),
 }
 """Of smollm2 (docs/fisher.md): rise on the calibration text, forecast, rise on unseen text."""
 
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_what_was_measured_lies_in_its_interval(case):
+    """And, from a ratio of 0.1 on, within 15 % of the forecast, or 0.02 nats where that is more."""
     seen, expected, real = MEASURED[case]
     low, high = interval(expected, seen)
     assert low <= real <= high
+    assert abs(real - expected) <= max(0.15 * expected, 0.02)
 
 
 def test_what_a_manifest_says():
