@@ -39,7 +39,7 @@ test-numerics: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
 
 test-tasks: $(VENV)/tasks
-	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py tests/test_perplexity_mode.py tests/test_longbench.py
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py tests/test_perplexity_mode.py tests/test_longbench.py tests/test_kronfluence.py
 
 test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
@@ -94,8 +94,10 @@ $(VENV)/test: $(VENV)/demo
 	$(call patiently,installing what the tests need,$(PIP) --editable '.[dev$(COMMA)data$(COMMA)recover]')
 	@touch $@
 
+# kronfluence is installed alone: it asks for torchvision, of which it uses nothing.
 $(VENV)/tasks: $(VENV)/test
-	$(call patiently,installing lm-eval,$(PIP) --editable '.[tasks]')
+	$(call patiently,installing lm-eval,$(PIP) --editable '.[tasks]' einconv einops opt_einsum)
+	$(call patiently,installing kronfluence,$(PIP) --no-deps kronfluence)
 	@touch $@
 
 # vLLM's build for CPUs, without the parts that only images, sound and video need; its transformers is older than ours. Its `vllm` command
