@@ -170,6 +170,29 @@ def test_one_layer_is_in_memory_at_a_time(opened, calibration):
     assert seen == {"forward": forward * 6, "backward": [*forward, *reversed(forward)] * 6}
 
 
+def test_a_layer_that_need_not_run_is_not_read(opened, calibration, monkeypatch):
+    """A method that goes from layer to layer reads each of them a few times, not once for every
+    layer behind it.
+    """
+    decoder, reads = opened("llama"), []
+    weight = decoder.stack[0].mlp.down_proj.weight
+    hold = Offload._hold
+
+    def counted(self, weights):
+        weights = list(weights)
+        fresh = any(one is weight for one in weights) and not self._held[weight]
+        reads.extend([1] * fresh)
+        return hold(self, weights)
+
+    monkeypatch.setattr(Offload, "_hold", counted)
+    runner = Offloaded(decoder, calibration)
+    for layer in decoder.kept:
+        paths = [one.path for one in decoder.layer(layer).linears.values()]
+        runner.sweep([InputCurvatures(paths)], layers=(layer, layer))
+    # the sweeps of layers 0 and 1, and what reads weights for the collectors
+    assert len(reads) <= 2 * calibration.num_blocks + 2 < 4 * calibration.num_blocks
+
+
 def test_a_weight_that_is_away_is_no_number(opened, calibration):
     decoder = opened("llama")
     linear = decoder.linears(1)[0]

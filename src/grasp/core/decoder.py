@@ -175,6 +175,10 @@ class Decoder:
         """Inside, these weights are in memory, if they are not always."""
         return nullcontext() if self.offload is None else self.offload.holding(weights)
 
+    def changing(self, layer: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the weights of a layer are in memory and may be changed."""
+        return nullcontext() if self.offload is None else self.offload.changing(layer)
+
     def scratch(self, num_bytes: int, folder: str | Path | None = None) -> Scratch:
         """A place for sums of so many bytes: in `folder` if one is named, else where they fit."""
         if self.offload is not None:

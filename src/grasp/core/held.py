@@ -12,12 +12,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from grasp.core.decoder import Decoder
+from grasp.core.lending import lent
 from grasp.core.scratch import Scratch, available_memory
 
 Looked = tuple[int, int | None]
@@ -90,7 +92,8 @@ class Held:
         with ExitStack() as stack:
             for layer in self.decoder.layers():
                 if layer.index < first:
-                    stack.enter_context(lent(layer.module, one.in_front(layer)))
+                    forward = one.in_front(layer)
+                    stack.enter_context(lent(layer.module, forward, partial(one.passes_by, layer)))
                 if layer.index <= first:
                     hook = one.arriving(layer.index)
                     handle = layer.module.register_forward_pre_hook(
@@ -129,6 +132,10 @@ class Pass:
         )
         self.block, self.start = block, max(held, default=-1)
 
+    def passes_by(self, layer: Any) -> bool:
+        """Whether states behind this layer are held, so that it need not run."""
+        return bool(layer.index < self.start)
+
     def in_front(self, layer: Any) -> Callable[..., Any]:
         """What a layer in front of the first that is looked at does: nothing, where states behind
         it are held.
@@ -136,7 +143,7 @@ class Pass:
         run = layer.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if layer.index < self.start:
+            if self.passes_by(layer):
                 hidden = args[0] if args else kwargs["hidden_states"]
                 return (hidden,) if self.states[self.start].as_tuple else hidden
             output = run(*args, **kwargs)
@@ -170,19 +177,6 @@ class Pass:
         elif free is None or to_come < free / 2:
             states.blocks[self.block] = hidden.detach().to("cpu", copy=True)
         states.as_tuple = self.as_tuple
-
-
-@contextmanager
-def lent(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `forward` is what the module does; its hooks stay."""
-    own = vars(module)
-    before = {name: own[name] for name in ("forward",) if name in own}
-    try:
-        own["forward"] = forward  # what a module has itself comes before what its class has
-        yield
-    finally:
-        del own["forward"]
-        own.update(before)
 
 
 def _end(_module: nn.Module, _args: Any, _output: Any) -> None:

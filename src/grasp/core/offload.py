@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from grasp.core.lending import idles
 from grasp.core.partial import partial
 from grasp.core.scratch import Scratch
 from grasp.core.tensor_file import NAMES, write_tensors
@@ -169,8 +170,20 @@ class Offload:
             if (found := scratch()) is not None:
                 found.release()
 
+    @contextmanager
+    def changing(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, the weights of a layer are in memory and may be changed; they are written anew
+        then.
+        """
+        held = self._hold(layer.parameters())
+        yield
+        with self._lock:
+            for one in held:
+                del self.places[one], self._held[one]
+        self.spool([layer])
+
     def _watch(self, layers: Iterable[nn.Module]) -> None:
-        """Hold the weights of each of these layers while it runs."""
+        """Hold the weights of each of these layers while it runs, and does not idle."""
         for layer in layers:
             if layer in self._watched:
                 continue
@@ -178,7 +191,7 @@ class Offload:
             running: list[list[nn.Parameter]] = []
 
             def begin(module: nn.Module, _args: Any, running: Any = running) -> None:
-                running.append(self._hold(module.parameters()))
+                running.append([] if idles(module) else self._hold(module.parameters()))
 
             def end(_module: nn.Module, _args: Any, _output: Any, running: Any = running) -> None:
                 with suppress(IndexError):  # it never began

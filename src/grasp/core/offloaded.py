@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, from_spec, trial
-from grasp.core.held import Looked, lent
+from grasp.core.held import Looked
 from grasp.core.journal import Journal
 from grasp.core.layer import Layer
+from grasp.core.lending import lent
 from grasp.core.offload import Offload
 from grasp.core.records import Calibration
 from grasp.core.runner import Resident

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, trial
-from grasp.core.held import Held, Looked, Seen, lent
+from grasp.core.held import Held, Looked, Seen
 from grasp.core.journal import Journal, Sums
+from grasp.core.lending import lent
 from grasp.core.records import Calibration, Statistics
 from grasp.core.sharing import Tensors, over_cores
 from grasp.errors import NumericsError
