@@ -65,6 +65,7 @@ def test_the_parts_add_up_to_the_whole(world, decoder, calibration, monkeypatch)
     ("method", "flags"),
     [
         ("grasp-fisher", ("--ratio", "0.2")),
+        ("grasp-fisher", ("--ratio", "0.2", "--offload", "LAYERS")),
         ("grasp", ("--ratio", "0.2")),
         ("wanda", ()),
         ("asvd", ("--ratio", "0.1", "--allocation", "strs")),
@@ -74,7 +75,8 @@ def test_two_processes_make_what_one_makes(method, flags, model_directory, text_
     told, manifests, logits = [], [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        asked = (model_directory, out, "--method", method, *flags, "--data", text_file, *TEXT)
+        here = [str(tmp_path / "layers") if one == "LAYERS" else one for one in flags]
+        asked = (model_directory, out, "--method", method, *here, "--data", text_file, *TEXT)
         done = launched(processes, "compress", *asked, "--json")
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count('"manifest"') == 1  # the first speaks

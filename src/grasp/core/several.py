@@ -51,13 +51,19 @@ class Several(Resident):
         return None if loss is None else float(numbers["loss"]), int(numbers["tokens"])
 
 
+class SeveralOffloaded(Several, Offloaded):
+    """One of several processes, each of which has one layer in memory at a time."""
+
+
 def runner_for(decoder: Decoder, data: Calibration, journal: Journal | None = None) -> Runner:
     """The runner that a model needs, as it was loaded, and by as many processes as there are.
     Raises `GraspError` where these have not the same text.
     """
     check_same("calibration text", data.ids_hash)
-    alone = Resident if decoder.offload is None else Offloaded
-    return (Several if world_size() > 1 else alone)(decoder, data, journal)
+    in_memory, alone = decoder.offload is None, world_size() == 1
+    if alone:
+        return (Resident if in_memory else Offloaded)(decoder, data, journal)
+    return (Several if in_memory else SeveralOffloaded)(decoder, data, journal)
 
 
 def check_same(what: str, value: Any) -> None:

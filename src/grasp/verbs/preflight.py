@@ -30,7 +30,7 @@ from grasp.core.destination import existing, size
 from grasp.core.experts import mixture
 from grasp.core.models import DTYPES, load_model
 from grasp.core.offload import Offload
-from grasp.core.processes import world_size
+from grasp.core.processes import processes_here
 from grasp.core.records import Calibration
 from grasp.core.scratch import available_memory
 from grasp.errors import RecipeError
@@ -253,9 +253,14 @@ def _rounded(num_bytes: int) -> str:
 
 
 def free_memory(device: str | None) -> int | None:
-    """Bytes that can be had where the model will be; None where nobody says it."""
+    """Bytes that can be had where the model will be, by each of the processes on this machine; None
+    where nobody says it.
+    """
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    return torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+    if on_gpu:
+        return torch.cuda.mem_get_info(device)[0]
+    free = available_memory()
+    return None if free is None else free // processes_here()
 
 
 def folder_of(memory: MemoryRecipe, out: Path | None) -> Path:
@@ -305,11 +310,6 @@ def offload_for(
     cost = found.check(folder)
     if not found.offloaded:
         return None
-    if world_size() > 1:
-        raise RecipeError(
-            f"{asked or f'MODEL {name}'}: layers on the disk are for one process; run it without"
-            " torchrun, or where the model fits into memory once for every process"
-        )
     if not asked:
         logger.warning(
             "%s would need about %s of memory, %s are free: its layers stay on the disk, and about"
