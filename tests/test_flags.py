@@ -98,7 +98,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
             "--train", "--lora-on", "--objective", "--start", "--schedule", "--precision",
         )},
         **{name: FREE for name in (
-            "--offload-teacher", "--keep-adapter", "--pad", "--gradient-checkpointing",
+            "--offload-teacher", "--offload", "--keep-adapter", "--pad", "--gradient-checkpointing",
         )},
         "--temperature": number("0"), "--lm-weight": number("1.1"), "--lora-dropout": number("1"),
         "--epochs": number("0"), "--learning-rate": number("0"), "--weight-decay": number(),

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from grasp.compensation.blockwise import Blockwise
 from grasp.compensation.least_squares import least_squares, pairs_of
 from grasp.compensation.objectives import Distill, LanguageModel, MatchLayers, Objective
 from grasp.compensation.recipe import Recipe
 from grasp.compensation.teacher import CachedTeacher, Teacher, check_teacher, offload, remember
-from grasp.compensation.trainable import (
-    check_trainable,
-    settled,
-)
+from grasp.compensation.trainable import check_trainable, names_in, settled
 from grasp.compensation.training import (
     run_of,
 )
@@ -26,12 +24,15 @@ from grasp.core.bos import num_rows
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_beside, check_destination
 from grasp.core.edits import EditLog, read_log
+from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.offload import Offload
 from grasp.core.precision import has_fast_bfloat16
 from grasp.core.progress import Progress
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model
+from grasp.core.scratch import available_memory
 from grasp.core.seal import SEAL
 from grasp.data.examples import read_examples
 from grasp.data.rows import Collate, Rows, TrainingData, pack_or_pad, prepare
@@ -41,6 +42,8 @@ from grasp.errors import CheckpointError, GraspError, RecipeError
 
 logger = logging.getLogger(__name__)
 
+LITTLE = 2**33
+"""Bytes of memory that a machine is thought to have that does not say."""
 FIT_ROWS = 32
 """Rows of the training data that the closed-form start is solved on."""
 
@@ -93,7 +96,9 @@ class Job:
             "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": trust_remote_code,
         }
-        decoder = load_model(str(place), device="cpu" if fsdp else device, **options)
+        disk = on_disk(recipe)
+        on = "cpu" if fsdp else device
+        decoder = load_model(str(place), device=on, offload=disk, **options)
         check_lengths(decoder, 1, recipe.max_length, "--max-length")
         decoder.check_finite()
         check_savable(decoder)
@@ -103,9 +108,11 @@ class Job:
         told = _told(decoder, recipe, data, text_field, packed)
         pad = getattr(decoder.tokenizer, "pad_token_id", None) or 0
         pad = pad if pad < num_rows(decoder.model) else 0  # it is masked, but looked up
-        teacher = (
-            _teacher(recipe, decoder, manifest, device, options) if recipe.needs_teacher else None
-        )
+        if recipe.needs_teacher:
+            options["offload"] = None if disk is None else disk.beside()
+            teacher = _teacher(recipe, decoder, manifest, device, options)
+        else:
+            teacher = None
         job = cls(
             recipe,
             manifest,
@@ -189,11 +196,31 @@ class Job:
             self.teacher.decoder.model.to(args.device)
         if self.recipe.objective == "distill":
             return Distill(teacher, self.recipe.temperature, self.recipe.lm_weight)
-        return MatchLayers(self.teacher, self._places())
+        places = [(self.decoder.stack[place], layer) for place, layer in self._places().items()]
+        return MatchLayers(self.teacher, places)
 
-    def _places(self) -> list[tuple[nn.Module, int]]:
-        """Where hidden states are compared: behind every layer that an edit touched and every gap
-        that removed layers left; then at the end too.
+    def blockwise(self) -> Blockwise:
+        """The training of one layer after the other."""
+        assert self.teacher is not None
+        fuse(self.decoder.model, together=False)
+        scratch = None if self.decoder.offload is None else self.decoder.offload.scratch()
+        return Blockwise(
+            self.decoder,
+            self.teacher.decoder,
+            self._places(),
+            names_in(self.decoder, self.recipe, self.log),
+            self.recipe,
+            self.told,
+            self.collate,
+            self.dtype,
+            Tensor.cpu if scratch is None else scratch.hold,
+            self.progress,
+        )
+
+    def _places(self) -> dict[int, int]:
+        """Where hidden states are compared, place in the stack -> layer of the teacher: behind
+        every layer that an edit touched and every gap that removed layers left; then at the end
+        too.
         """
         origin = self.log.left
         places = {place: origin[place] for place in self.log.places}
@@ -203,7 +230,7 @@ class Job:
                 places[before[-1]] = max(gone, places.get(before[-1], 0))
         if self.log.gone:
             places[len(origin) - 1] = self.log.num_layers - 1
-        return [(self.decoder.stack[place], layer) for place, layer in sorted(places.items())]
+        return dict(sorted(places.items()))
 
     def facts(self, place: str, out: str, data: str) -> dict[str, Any]:
         """What the manifest says about recipe, text and teacher."""
@@ -259,6 +286,15 @@ def _told(
         every=recipe.objective != "lm",
         seed=recipe.seed,
     )
+
+
+def on_disk(recipe: Recipe) -> Offload | None:
+    """Where the layers of the models lie, where that is on the disk."""
+    if recipe.offload is None:
+        return None
+    folder = Path(recipe.offload)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Offload(folder, available_memory() or LITTLE)
 
 
 def _manifest(place: Path) -> dict[str, Any]:

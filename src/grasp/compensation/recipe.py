@@ -27,7 +27,7 @@ from grasp.errors import RecipeError, did_you_mean
 
 TRAIN = ("factors", "layers", "lora")
 LORA_ON = ("matrices", "output-factors", "input-factors")
-OBJECTIVES = ("lm", "distill", "layer")
+OBJECTIVES = ("lm", "distill", "layer", "block")
 STARTS = ("keep", "least-squares")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "bfloat16", "float32")
@@ -50,7 +50,8 @@ class Recipe:
     objective: str = flag(
         "lm",
         "lm: cross-entropy of the answers. distill: KL divergence from the dense model's"
-        " predictions. layer: the dense model's hidden states behind every edited layer.",
+        " predictions. layer: the dense model's hidden states behind every edited layer. block: the"
+        " same, one layer after the other, each on what the compressed model shows it.",
         words=OBJECTIVES,
     )
     start: str | None = flag(
@@ -61,7 +62,7 @@ class Recipe:
     )
     teacher: Place | None = flag(
         None,
-        "The dense MODEL for distill, layer and least-squares. Default: the model that was"
+        "The dense MODEL for distill, layer, block and least-squares. Default: the model that was"
         " compressed.",
     )
     temperature: Annotated[float, Meta(ge=0.01, le=1_000)] = flag(
@@ -83,6 +84,12 @@ class Recipe:
         False,
         "[distill, layer] Keep the teacher's weights outside the device and bring them in layer by"
         " layer.",
+        recipe=False,
+    )
+    offload: Place | None = flag(
+        None,
+        "[block] Leave the decoder layers of both models on the disk, and the states of the text in"
+        " this folder: one layer is in memory.",
         recipe=False,
     )
     lora_on: str = flag(
@@ -163,6 +170,21 @@ class Recipe:
             raise RecipeError(
                 f"--lora-dropout {self.lora_dropout}: adapters on {self.lora_on} change numbers,"
                 " and have no input to drop; give 0, or use --preset sequential"
+            )
+        if self.offload is not None and self.objective != "block":
+            raise RecipeError(
+                f"--offload {self.offload}: --objective {self.objective} needs all layers at once;"
+                " --objective block trains one after the other"
+            )
+        if self.objective == "block" and self.train == "lora":
+            raise RecipeError(
+                "--train lora: --objective block trains weights as they are; use --train factors or"
+                " layers"
+            )
+        if self.objective == "block" and self.begins == "least-squares":
+            raise RecipeError(
+                "--start least-squares: --objective block finds each layer's weights by itself;"
+                " leave it out"
             )
         if self.teacher_cache is not None and self.objective != "distill":
             raise RecipeError(

@@ -117,6 +117,13 @@ def load_random(folder: Path, process: int) -> None:
 
 
 def last_state(folder: Path) -> Path | None:
-    """The latest whole state in the folder of a run."""
+    """The latest whole state in the folder of a run: of a step, or of a layer that is done."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{LAST}")]
+    whole += [path for path in folder.glob("layer-*") if path.is_dir()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def named(state: Path) -> str:
+    """A state in words: "step 30", or "layer 4" where that is the last one done."""
+    kind, _, number = state.name.rpartition("-")
+    return f"{'step' if kind == 'checkpoint' else kind} {number}"

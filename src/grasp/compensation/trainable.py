@@ -50,11 +50,8 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
             parameter.data = parameter.detach().float()
     adapted = _targets(decoder, recipe) if recipe.train == "lora" else []
     trained = wrap(decoder, recipe) if recipe.train == "lora" else model
-    if recipe.train == "layers":
-        for place in log.places or range(len(decoder.stack)):
-            decoder.stack[place].requires_grad_(True)
-    elif not recipe.keep_adapter and recipe.lora_on == "matrices":
-        for path in log.trainable(decoder.family):
+    if not recipe.keep_adapter and recipe.lora_on == "matrices":
+        for path in names_in(decoder, recipe, log):
             if path.rpartition(".")[0] not in adapted:
                 model.get_parameter(path).requires_grad_(True)
     for parameter in trained.parameters():
@@ -63,9 +60,20 @@ def choose(decoder: Decoder, recipe: Recipe, log: EditLog) -> nn.Module:
     return trained
 
 
+def names_in(decoder: Decoder, recipe: Recipe, log: EditLog) -> list[str]:
+    """Paths of the parameters that are trained as they are; of `lora`, those that could be."""
+    if recipe.train != "layers":
+        return list(log.trainable(decoder.family))
+    return [
+        f"{decoder.family.layers}.{place}.{name}"
+        for place in log.places or range(len(decoder.stack))
+        for name, _ in decoder.stack[place].named_parameters()
+    ]
+
+
 def check_trainable(decoder: Decoder, recipe: Recipe, log: EditLog) -> None:
     """Raise `RecipeError` where there is nothing that `recipe` could train."""
-    if recipe.objective == "layer":
+    if recipe.objective in ("layer", "block"):
         check_unsliced(decoder, "no layer's output is like the teacher's; take another --objective")
     if recipe.lora_on != "matrices" and not _factors(decoder, recipe):
         raise RecipeError(
@@ -180,8 +188,13 @@ def bring_back(decoder: Decoder, recipe: Recipe, state: Mapping[str, Tensor]) ->
         wrapped: Any = wrap(decoder, recipe)
         _fill(wrapped, state)
         decoder.model = wrapped.merge_and_unload(safe_merge=True)
-    else:
+    elif decoder.offload is None:
         _fill(decoder.model, state)
+    else:
+        for place, layer in enumerate(decoder.stack):
+            begin = f"{decoder.family.layers}.{place}."
+            with decoder.changing(layer):
+                _fill(decoder.model, {n: state[n] for n in state if n.startswith(begin)})
     for parameter in decoder.model.parameters():
         parameter.requires_grad_(False)
     fuse(decoder.model)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from grasp.compensation.objectives import Objective
 from grasp.compensation.recipe import Recipe
-from grasp.compensation.state import TRAINED, last_state
+from grasp.compensation.state import TRAINED, last_state, named
 from grasp.compensation.trainer import BEST, Compensation
 from grasp.core.destination import beside
 from grasp.core.partial import hold
@@ -48,7 +48,7 @@ class Trained:
     one that `state` belongs to.
     """
 
-    state: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     curve: list[Look]
     best: Look
     steps: int
@@ -100,9 +100,7 @@ def arguments(
             learning_rate=recipe.learning_rate,
             warmup_steps=warmup,
             weight_decay=recipe.weight_decay,
-            lr_scheduler_type=(
-                "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
-            ),
+            lr_scheduler_type=_scheduler(recipe),
             max_grad_norm=recipe.max_grad_norm,
             optim="adamw_torch",
             **_checkpointing(recipe.gradient_checkpointing),
@@ -129,6 +127,17 @@ def arguments(
     # one device a process; several GPUs are used through torchrun
     found._n_gpu = min(1, found.n_gpu)
     return found
+
+
+def _scheduler(recipe: Recipe) -> str:
+    """The trainer's name for what follows the warm-up."""
+    return "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule
+
+
+def schedule_of(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The learning rate of a training of so many steps that is not the trainer's: as it has it."""
+    warmup = min(recipe.warmup_steps, steps // 10)
+    return get_scheduler(_scheduler(recipe), optimizer, warmup, steps)
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -159,7 +168,7 @@ def begin_run(folder: Path, record: dict[str, Any], resume: bool) -> Path | None
     state = last_state(folder)
     if state is not None:
         raise CheckpointError(
-            f"{folder}: holds a run, at step {state.name.rpartition('-')[2]}; go on from it with"
+            f"{folder}: holds a run, at {named(state)}; go on from it with"
             " --resume, or remove it to begin anew"
         )
     if resume:
@@ -214,7 +223,7 @@ def way_on(out: Path) -> Iterator[None]:
         state = last_state(run_of(out))
         if state is None:
             raise
-        kept = f"the state of step {state.name.rpartition('-')[2]} is kept in {state.parent}"
+        kept = f"the state of {named(state)} is kept in {state.parent}"
         raise Interrupted(f"{kept}; the same command with --resume goes on from there") from stop
 
 
@@ -273,7 +282,7 @@ def _way_on(folder: Path) -> str:
     if state is None:
         return "nothing was learnt yet; try a smaller --learning-rate or --precision float32"
     return (
-        f"the state of step {state.name.rpartition('-')[2]} is kept in {folder}: go on from it with"
+        f"the state of {named(state)} is kept in {folder}: go on from it with"
         " --resume and a smaller --learning-rate"
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grasp.compensation.job import Job
+from grasp.compensation.job import Job, on_disk
 from grasp.compensation.recipe import Recipe, make_recipe
 from grasp.compensation.trainable import (
     bring_back,
@@ -39,8 +39,10 @@ from grasp.core.destination import name_of
 from grasp.core.extras import need
 from grasp.core.fields import PathLike, checked
 from grasp.core.models import load_model
+from grasp.core.processes import world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.provenance import versions
+from grasp.errors import RecipeError
 from grasp.report.card import model_card, picture_for
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,11 @@ def recover(
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
     recipe, place, out = make_recipe(preset, fields), Path(checkpoint), Path(out)
+    if recipe.objective == "block" and (fsdp or report_to or world_size() > 1):
+        raise RecipeError(
+            "--objective block: one process trains one layer at a time, without --fsdp, --report-to"
+            " and torchrun; leave them out, or take another objective"
+        )
     need("grasp recover", "recover", "accelerate", *(["peft"] if recipe.train == "lora" else []))
     job = Job.begin(recipe, place, out, data, text_field, device, fsdp, trust_remote_code, progress)
     recipe, run, clock = job.recipe, run_of(out), job.clock
@@ -112,19 +119,7 @@ def recover(
     with run_folder(run, job.record(data), resume) as resume_from:
         start = job.start() if resume_from is None else None
         clock.lap("start")
-        objective = job.objective(args)
-        model = choose(job.decoder, recipe, job.log)
-        count = numbers(model)
-        done = train(
-            model,
-            args,
-            job.told,
-            objective,
-            job.collate,
-            dtype=job.dtype,
-            progress=progress,
-            resume_from=resume_from,
-        )
+        done, count = _trained(job, args, run, resume_from)
         clock.lap("training")
 
     facts = {
@@ -145,11 +140,31 @@ def recover(
     }
     if "recovery" in job.manifest:
         manifest["recovery"]["before"] = job.manifest["recovery"]
-    del model, objective, job
+    del job
     if args.process_index == 0:
         _save(place, out, recipe, done, manifest, trust_remote_code)
         shutil.rmtree(run, ignore_errors=True)
     return Recovery(out, manifest, done.curve)
+
+
+def _trained(job: Job, args: Any, run: Path, resume_from: Path | None) -> tuple[Trained, int]:
+    """What the training ended with, and how many numbers it changed."""
+    if job.recipe.objective == "block":
+        blockwise = job.blockwise()
+        return blockwise.train(run), blockwise.count
+    objective = job.objective(args)
+    model = choose(job.decoder, job.recipe, job.log)
+    done = train(
+        model,
+        args,
+        job.told,
+        objective,
+        job.collate,
+        dtype=job.dtype,
+        progress=job.progress,
+        resume_from=resume_from,
+    )
+    return done, numbers(model)
 
 
 def _save(
@@ -169,7 +184,9 @@ def _save(
             out,
             place,
         )
-    decoder = load_model(str(place), device="cpu", trust_remote_code=trust_remote_code)
+    decoder = load_model(
+        str(place), device="cpu", trust_remote_code=trust_remote_code, offload=on_disk(recipe)
+    )
     draw = picture_for(manifest)
 
     def beside(folder: Path) -> None:
