@@ -33,7 +33,7 @@ test: $(VENV)/test
 # All but what reads, prints, loads or starts processes; a new file is in unless it is named here.
 NOT_NUMERICS = bench checkpoint cli compare destination directory documents examples export faults \
   flags integrations interruption journal kept latency narrowed plugin project_files proof readme \
-  recovery report report_size results seal serving smollm2 strict structure structure_parts tasks \
+  recovery report report_size results seal serving sharing smollm2 strict structure structure_parts tasks \
   terminal text_and_tokens time_budget wrappers writing
 test-numerics: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))

@@ -19,7 +19,8 @@ from grasp.core import journal as journals
 
 pytestmark = pytest.mark.slow
 
-MOMENTS = 20
+MOMENTS = 8
+"""Of each mode; 20 of each passed once (docs/log.md)."""
 COMMAND = (
     "--ratio",
     "0.2",
@@ -133,4 +134,4 @@ def test_a_killed_run_goes_on_or_begins_anew(mode, model_directory, text_file, t
         assert digests(out) == expected
         left = {one.name for one in folder.iterdir()} - {"out"}
         assert not {name for name in left if not name.startswith("out.journal")}
-    assert gone_on >= MOMENTS // 5, "hardly a moment was in the middle of the work"
+    assert gone_on >= MOMENTS // 4, "hardly a moment was in the middle of the work"
