@@ -89,7 +89,7 @@ def shown(score: Score | None) -> str:
         return ""
     if score.unit == "perplexity":
         value = score.value
-        return f"{value:.1f}" if value < 1e3 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
+        return f"{value:.1f}" if value < 1e3 else f"{value:,.0f}" if value < 1e5 else "> 100,000"
     return f"{100 * score.value:.1f}" + (f" ± {100 * score.stderr:.1f}" if score.stderr else "")
 
 
