@@ -149,6 +149,10 @@ def test_the_text_decoder_inside_is_compressed(name, tmp_path, calibration):
     before = saved(name, tmp_path / "model").state_dict()
     made = grasp.compress(tmp_path / "model", tmp_path / "out", ratio=0.1, data=calibration)
     assert made.decoder.family.layers == WRAPPERS[name][0]
+    (note,) = (one for one in made.manifest["notes"] if "only the text decoder" in one)
+    inside = note.partition("decoder, ")[2].partition(",")[0]
+    assert WRAPPERS[name][0].startswith(f"{inside}.")
+    assert "% of all numbers)" in note and "lm_head" not in note
     want = logits(made.model, calibration.ids)
     loaded = auto_of(name).from_pretrained(tmp_path / "out")
     assert type(loaded).__name__.endswith("ForConditionalGeneration") and torch.equal(

@@ -111,3 +111,23 @@ def _check(model: nn.Module, family: Family) -> None:
                 f"the model is not laid out as {family.name}: no layer of {family.layers} has"
                 f" '{path}'; {ADD_A_ROW}"
             )
+
+
+def beside_text(model: Any) -> str:
+    """What of a multimodal model is no part of its text decoder, and stays as it is; "" of a model
+    of text alone.
+    """
+    begin, head = text_decoder(model)[0], model.get_output_embeddings()
+    inside, found = begin.split("."), dict[str, nn.Module]()
+    for depth, name in enumerate(inside):
+        place = ".".join(inside[:depth])
+        around = model.get_submodule(place) if place else model
+        for other, module in around.named_children():
+            if other != name and module is not head:
+                found[f"{place}.{other}" if place else other] = module
+    total = sum(p.numel() for p in model.parameters())
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in found.items()}
+    named = [f"{path} ({size / total:.0%} of all numbers)" for path, size in sizes.items() if size]
+    if not named:
+        return ""
+    return f"only the text decoder, {begin}, is compressed; left as it is: {', '.join(named)}"

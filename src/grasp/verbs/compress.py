@@ -35,6 +35,7 @@ from grasp.core.edits import EditLog, Entry
 from grasp.core.edits.slicing import check_unsliced
 from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike, declared
+from grasp.core.inspecting import beside_text
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
 from grasp.core.processes import is_first, joined, world_size
@@ -262,14 +263,14 @@ def _notes(
     method: Method, decoder: Decoder, data: Calibration, needs: Sequence[Collector]
 ) -> tuple[str, ...]:
     """What a user should know about the result, before there is one."""
-    stay = stays(method, decoder)
-    return (*calibration_notes(decoder, data, needs), *method.notes(), *filter(None, [stay]))
+    return (*calibration_notes(decoder, data, needs), *method.notes(), *stays(method, decoder))
 
 
-def stays(method: Method, decoder: Decoder) -> str:
-    """What the method leaves as it is, where that needs saying; "" where not."""
+def stays(method: Method, decoder: Decoder) -> list[str]:
+    """What the method leaves as it is, where that needs saying."""
     changes = method.changes_experts or method.over_experts
-    return "" if changes else experts_stay(decoder)
+    found = (beside_text(decoder.model), "" if changes else experts_stay(decoder))
+    return [said for said in found if said]
 
 
 def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:

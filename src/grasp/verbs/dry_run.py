@@ -54,7 +54,7 @@ class DryRun:
         return None if after is None else 1 - after / self.decoder.num_parameters()
 
     @property
-    def stays(self) -> str:
+    def stays(self) -> list[str]:
         """What the method leaves as it is, where that needs saying."""
         return stays(self.method, self.decoder)
 

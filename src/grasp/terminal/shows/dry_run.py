@@ -37,7 +37,7 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
         _ladder(expected, asked, "ratio (of time)" if _is_time(run.method) else "ratio")
     notes = (
         tuple(
-            filter(None, [only_pydoc(run.needs.calibration.data), *run.method.notes(), run.stays])
+            filter(None, [only_pydoc(run.needs.calibration.data), *run.method.notes(), *run.stays])
         )
         if expected is None
         else expected.notes
