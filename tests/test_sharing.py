@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ def test_over_cores_keeps_the_order_and_the_threads():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_cores_begin_before_somebody_asks():
+    begun = threading.Event()
+    found = over_cores(lambda _: begun.set(), [1])
+    assert begun.wait(20)
+    assert list(found) == [None]
 
 
 def made(item):

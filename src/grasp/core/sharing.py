@@ -18,7 +18,7 @@ Tensors = tuple[Tensor, ...]
 
 def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`work` on every item, in order, one thread a core: decompositions of this size gain little
-    from more threads each.
+    from more threads each. It begins at once.
     """
     threads = torch.get_num_threads()
 
@@ -26,10 +26,16 @@ def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         torch.set_num_threads(1)
         return work(item)
 
+    pool = ThreadPoolExecutor(max(threads, 1))
+    return _ended(pool.map(alone, items), pool, threads)
+
+
+def _ended(results: Iterator[Result], pool: ThreadPoolExecutor, threads: int) -> Iterator[Result]:
+    """The results; afterwards the pool is gone and torch has its threads again."""
     try:
-        with ThreadPoolExecutor(max(threads, 1)) as pool:
-            yield from pool.map(alone, items)
+        yield from results
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
