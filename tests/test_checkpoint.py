@@ -289,8 +289,7 @@ def test_trainer_trains_it(either, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))
     again = grasp.load(tmp_path / "trained").model
-    factorised = next(m for m in again.modules() if isinstance(m, LowRankLinear))
-    assert factorised.rank > 0
+    assert any(isinstance(m, LowRankLinear) and m.rank for m in again.modules())
     with torch.no_grad():
         assert close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert not torch.equal(model.model.layers[1].mlp.up_proj.weight, before)

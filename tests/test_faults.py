@@ -324,25 +324,14 @@ def test_a_tensor_of_the_wrong_shape(compress, copy):
 
 
 def test_an_architecture_without_plain_linears(compress, tokenizer, tmp_path):
-    """Ernie's experts are one tensor of three dimensions a matrix, and it has no row."""
-    config = transformers.Ernie4_5_MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        moe_num_experts=4,
-        moe_intermediate_size=48,
-        moe_layer_start_index=0,
-        max_position_embeddings=128,
-        bos_token_id=256,
-        eos_token_id=257,
+    """The first GPT stores all its matrices (in, out), and has no row."""
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=VOCAB, n_positions=128, n_embd=32, n_layer=2, n_head=4
     )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
-    tokenizer.save_pretrained(tmp_path / "experts")
-    error = compress("--num-layers", "1", model=tmp_path / "experts").error
-    assert "ernie4_5_moe" in error and "add a row" in error
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    error = compress("--num-layers", "1", model=tmp_path / "first").error
+    assert "openai-gpt" in error and "Conv1D holds most" in error and "add a row" in error
 
 
 def test_a_model_without_its_familys_linears():
