@@ -1,4 +1,4 @@
-"""`--objective layer`: every edited layer is trained alone, first to last. On the compressed
+"""`--objective block`: every edited layer is trained alone, first to last. On the compressed
 model's own input it is to give what the dense model's layer gives on its own.
 
     minimise over the layer's trained weights  mean |f(x) - t|^2 / |t|^2     over tokens
@@ -181,7 +181,10 @@ class Blockwise:
             for first in range(0, len(order), each):
                 last = errors.backward(order[first : first + each])
                 if not math.isfinite(last):
-                    raise NumericsError(f"layer {place}: the loss is {last}")
+                    raise NumericsError(
+                        f"layer {place}: the loss is {last}; try a smaller --learning-rate or"
+                        " --precision float32"
+                    )
                 if recipe.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(list(weights.values()), recipe.max_grad_norm)
                 optimizer.step()

@@ -292,9 +292,7 @@ def on_disk(recipe: Recipe) -> Offload | None:
     """Where the layers of the models lie, where that is on the disk."""
     if recipe.offload is None:
         return None
-    folder = Path(recipe.offload)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Offload(folder, available_memory() or LITTLE)
+    return Offload.at(Path(recipe.offload), available_memory() or LITTLE)
 
 
 def _manifest(place: Path) -> dict[str, Any]:

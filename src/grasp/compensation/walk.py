@@ -75,9 +75,9 @@ class Walk:
         state = state.to(given)
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
-    def output(self, number: int, call: Call | None = None) -> Tensor:
+    def output(self, number: int) -> Tensor:
         """What the next layer makes of a batch, (rows, seq, hidden)."""
-        args, kwargs = self.call(number) if call is None else call
+        args, kwargs = self.call(number)
         with self.computing():
             found = self.layer(*args, **kwargs)
         self.as_tuple = isinstance(found, tuple)
@@ -111,11 +111,10 @@ class Walk:
     @contextmanager
     def _passed(self, number: int) -> Iterator[None]:
         """Inside, the layers in front give the states of this batch and do nothing else."""
-        state = self.states[number]
+        state: Any = self.states[number]
 
         def skip(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = hidden if state is None else state.to(hidden)
+            hidden = state.to(args[0] if args else kwargs["hidden_states"])
             return (hidden,) if self.as_tuple else hidden
 
         with ExitStack() as stack:

@@ -29,7 +29,7 @@ from grasp.core.lending import idles
 from grasp.core.partial import partial
 from grasp.core.scratch import Scratch
 from grasp.core.tensor_file import NAMES, write_tensors
-from grasp.errors import ModelError
+from grasp.errors import ModelError, RecipeError
 
 SHARDS = 8
 """Parts of the memory allowed, of which a shard of the checkpoint takes one while it is written."""
@@ -61,6 +61,18 @@ class Offload:
         stack = ExitStack()
         self.folder = stack.enter_context(partial(folder, "offload", directory=True))
         weakref.finalize(self, stack.close)
+
+    @classmethod
+    def at(cls, folder: Path, most: int) -> Offload:
+        """In a folder that is made where it is missing. Raises `RecipeError` where it cannot be."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise RecipeError(
+                f"--offload {folder}: cannot be made ({failure.strerror}); name a folder that"
+                " can be written"
+            ) from failure
+        return cls(folder, most)
 
     # --- loading
 
@@ -176,7 +188,11 @@ class Offload:
         then.
         """
         held = self._hold(layer.parameters())
-        yield
+        try:
+            yield
+        except BaseException:
+            self._release(held)
+            raise
         with self._lock:
             for one in held:
                 del self.places[one], self._held[one]

@@ -13,6 +13,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -109,7 +110,7 @@ def _called(layer: nn.Module) -> Iterator[str]:
     for place, module in layer.named_modules():
         if any(f"{place}.".startswith(f"{path}.") for path in mixtures):
             continue
-        taken = _taken(type(module))
+        taken = _taken(type(module))  # type: ignore[arg-type]
         for name, child in module.named_children():
             path = f"{place}.{name}" if place else name
             if not isinstance(child, nn.Linear) or name in taken or "router" in path:
@@ -118,6 +119,7 @@ def _called(layer: nn.Module) -> Iterator[str]:
                 yield path
 
 
+@cache
 def _taken(owner: type[nn.Module]) -> set[str]:
     """Names of the children whose weight the code of a class reads; none where there is no code to
     look at.

@@ -15,7 +15,9 @@ from grasp.core.families import FAMILIES
 Record = Mapping[str, Any]
 SERVED = ("low-rank", "narrow", "quantized")
 """Kinds of modules that a server runs."""
-DENSE = ", or `grasp export --format dense` first; compressed with --exclude experts it is served"
+OF_EXPERTS = (
+    ", or `grasp export --format dense` first; compressed with --exclude experts it is served"
+)
 
 
 def kinds(record: Record | None) -> dict[str, Record]:
@@ -35,7 +37,7 @@ def check(structure: Mapping[str, Record]) -> None:
         inside = kinds(record)
         if unknown := inside.keys() - set(SERVED):
             kind = unknown.pop()
-            more = DENSE if kind == "experts" else ""
+            more = OF_EXPERTS if kind == "experts" else ""
             raise ValueError(
                 f"config.json: '{path}' is of the kind '{kind}', which the plug-in for"
                 f" vLLM does not know; it serves {', '.join(SERVED)}; use transformers{more}"

@@ -319,5 +319,4 @@ def offload_for(
             size(found.free or 0),
             size(cost.memory),
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return Offload(folder, cost.memory)
+    return Offload.at(folder, cost.memory)
