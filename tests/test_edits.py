@@ -163,8 +163,6 @@ SOME = ("llama", "qwen2", "gemma2", "gpt2", "opt", "gpt_neox", "phi3")
 
 @pytest.fixture(params=MAKE)
 def make(request):
-    if request.param == "quantize":
-        pytest.importorskip("torchao")
     return MAKE[request.param]
 
 
@@ -429,7 +427,6 @@ def test_an_mlp_in_the_place_of_two_layers(name):
 
 def test_edits_on_top_of_each_other(tmp_path):
     """Narrowed, then factorised, then in 8 bits; and back."""
-    pytest.importorskip("torchao")
     from grasp.core.edits.ordinary import dequantize
 
     decoder = Decoder(build("llama"))

@@ -115,7 +115,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
     "quantize": {
         **ALL, **LOADING, "model": FREE, "out": FREE, "--dtype": DTYPE,
-        "--bits": Flag(("0", "3", "-8", HUGE, "1.5", "nan")), "--scheme": word(),
+        "--bits": Flag(("0", "2", "7", "-8", HUGE, "1.5", "nan")), "--scheme": word(),
         "--group-size": Flag(("0", "-32", "48", HUGE, "nan"), "--bits 4"),
     },
     "eval": {
@@ -178,8 +178,6 @@ def test_a_value_out_of_bounds_is_one_line_before_a_model_is_loaded(
     def loaded(*_, **__):
         raise RuntimeError("a model was loaded")
 
-    if verb == "quantize" and name in ("--device", "--dtype"):
-        pytest.importorskip("torchao")
     if name not in ("--device", "--data", "--ppl", "--layers"):
         monkeypatch.setattr(models.AutoConfig, "from_pretrained", loaded)
     out = (tmp_path / "out",) if "out" in FLAGS[verb] else ()

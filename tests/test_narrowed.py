@@ -246,7 +246,6 @@ for path in sys.argv[1:]:
 
 
 def test_loaded_where_grasp_is_not_installed(tmp_path):
-    pytest.importorskip("torchao")
     said = {}
     for name in ("llama", "gpt2"):
         decoder = mixed(name)
@@ -265,7 +264,6 @@ def test_loaded_where_grasp_is_not_installed(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
 def test_few_bits(name, bits, tmp_path):
     """Also of matrices that keep their width; plain pairs only, since 4 bits takes no pivoted."""
-    pytest.importorskip("torchao")
     decoder = Decoder(build(name))
     narrow(decoder, 10, 20, 30)
     sizes = sizes_of(decoder, 2)
@@ -284,7 +282,6 @@ def test_few_bits(name, bits, tmp_path):
 
 def test_rounded_again_and_ordinary():
     """Of one width throughout: once its bits are whole again nothing of ours is left."""
-    pytest.importorskip("torchao")
     decoder = Decoder(build("gpt2"))
     narrow(decoder, *[20] * (LAYERS - 1))
     grasp.quantize(decoder, bits=8)

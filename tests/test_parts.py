@@ -176,17 +176,17 @@ def test_rank_zero(kind):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int5", "int4", "int3"])
 def test_few_bits_are_dequantised_and_sliced(scheme):
     """The stored numbers of a pair, in any order, give slices of the matrices they stand for."""
     module = QuantizedLinear(IN, 20, False, scheme, 32, rank=6)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in module.named_parameters():
-        low, high = (0, 200) if name.endswith("qdata") and scheme == "int4" else (-100, 100)
+        low, high = (0, 200) if tensor.dtype == torch.uint8 else (-100, 100)
         values = torch.randint(low, high, tensor.shape, generator=generator)
         tensor.data = values.to(tensor.dtype) if name.endswith("qdata") else values / 100
     for order in (sorted, lambda names: sorted(names, reverse=True)):
-        part = Part("o", 20, IN, [range(5, 15)], range(8, 16), 6, group_size=32)
+        part = Part("o", 20, IN, [range(5, 15)], range(8, 16), 6, scheme=scheme, group_size=32)
         for name in order(dict(module.named_parameters())):
             part.load(name, getattr(module, name), torch.device("cpu"), torch.float32)
         assert not part.missing()

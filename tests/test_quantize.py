@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what rounding may change, the checkpoint contract, and what a user can
+"""Weights in few bits: what rounding may change, the checkpoint contract, and what a user can
 get wrong.
 """
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
+from grasp.core.layers import quantized_grasp
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.rounding import rounded
@@ -28,12 +29,10 @@ IDS = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
 SCHEMES = {
     "int8": {"bits": 8},
     "int8-dynamic": {"bits": 8, "scheme": "dynamic"},
-    "int4": {"bits": 4},
+    **{f"int{bits}": {"bits": bits} for bits in (6, 5, 4, 3)},
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Failed to load", "ignore:.*Triton.*"),
-    pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: make test-export"),
-]
+LOSES = {"int8": 0.05, "int8-dynamic": 0.05, "int6": 0.15, "int5": 0.3, "int4": 0.5, "int3": 0.9}
+"""At most so much of the logits' norm, in tiny random models."""
 
 
 def logits(model) -> torch.Tensor:
@@ -71,48 +70,9 @@ def low_rank(tmp_path_factory, model_directory):
     return folder
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 70])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_to_the_nearest(columns, dtype):
-    """Against the formulas written down again: no number is further away than half a step (and what
-    the dtype of the scales costs).
-    """
-    weight = (
-        torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)).to(dtype).float()
-    )
-    slack = 1 + (0 if dtype == torch.float32 else 2**-6)
-    linear = torch.nn.Linear(columns, 24, bias=False)
-    linear.weight.data = weight.to(dtype)
-    step = (weight.abs().amax(dim=1, keepdim=True) / 127.5).expand_as(weight)
-    error = (filled(linear, "int8").dequantized("weight").float() - weight).abs()
-    assert bool(
-        (
-            error
-            <= step * slack * (1.0 if dtype == torch.float32 else 1.5) / 2
-            + weight.abs() * 2**-8
-            + 1e-7
-        ).all()
-    )
-    found = filled(linear, "int4").dequantized("weight").float()
-    for start in range(0, columns, 32):
-        group = weight[:, start : start + 32]
-        low, high = group.amin(dim=1, keepdim=True), group.amax(dim=1, keepdim=True)
-        step = (high - low) / 15
-        mine = ((group - low) / step.clamp_min(1e-9)).round().clamp(0, 15) * step + low
-        theirs = found[:, start : start + 32]
-        if dtype == torch.float32:
-            assert torch.allclose(theirs, mine, atol=1e-5)
-        else:  # a scale in bfloat16 moves the end of the range by up to 15 of its roundings
-            assert bool(
-                (
-                    (theirs - group).abs() <= step / 2 + (high - low) * 2**-8 + group.abs() * 2**-7
-                ).all()
-            )
-
-
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 @pytest.mark.parametrize("tokens", [1, 8, 9, 40])
-def test_every_kernel_computes_the_same_product(scheme, tokens):
+def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
     """Few tokens in bfloat16 go through the processor's own kernels: as through the stored numbers,
     up to bfloat16.
     """
@@ -121,6 +81,8 @@ def test_every_kernel_computes_the_same_product(scheme, tokens):
     module, x = filled(linear, scheme), torch.randn(tokens, 70).bfloat16()
     with torch.no_grad():
         exact = x.float() @ module.dequantized("weight").float().T + linear.bias.float()
+        assert torch.allclose(module(x).float(), exact, atol=0.05, rtol=0.02)
+        monkeypatch.setattr(quantized_grasp, "SLICE", 5 * 70)  # rows in slices of five
         assert torch.allclose(module(x).float(), exact, atol=0.05, rtol=0.02)
         assert module(x[None]).shape == (1, tokens, 37)
     again = x.clone().requires_grad_()
@@ -135,11 +97,11 @@ def test_every_kernel_computes_the_same_product(scheme, tokens):
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_every_family_quantizes_reloads_and_generates(family, scheme, tmp_path):
-    dense = build(family, dtype=torch.bfloat16 if scheme == "int4" else torch.float32)
+    dense = build(family, dtype=torch.bfloat16 if scheme in ("int4", "int3") else torch.float32)
     before = logits(dense)
     done = grasp.quantize(dense, tmp_path / "out", **SCHEMES[scheme])
     after = logits(done.model)
-    assert float((after - before).norm() / before.norm()) < (0.5 if scheme == "int4" else 0.05)
+    assert float((after - before).norm() / before.norm()) < LOSES[scheme]
     again = grasp.load(tmp_path / "out").model
     assert close(logits(again), after)
     told = done.manifest["quantization"]
@@ -174,11 +136,11 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
     ]
     assert pairs and all(module.pivoted == (made == "pivoted") for module in pairs)
     after = logits(done.model)
-    assert float((after - before).norm() / before.norm()) < (0.4 if scheme == "int4" else 0.1)
+    assert float((after - before).norm() / before.norm()) < 2 * LOSES[scheme]
     assert close(logits(grasp.load(tmp_path / "out").model), after)
     manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
     assert (
-        manifest["format_version"] == 4
+        manifest["format_version"] == 5
         and manifest["edits"]
         and manifest["quantization"]["scheme"] == scheme
     )
@@ -199,18 +161,19 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
     [
         ("int4", "pairs", "import grasp", ""),
         ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
+        ("int3", "pairs", NO_GRASP, ", trust_remote_code=True"),
         ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
     ],
 )
 def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_path):
-    """In a new process, with grasp or without it (and without torchao): equal logits; and what it
-    saves again loads again.
+    """In a new process, with grasp or without it: equal logits; and what it saves again loads
+    again.
     """
     done = grasp.quantize(low_rank / made, tmp_path / "out", **SCHEMES[scheme])
     with torch.no_grad():
         torch.save(done.model(input_ids=IDS).logits, tmp_path / "logits.pt")
     torch.save(IDS, tmp_path / "ids.pt")
-    code = LOAD.format(before=f"sys.modules['torchao'] = None\n{before}", after="", flag=flag)
+    code = LOAD.format(before=before, after="", flag=flag)
     for source, target in (
         (tmp_path / "out", tmp_path / "again"),
         (tmp_path / "again", tmp_path / "third"),
@@ -222,7 +185,7 @@ def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_p
             check=False,
         )
         assert "RESULT True" in run.stdout, run.stderr[-2000:]
-    assert (tmp_path / "third" / "quantized_grasp.py").is_file()
+    assert (tmp_path / "third" / "packing_grasp.py").is_file()
 
 
 def test_without_grasp_and_without_the_flag_it_refuses(model_directory, tmp_path):
@@ -284,6 +247,8 @@ def test_compress_dequantises_and_says_so(low_rank, model_directory, tmp_path, c
     )
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: make test-export")
+@pytest.mark.filterwarnings("ignore:Failed to load", "ignore:.*Triton.*")
 def test_compress_takes_a_model_that_torchao_quantized(model_directory, tmp_path, caplog):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
@@ -323,7 +288,7 @@ def test_a_format_that_cannot_be_read_here_is_one_clear_line(model_directory, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, "--bits 3: must be 8 or 4"),
+        ({"bits": 7}, "--bits 7: must be one of 8, 6, 5, 4, 3"),
         ({"bits": 4, "scheme": "dynamic"}, "needs --bits 8"),
         ({"bits": 8, "scheme": "x"}, "--scheme x"),
         ({"bits": 4, "group_size": 48}, "--group-size 48: must be one of 32"),
@@ -341,7 +306,7 @@ def test_a_layer_may_lack_a_matrix():
     assert grasp.quantize(model, bits=8).manifest["quantization"]["matrices"] == 3 + 3 * 7
 
 
-def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path, monkeypatch):
+def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path):
     grasp.quantize(low_rank / "pairs", tmp_path / "q", bits=8)
     with pytest.raises(grasp.GraspError, match="quantized already"):
         grasp.quantize(tmp_path / "q", tmp_path / "q2", bits=8)
@@ -349,15 +314,12 @@ def test_what_else_can_be_wrong(model_directory, low_rank, tmp_path, monkeypatch
         grasp.quantize(model_directory, tmp_path / "q", bits=8)
     with pytest.raises(
         grasp.GraspError,
-        match=r"--bits 4: \d+ pairs .* are pivoted.*--bits 8, or `grasp compress --storage pair`",
+        match=r"--bits 6: \d+ pairs .* are pivoted.*--bits 8, or `grasp compress --storage pair`",
     ):
-        grasp.quantize(low_rank / "pivoted", tmp_path / "q3", bits=4)
+        grasp.quantize(low_rank / "pivoted", tmp_path / "q3", bits=6)
     assert not (tmp_path / "q3").exists()
     with pytest.raises(grasp.GraspError, match="recover the checkpoint it was made from"):
         grasp.recover(tmp_path / "q", tmp_path / "r", data="pydoc")
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(grasp.GraspError, match=r"grasp-llm\[quantize\]"):
-        grasp.quantize(model_directory, tmp_path / "x", bits=8)
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "not finite"])

@@ -140,7 +140,8 @@ def none(model: Path, text: Path, here: Path) -> None:
         "--max-steps",
         1,
     )
-    refused("quantize", "quantize", here / "out", here / "no", "--bits", 8)
+    for bits in (8, 4):
+        grasp("quantize", model, here / str(bits), "--bits", bits)
     refused("tasks", "eval", model, "--tasks", "arc_easy")
     for runtime in ("onnx", "openvino"):
         refused(runtime, "export", model, here / "no", "--format", runtime)
@@ -198,12 +199,6 @@ def recover(model: Path, text: Path, here: Path) -> None:
         grasp("eval", here / f"better{number}", "--ppl", text, "--seq-len", 32, "--num-blocks", 2)
 
 
-def quantize(model: Path, text: Path, here: Path) -> None:
-    for bits in (8, 4):
-        grasp("quantize", model, here / str(bits), "--bits", bits)
-        grasp("eval", here / str(bits), "--ppl", text, "--seq-len", 32, "--num-blocks", 2)
-
-
 def tasks(model: Path, text: Path, here: Path) -> None:
     folder = here / "tasks" / "arc_easy"
     folder.mkdir(parents=True)
@@ -238,7 +233,6 @@ EXTRAS: dict[str, Callable[[Path, Path, Path], None]] = {
     "report": report,
     "offload": offload,
     "recover": recover,
-    "quantize": quantize,
     "tasks": tasks,
     "onnx": exported("onnx"),
     "openvino": exported("openvino"),

@@ -208,15 +208,15 @@ def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: An
     _show("export")(checkpoint, out, given(options), as_json)
 
 
-@cli.command(cls=Grouped, short_help="Put MODEL in 8 or 4 bits; save it in OUT.")
+@cli.command(cls=Grouped, short_help="Put MODEL in 8 bits or fewer; save it in OUT.")
 @argument(ModelSource, "model")
 @click.argument("out", type=Place())
 @flags(QuantizationRecipe)
 @flags(ModelSource)
 @everywhere
 def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Round the weights of MODEL, a compressed checkpoint or any other, to 8 or 4 bits (torchao)
-    and save the result in OUT.
+    """Round the weights of MODEL, a compressed checkpoint or any other, to 8, 6, 5, 4 or 3
+    bits and save the result in OUT.
 
     Not rounded: embeddings, output layer, norms, biases. OUT loads like any other checkpoint.
     """

@@ -91,7 +91,7 @@ def is_low_rank(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a linear or pair in 8 or 4 bits, from the package or from the copy a checkpoint
+    """True for a linear or pair in few bits, from the package or from the copy a checkpoint
     carries.
     """
     return type(module).__name__ == "QuantizedLinear"

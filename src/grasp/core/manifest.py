@@ -19,7 +19,7 @@ from grasp.errors import CheckpointError
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "read_manifest"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """As in `modeling_grasp` (a test compares them), which is not imported: reading a manifest needs no
 torch.
 """

@@ -17,9 +17,9 @@ class QuantizationRecipe(Part):
 
     bits: int = flag(
         REQUIRED,
-        "8 (one scale a row) or 4 (a scale and a minimum for every group of numbers of a row; not"
-        " pivoted pairs), for every linear of the decoder layers, dense or low-rank.",
-        words=(8, 4),
+        "8 (one scale a row), or 6, 5, 4, 3 (a scale and a minimum for every group of numbers of a"
+        " row; not pivoted pairs), for every linear of the decoder layers, dense or low-rank.",
+        words=(8, 6, 5, 4, 3),
     )
     scheme: str = flag(
         "weight-only",
@@ -28,6 +28,6 @@ class QuantizationRecipe(Part):
     )
     group_size: int = flag(
         32,
-        "Numbers that share a scale (--bits 4); what the 4-bit kernels of torch take.",
+        "Numbers that share a scale (fewer than 8 bits); what the 4-bit kernels of torch take.",
         words=(32, 64, 128, 256),
     )

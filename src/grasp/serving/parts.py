@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grasp.core.layers.quantized_grasp import meaning
+from grasp.core.layers.packing_grasp import INTEGERS, ZEROS, check_stored, dequantized, layout
 from grasp.core.layers.reading_grasp import check_floats, check_places
 
 Multiply = Callable[[Tensor], Tensor]
@@ -38,9 +38,10 @@ class Part:
     """One matrix of the checkpoint within a linear of the server, on one device.
 
     `path`: its name, for errors. `out_features`, `in_features`: of the whole matrix. `outputs`,
-    `inputs`: the ranges of them that live here. `rank`: None for a dense matrix. `group_size`: set
-    where its matrices are stored in 8 or 4 bits (`quantized_grasp`); they are dequantised. Tensors
-    come one by one, in any order, to `load`; each is sliced as soon as it can be.
+    `inputs`: the ranges of them that live here. `rank`: None for a dense matrix. `scheme`,
+    `group_size`: set where its matrices are stored in few bits (`packing_grasp`); they are
+    dequantised. Tensors come one by one, in any order, to `load`; each is sliced as soon as it can
+    be.
     """
 
     path: str
@@ -50,7 +51,8 @@ class Part:
     inputs: range
     rank: int | None = None
     pivoted: bool = False
-    group_size: int | None = None
+    scheme: str | None = None
+    group_size: int = 1
     _stored: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _sliced: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -70,8 +72,8 @@ class Part:
         """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError`
         for a wrong name or shape.
         """
-        if self.group_size is not None and name != "places":
-            name, whole = self._gather(name, tensor)
+        if self.scheme is not None and name != "places":
+            name, whole = self._gather(self.scheme, name, tensor)
             if whole is None:
                 return
             tensor = whole
@@ -111,52 +113,24 @@ class Part:
         if name != "weight_in":
             self._waiting.clear()
 
-    def _gather(self, name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
-        """(matrix, itself) once all its stored numbers are here: scales under its own name,
-        `_qdata`, and in 4 bits `_zero`.
-        """
-        matrix, _, kind = (
-            name.partition("_q") if name.endswith("_qdata") else name.partition("_zero")
-        )
-        parts = self._stored.setdefault(matrix, {})
-        parts["zero" if name.endswith("_zero") else "qdata" if kind else "scale"] = tensor
-        wanted = 3 if "qdata" in parts and parts["qdata"].dtype == torch.uint8 else 2
-        if matrix not in self.shapes() or len(parts) < wanted or "qdata" not in parts:
-            return matrix, None
-        self._check_stored(matrix, parts)
-        del self._stored[matrix]
-        return matrix, meaning(
-            parts["qdata"],
-            parts["scale"],
-            parts.get("zero"),
-            self.shapes()[matrix][1],
-            self.group_size or 1,
-        )
-
-    def _check_stored(self, matrix: str, parts: dict[str, Tensor]) -> None:
-        """Raise `ValueError` where the stored numbers of a matrix do not have the shapes and types
-        of `quantized_grasp`.
-        """
-        (rows, columns), qdata = self.shapes()[matrix], parts["qdata"]
-        few = qdata.dtype == torch.uint8
-        groups = -(-columns // (self.group_size or 1)) if few else 1
-        check_floats(
-            f"{self.path}.{matrix}",
-            **{name: tensor for name, tensor in parts.items() if name != "qdata"},
-        )
-        fits = qdata.dtype in (torch.int8, torch.uint8) and tuple(qdata.shape) == (
-            rows,
-            -(-columns // 2) if few else columns,
-        )
-        if not fits or any(
-            tuple(tensor.shape) != (rows, groups)
-            for name, tensor in parts.items()
-            if name != "qdata"
-        ):
+    def _gather(self, scheme: str, name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
+        """(matrix, itself) once all its stored numbers are here."""
+        matrix = name.removesuffix(INTEGERS).removesuffix(ZEROS)
+        if matrix not in self.shapes():
+            return matrix, tensor  # which `load` refuses
+        shapes = layout(matrix, *self.shapes()[matrix], scheme, self.group_size)
+        if name not in shapes:
             raise ValueError(
-                f"{self.path}.{matrix}: its stored numbers do not fit the quantization in"
-                " config.json"
+                f"{self.path}: the checkpoint has a '{name}', but config.json says {scheme}"
             )
+        check_stored(f"{self.path}.{name}", tensor, shapes[name], scheme)
+        parts = self._stored.setdefault(matrix, {})
+        parts[name] = tensor
+        if len(parts) < len(shapes):
+            return matrix, None
+        del self._stored[matrix]
+        numbers = (parts[matrix + INTEGERS], parts[matrix], parts.get(matrix + ZEROS))
+        return matrix, dequantized(*numbers, scheme, self.shapes()[matrix][1], self.group_size)
 
     def _slice(self, name: str) -> Tensor:
         tensor = self._waiting[name]

@@ -177,7 +177,8 @@ class LowRankMethod(LinearMethodBase):
             inputs,
             pair.get("rank"),
             pair.get("pivoted", False),
-            bits.get("group_size"),
+            bits.get("scheme"),
+            bits.get("group_size", 1),
         )
 
     def _load(

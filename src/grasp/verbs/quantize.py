@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, on top of low rank or alone.
+"""Weights in 8 to 3 bits, on top of low rank or alone.
 
 quantize()  model -> the same model with every linear of its decoder layers rounded, saved
     1. check, load; find the dense matrices and the low-rank pairs
@@ -32,7 +32,7 @@ from grasp.core.models import open_model
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
-from grasp.core.rounding import rounded, torchao
+from grasp.core.rounding import rounded
 from grasp.core.seal import SEAL
 from grasp.errors import RecipeError
 from grasp.recipes.keywords import keywords
@@ -41,8 +41,6 @@ from grasp.recipes.quantization import QuantizationRecipe
 from grasp.report.card import model_card, picture_for
 
 logger = logging.getLogger(__name__)
-
-SCHEMES = {(8, "weight-only"): "int8", (8, "dynamic"): "int8-dynamic", (4, "weight-only"): "int4"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def quantize(
     progress: Progress = silent,
 ) -> Quantization:
     """Round the linears of the decoder layers, dense ones and the factors of low-rank pairs, to 8
-    or 4 bits.
+    bits or fewer.
 
     Args:
         out: directory to write; must not exist or be empty. None: nothing is written.
@@ -79,7 +77,6 @@ def quantize(
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
     kind = _kind(recipe)
-    torchao()
     clock = Clock()
     if out is not None:
         check_destination(Path(out), 0, source.model)
@@ -99,7 +96,7 @@ def quantize(
     manifest["quantization"] = {
         "scheme": kind,
         "bits": recipe.bits,
-        "group_size": recipe.group_size if recipe.bits == 4 else None,
+        "group_size": recipe.group_size if recipe.bits < 8 else None,
         "matrices": len(errors),
         "share": numbers / decoder.num_parameters(),
         "error_median": found[len(found) // 2],
@@ -119,12 +116,14 @@ def quantize(
 
 def _kind(recipe: QuantizationRecipe) -> str:
     """The name of what is asked for. Raises `RecipeError` for a combination that there is not."""
-    if (recipe.bits, recipe.scheme) not in SCHEMES:
+    if recipe.scheme == "weight-only":
+        return f"int{recipe.bits}"
+    if recipe.bits != 8:
         raise RecipeError(
             f"--scheme {recipe.scheme}: needs --bits 8, not --bits {recipe.bits}; use --scheme"
             " weight-only"
         )
-    return SCHEMES[recipe.bits, recipe.scheme]
+    return "int8-dynamic"
 
 
 def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
@@ -138,11 +137,11 @@ def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
             f"MODEL {decoder.source}: is quantized already; give the model it was made from"
         )
     pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
-    if pivoted and recipe.bits == 4:
+    if pivoted and recipe.bits < 8:
         raise RecipeError(
-            f"--bits 4: {pivoted} pairs of {decoder.source or 'the model'} are pivoted, and"
-            " rounding them so coarsely leaves noise; use --bits 8, or `grasp compress --storage"
-            " pair` first"
+            f"--bits {recipe.bits}: {pivoted} pairs of {decoder.source or 'the model'} are"
+            " pivoted, and rounding them so coarsely leaves noise; use --bits 8, or `grasp compress"
+            " --storage pair` first"
         )
     if pivoted and recipe.scheme == "dynamic":
         logger.warning(
@@ -159,7 +158,7 @@ def _command(
     words = ["grasp", "quantize", Path(decoder.source).name, name_of(Path(out or "OUT"))]
     words += ["--bits", str(recipe.bits)]
     words += ["--scheme", recipe.scheme] if recipe.scheme != "weight-only" else []
-    words += ["--group-size", str(recipe.group_size)] if recipe.bits == 4 else []
+    words += ["--group-size", str(recipe.group_size)] if recipe.bits < 8 else []
     return shlex.join([*words, *(["--dtype", dtype] if dtype else [])])
 
 

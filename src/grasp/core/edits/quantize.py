@@ -1,4 +1,4 @@
-"""A linear or a low-rank pair gets 8 or 4 bits."""
+"""A linear or a low-rank pair gets few bits."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _Spec(Struct):
 
 @dataclass(frozen=True)
 class Quantize(Edit):
-    """Put the linear or low-rank pair at `path` in 8 or 4 bits.
+    """Put the linear or low-rank pair at `path` in few bits.
 
-    `numbers`: tensors by name, as `grasp.core.layers.quantized_grasp` lays them out.
+    `numbers`: tensors by name, as `grasp.core.layers.packing_grasp` lays them out.
     """
 
     path: str

@@ -1,22 +1,5 @@
-"""Linears in 8 or 4 bits, dense or low-rank: the second file that a checkpoint carries, beside
-`modeling_grasp`. It needs torch and nothing else.
-
-A matrix W (rows, columns) called `name` ("weight", or "weight_in" for the first factor of a pair)
-is stored as plain tensors:
-
-    name          scales, float (rows, groups): a row is one group in 8 bits, `group_size` columns
-                  are one in 4; the last may be shorter
-    name_qdata    8 bits: int8 (rows, columns), q
-                  4 bits: uint8 (rows, ceil(columns / 2)), column 2j in the low half of byte j,
-                  2j + 1 in the high
-    name_zero     4 bits only: float (rows, groups)
-
-    8 bits: W = scale q, q in -128 ... 127
-    4 bits: W = scale (q - 8) + zero, q in 0 ... 15
-
-The scales bear the name of the matrix, so that a transformers that knows nothing of grasp finds a
-wrong shape there and stops, where a missing tensor would have been filled with random numbers.
-Every tensor is cut by rows when outputs are shared among devices.
+"""Linears in few bits, dense or low-rank: how they multiply. How their matrices are stored, says
+`packing_grasp`. A file that a checkpoint carries: it needs torch and transformers and nothing else.
 """
 
 from __future__ import annotations
@@ -28,21 +11,33 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from .narrow_grasp import scattered
-from .reading_grasp import SCHEMES, check_kept, features, record_of
+from .packing_grasp import (
+    INTEGERS,
+    ZEROS,
+    check_stored,
+    dequantized,
+    integer_dtype,
+    layout,
+    unpacked,
+)
+from .reading_grasp import check_kept, features, record_of
 
 FEW_TOKENS = 8
 """Up to so many tokens the CPU's own kernels for whole-number weights are faster than a dense
 product (bfloat16).
 """
+SLICE = 1 << 25
+"""Numbers of a matrix that are there in floating point at a time: more are made in slices of rows
+(the head of a large vocabulary).
+"""
 
 
 class QuantizedLinear(nn.Linear):
-    """`y = Wx + b`, or a low-rank pair, with its matrices in 8 or 4 bits (the module's docstring
-    says how).
+    """`y = Wx + b`, or a low-rank pair, with its matrices in few bits.
 
-    `scheme`: "int8" and "int4" round the weights; "int8-dynamic" also rounds the input of each
-    product to 8 bits, one scale a token. `rank` is None for a dense matrix; `pivoted` and `places`
-    are as in `LowRankLinear`; `rows`, `columns`, `in_places` and `out_places` as in `NarrowLinear`.
+    `scheme`: one of `packing_grasp.BITS`; "int8-dynamic" also rounds the input of each product to 8
+    bits, one scale a token. `rank` is None for a dense matrix; `pivoted` and `places` are as in
+    `LowRankLinear`; `rows`, `columns`, `in_places` and `out_places` as in `NarrowLinear`.
     `replaced` is the class it stands for.
     """
 
@@ -84,11 +79,7 @@ class QuantizedLinear(nn.Linear):
             }
         )
         for name, shape in self.layout().items():
-            kind = (
-                (torch.uint8 if scheme == "int4" else torch.int8)
-                if name.endswith("_qdata")
-                else dtype
-            )
+            kind = integer_dtype(scheme) if name.endswith(INTEGERS) else dtype
             self.register_parameter(
                 name,
                 nn.Parameter(torch.empty(shape, device=device, dtype=kind), requires_grad=False),
@@ -111,11 +102,7 @@ class QuantizedLinear(nn.Linear):
         """Shape of every stored tensor of the matrices."""
         found = {}
         for name, (rows, columns) in self.shapes.items():
-            groups = -(-columns // self.group_size) if self.scheme == "int4" else 1
-            found[name] = (rows, groups)
-            found[f"{name}_qdata"] = (rows, -(-columns // 2) if self.scheme == "int4" else columns)
-            if self.scheme == "int4":
-                found[f"{name}_zero"] = (rows, groups)
+            found |= layout(name, rows, columns, self.scheme, self.group_size)
         return found
 
     def num_parameters(self) -> int:
@@ -142,25 +129,33 @@ class QuantizedLinear(nn.Linear):
         """x (..., columns) -> Wx (..., rows) for the matrix `name`."""
         if torch.is_grad_enabled() and input.requires_grad:
             # a gradient passes as if nothing were rounded on the way
-            return linear(input, self.dequantized(name))
+            return self._dense(name, input)
         if self.scheme == "int8-dynamic":
             return self._dynamic(name, input)
+        kernel = {"int8": self._int8_product, "int4": self._int4_product}.get(self.scheme)
         rows, columns = self.shapes[name]
         few = (
             0 < input.numel() <= FEW_TOKENS * columns
             and rows
             and input.is_cpu
             and not torch.compiler.is_compiling()
+            and input.dtype == getattr(self, name).dtype == torch.bfloat16
         )
-        if not few or input.dtype != torch.bfloat16 or getattr(self, name).dtype != torch.bfloat16:
-            return linear(input, self.dequantized(name).to(input.dtype))
-        flat = input.reshape(-1, columns)
-        output = (
-            self._int8_product(name, flat)
-            if self.scheme == "int8"
-            else self._int4_product(name, flat)
-        )
-        return output.reshape(*input.shape[:-1], rows)
+        if kernel is None or not few:
+            return self._dense(name, input)
+        return kernel(name, input.reshape(-1, columns)).reshape(*input.shape[:-1], rows)
+
+    def _dense(self, name: str, input: Tensor) -> Tensor:
+        """x (..., columns) -> Wx (..., rows) by the matrix as the stored numbers give it, which is
+        made in slices of rows and dropped.
+        """
+        rows, columns = self.shapes[name]
+        step = max(1, SLICE // max(1, columns))
+        parts = [
+            linear(input, self.dequantized(name, slice(start, start + step)).to(input.dtype))
+            for start in range(0, max(1, rows), step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _int8_product(self, name: str, flat: Tensor) -> Tensor:
         """x (tokens, columns) -> Wx (tokens, rows) from 8 bits. torch's kernel reads 32 columns at
@@ -178,11 +173,11 @@ class QuantizedLinear(nn.Linear):
         processor's kernel likes (kept once made).
         """
         if name not in self.packed:
-            (rows, _), groups = self.shapes[name], getattr(self, name).shape[1]
+            (rows, columns), groups = self.shapes[name], getattr(self, name).shape[1]
             room = (0, 0, 0, -rows % 16)
             whole = pad(
-                self._integers(name).int(),
-                (0, groups * self.group_size - self.shapes[name][1], *room[2:]),
+                unpacked(getattr(self, name + INTEGERS), self.scheme, columns).int(),
+                (0, groups * self.group_size - columns, *room[2:]),
                 value=8,
             )
             scales = torch.stack(
@@ -223,21 +218,12 @@ class QuantizedLinear(nn.Linear):
             .reshape(*input.shape[:-1], rows)
         )
 
-    def _integers(self, name: str) -> Tensor:
-        """q (rows, columns) of a matrix in 4 bits."""
-        return halves(getattr(self, f"{name}_qdata"), self.shapes[name][1])
-
-    def dequantized(self, name: str) -> Tensor:
-        """The matrix `name` (rows, columns) as the stored numbers give it, in the dtype of the
-        scales.
+    def dequantized(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The matrix `name` (rows, columns), or these rows of it, as the stored numbers give it, in
+        the dtype of the scales.
         """
-        zero = getattr(self, f"{name}_zero", None)
-        return meaning(
-            getattr(self, f"{name}_qdata"),
-            getattr(self, name),
-            zero,
-            self.shapes[name][1],
-            self.group_size,
+        return dequantized(
+            *stored_rows(self, name, rows), self.scheme, self.shapes[name][1], self.group_size
         )
 
     def check(self, path: str) -> None:
@@ -245,19 +231,7 @@ class QuantizedLinear(nn.Linear):
         that the config gives it, or is not finite.
         """
         for name, shape in self.layout().items():
-            tensor, whole = getattr(self, name), name.endswith("_qdata")
-            packed = torch.uint8 if self.scheme == "int4" else torch.int8
-            if tuple(tensor.shape) != shape or (
-                tensor.dtype != packed if whole else not tensor.dtype.is_floating_point
-            ):
-                raise ValueError(
-                    f"'{path}.{name}' is {tensor.dtype} {tuple(tensor.shape)}, which does not fit"
-                    " the quantization in config.json"
-                )
-            if not whole and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"'{path}.{name}' holds non-finite numbers; the checkpoint is damaged"
-                )
+            check_stored(f"{path}.{name}", getattr(self, name), shape, self.scheme)
         for name, width in (("in_places", self.in_features), ("out_places", self.out_features)):
             if getattr(self, name) is not None:
                 check_kept(f"{path}.{name}", getattr(self, name), width)
@@ -290,21 +264,13 @@ class QuantizedLinear(nn.Linear):
         )
 
 
-def halves(packed: Tensor, columns: int) -> Tensor:
-    """q (rows, columns), 0 to 15, from bytes (rows, ceil(columns / 2)) that hold two each."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :columns]
-
-
-def meaning(
-    qdata: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group_size: int
-) -> Tensor:
-    """The matrix (rows, columns) that stored numbers stand for, in the dtype of the scales; `zero`
-    is None for 8 bits.
-    """
-    if zero is None:
-        return (qdata.float() * scale.float()).to(scale.dtype)
-    wide = [t.float().repeat_interleave(group_size, dim=1)[:, :columns] for t in (scale, zero)]
-    return ((halves(qdata, columns).float() - 8) * wide[0] + wide[1]).to(scale.dtype)
+def stored_rows(
+    module: Any, name: str, rows: slice | Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(whole numbers, scales, minima or None) of these rows of the matrix `name` of a module."""
+    zero = getattr(module, name + ZEROS, None)
+    qdata, scale = getattr(module, name + INTEGERS)[rows], getattr(module, name)[rows]
+    return qdata, scale, None if zero is None else zero[rows]
 
 
 def quantized_like(
@@ -329,20 +295,6 @@ def quantized_like(
     )
     new.of = record_of(old)
     return new
-
-
-def check_record(path: str, record: dict[str, Any]) -> None:
-    """Raise `ValueError` for a record that makes no sense."""
-    scheme, size = record.get("scheme"), record.get("group_size")
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"config.json: the quantization scheme {scheme!r} of '{path}' is unknown; known are"
-            f" {', '.join(SCHEMES)}"
-        )
-    if type(size) is not int or size < 1:
-        raise ValueError(
-            f"config.json: the group_size {size!r} of '{path}' must be a whole number, 1 or more"
-        )
 
 
 def place(path: str, old: nn.Module, record: dict[str, Any]) -> QuantizedLinear:

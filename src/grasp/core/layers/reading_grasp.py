@@ -17,9 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-SCHEMES = ("int8", "int8-dynamic", "int4")
-"""The ways of rounding that `quantized_grasp` knows."""
-
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an `nn.Linear` or a GPT-2 `Conv1D`, whose weight is stored

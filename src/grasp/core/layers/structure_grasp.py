@@ -25,7 +25,7 @@ from .low_rank_grasp import check_record as check_low_rank
 from .low_rank_grasp import place as place_low_rank
 from .narrow_grasp import check_record as check_narrow
 from .narrow_grasp import place as place_narrow
-from .quantized_grasp import check_record as check_quantized
+from .packing_grasp import check_scheme
 from .quantized_grasp import place as place_quantized
 from .reading_grasp import own_path, record_of
 from .sliced_grasp import check_record as check_sliced
@@ -48,7 +48,7 @@ KINDS = {
     "low-rank": Kind(check_low_rank, place_low_rank),
     "mlp-span": Kind(check_span, place_span),
     "narrow": Kind(check_narrow, place_narrow),
-    "quantized": Kind(check_quantized, place_quantized),
+    "quantized": Kind(check_scheme, place_quantized),
     "sliced": Kind(check_sliced, place_sliced),
     "span": Kind(check_span, place_span),
 }
@@ -145,7 +145,7 @@ def converted(ranks: Any, pivoted: Any, quantization: Any) -> dict[str, Record]:
         )
     _check_paths("modules", quantization["modules"])
     bits = {key: quantization[key] for key in ("scheme", "group_size")}
-    check_quantized("quantization", bits)
+    check_scheme("quantization", bits)
     for path in quantization["modules"]:
         pair = found.get(path)
         found[path] = {"kind": "quantized", **bits, **({"of": pair} if pair else {})}
