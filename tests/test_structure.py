@@ -85,7 +85,11 @@ DOORS = {
     "lm_eval": {"evaluation/tasks.py"},
     "altair": {"report/axes.py", "report/charts.py"},
     "vl_convert": {"report/vega.py"},
-    "vllm": {"serving/vllm_plugin.py", "serving/vllm_linear.py"},
+    "vllm": {
+        "serving/vllm_plugin.py",
+        "serving/vllm_linear.py",
+        "serving/vllm_embeddings.py",
+    },
     "jinja2": {"report/html.py", "evaluation/task_files.py"},
     "openvino": {"serving/openvino.py"},
     "openvino_tokenizers": {"serving/openvino.py"},

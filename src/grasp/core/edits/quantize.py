@@ -1,4 +1,4 @@
-"""A linear or a low-rank pair gets few bits."""
+"""A linear, a low-rank pair, the embedding or the head gets few bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class _Spec(Struct):
 
 @dataclass(frozen=True)
 class Quantize(Edit):
-    """Put the linear or low-rank pair at `path` in few bits.
+    """Put the linear, low-rank pair, embedding or head at `path` in few bits; a head that is tied
+    to the embedding goes with it.
 
     `numbers`: tensors by name, as `grasp.core.layers.packing_grasp` lays them out.
     """
@@ -40,19 +41,42 @@ class Quantize(Edit):
     schema: ClassVar[type[Struct]] = _Spec
 
     def apply(self, decoder: Decoder) -> Undo:
-        import torch
-
-        from grasp.core.edits.placing import put
+        from grasp.core.edits.placing import home, put, vocabulary_paths
         from grasp.core.layer import is_quantized
-        from grasp.core.layers.quantized_grasp import quantized_like
+        from grasp.core.layers.embedding_grasp import EMBEDDING, HEAD, share
 
         if not self.numbers:
             raise RecipeError(f"'{self.path}': this edit was read from a log, without its tensors")
-        index, name = decoder.locate(self.path)
-        old: Any = decoder.layer(index).module.get_submodule(name)
+        owner, name = home(decoder, self.path)
+        old: Any = owner.get_submodule(name)
         if is_quantized(old):
             raise RecipeError(f"'{self.path}' is quantized already")
-        new = quantized_like(old, self.scheme, self.group_size, old.weight.device)
+        ends = vocabulary_paths(decoder)
+        table, head = ends.get(EMBEDDING), ends.get(HEAD)
+        is_tied = table and head and _weight(decoder, table) is _weight(decoder, head)
+        if is_tied and self.path == head:
+            raise RecipeError(f"'{head}' is tied to '{table}', which has its numbers; give that")
+        part = EMBEDDING if self.path == table else HEAD if self.path == head else None
+        new = self._unfilled(old, part, old.weight.device)
+        self._fill(new, old)
+        modules = {self.path: new}
+        if is_tied and head and part == EMBEDDING:
+            tied: Any = decoder.model.get_submodule(head)
+            modules[head] = self._unfilled(tied, HEAD, "meta")
+            share(modules[head], new)
+            modules[head].register_parameter("bias", tied.bias)
+        return put(decoder, modules)
+
+    def _unfilled(self, old: Any, part: str | None, device: Any) -> Any:
+        from grasp.core.layers.embedding_grasp import place
+
+        record = {"scheme": self.scheme, "group_size": self.group_size, "part": part}
+        return place(self.path, old, record, device)
+
+    def _fill(self, new: Any, old: Any) -> None:
+        """Raise `NumericsError` where the numbers are not finite."""
+        import torch
+
         with torch.no_grad():
             for key, value in self.numbers.items():
                 getattr(new, key).copy_(value)
@@ -63,7 +87,6 @@ class Quantize(Edit):
             new.check(self.path)
         except ValueError as failure:
             raise NumericsError(f"{failure}; try --dtype float32") from failure
-        return put(decoder, {self.path: new})
 
     def spec(self) -> dict[str, Any]:
         place = {"edit": self.kind, "path": self.path}
@@ -78,7 +101,12 @@ class Quantize(Edit):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return (layer_of(self.path),)
+        index = layer_of(self.path)
+        return () if index < 0 else (index,)
 
     def summary(self) -> Summary:
         return Summary("quantized matrices", f"{self.path}: {self.scheme}")
+
+
+def _weight(decoder: Decoder, path: str) -> Any:
+    return decoder.model.get_submodule(path).weight
