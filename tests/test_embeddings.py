@@ -192,11 +192,11 @@ def test_widths_mixed_in_one_model(tmp_path):
     assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(decoder.model))
 
 
-def test_compress_inspect_export_and_evaluate(model_directory, tmp_path, tokenizer):
+def test_what_dequantises_it(model_directory, text_file, tmp_path):
     data = grasp.Calibration(IDS, "random")
     done = grasp.quantize(model_directory, tmp_path / "few", bits=6, embeddings=6)
     said = logits(done.model)
-    looked = grasp.inspect(str(tmp_path / "few"), data=data, seq_len=20, num_samples=4)
+    looked = grasp.inspect(str(tmp_path / "few"), data=text_file, seq_len=20, num_samples=4)
     assert len(looked.singular_values) == 4 * 7
     small = grasp.compress(str(tmp_path / "few"), tmp_path / "small", ratio=0.2, data=data)
     assert type(small.model.get_input_embeddings()) is torch.nn.Embedding

@@ -71,7 +71,7 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
 def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
     grouped = told["scheme"] not in ("int8", "int8-dynamic")
-    groups = f", groups of {told['group_size']}" if grouped else ", one scale a row"
+    groups = f", groups of {told.get('group_size')}" if grouped else ", one scale a row"
     bits = told.get("embeddings", 16)
     ends = (
         f"embeddings and output layer in {bits} bits; not the norms, biases"

@@ -53,7 +53,8 @@ def home(decoder: Decoder, path: str) -> tuple[nn.Module, str]:
     """(module, path inside it) of a path of the model as loaded: the model itself for embedding and
     head, else a decoder layer. Raises `RecipeError` where it names none.
     """
-    if path in vocabulary_paths(decoder).values():
+    in_layers = path.startswith(f"{decoder.family.layers}.")
+    if not in_layers and path in vocabulary_paths(decoder).values():
         return decoder.model, path
     index, name = decoder.locate(path)
     return decoder.layer(index).module, name

@@ -41,31 +41,41 @@ class Quantize(Edit):
     schema: ClassVar[type[Struct]] = _Spec
 
     def apply(self, decoder: Decoder) -> Undo:
-        from grasp.core.edits.placing import home, put, vocabulary_paths
+        from grasp.core.edits.placing import home, put
         from grasp.core.layer import is_quantized
-        from grasp.core.layers.embedding_grasp import EMBEDDING, HEAD, share
+        from grasp.core.layers.packing_grasp import BITS
 
         if not self.numbers:
             raise RecipeError(f"'{self.path}': this edit was read from a log, without its tensors")
+        if self.scheme not in BITS:
+            known = ", ".join(BITS)
+            raise RecipeError(f"'{self.path}': no scheme '{self.scheme}'; known are {known}")
         owner, name = home(decoder, self.path)
         old: Any = owner.get_submodule(name)
         if is_quantized(old):
             raise RecipeError(f"'{self.path}' is quantized already")
+        if owner is decoder.model:
+            return put(decoder, self._ends(decoder, old))
+        return put(decoder, {self.path: self._filled(old, None)})
+
+    def _ends(self, decoder: Decoder, old: Any) -> dict[str, Any]:
+        """What takes the place of the embedding, and of a head that is tied to it; or of a head."""
+        from grasp.core.edits.placing import vocabulary_paths
+        from grasp.core.layers.embedding_grasp import EMBEDDING, HEAD, share
+
         ends = vocabulary_paths(decoder)
         table, head = ends.get(EMBEDDING), ends.get(HEAD)
-        is_tied = table and head and _weight(decoder, table) is _weight(decoder, head)
+        modules = {path: decoder.model.get_submodule(path) for path in ends.values()}
+        is_tied = table and head and modules[table].weight is modules[head].weight
         if is_tied and self.path == head:
             raise RecipeError(f"'{head}' is tied to '{table}', which has its numbers; give that")
-        part = EMBEDDING if self.path == table else HEAD if self.path == head else None
-        new = self._unfilled(old, part, old.weight.device)
-        self._fill(new, old)
-        modules = {self.path: new}
-        if is_tied and head and part == EMBEDDING:
-            tied: Any = decoder.model.get_submodule(head)
-            modules[head] = self._unfilled(tied, HEAD, "meta")
-            share(modules[head], new)
-            modules[head].register_parameter("bias", tied.bias)
-        return put(decoder, modules)
+        new = self._filled(old, EMBEDDING if self.path == table else HEAD)
+        if not is_tied or not head:
+            return {self.path: new}
+        tied: Any = self._unfilled(modules[head], HEAD, "meta")
+        share(tied, new)
+        tied.register_parameter("bias", modules[head].bias)
+        return {self.path: new, head: tied}
 
     def _unfilled(self, old: Any, part: str | None, device: Any) -> Any:
         from grasp.core.layers.embedding_grasp import place
@@ -73,10 +83,11 @@ class Quantize(Edit):
         record = {"scheme": self.scheme, "group_size": self.group_size, "part": part}
         return place(self.path, old, record, device)
 
-    def _fill(self, new: Any, old: Any) -> None:
-        """Raise `NumericsError` where the numbers are not finite."""
+    def _filled(self, old: Any, part: str | None) -> Any:
+        """What takes the place of `old`. Raises `NumericsError` for numbers that are not finite."""
         import torch
 
+        new = self._unfilled(old, part, old.weight.device)
         with torch.no_grad():
             for key, value in self.numbers.items():
                 getattr(new, key).copy_(value)
@@ -87,6 +98,7 @@ class Quantize(Edit):
             new.check(self.path)
         except ValueError as failure:
             raise NumericsError(f"{failure}; try --dtype float32") from failure
+        return new
 
     def spec(self) -> dict[str, Any]:
         place = {"edit": self.kind, "path": self.path}
@@ -106,7 +118,3 @@ class Quantize(Edit):
 
     def summary(self) -> Summary:
         return Summary("quantized matrices", f"{self.path}: {self.scheme}")
-
-
-def _weight(decoder: Decoder, path: str) -> Any:
-    return decoder.model.get_submodule(path).weight

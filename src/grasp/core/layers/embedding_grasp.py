@@ -107,8 +107,9 @@ def embedding_like(old: Any, scheme: str, group_size: int, device: Any = None) -
     """An unfilled `QuantizedEmbedding` for an embedding of any class."""
     new: Any = copy.copy(old)
     new._parameters, new._buffers = {}, dict(old._buffers)
-    new.of, new.replaced = record_of(old), type(old)
-    new.__class__ = _quantized_class(type(old))
+    kind: Any = type(old)
+    new.of, new.replaced = record_of(old), kind
+    new.__class__ = _quantized_class(kind)
     new.scheme, new.group_size = scheme, group_size
     new.shapes = {"weight": tuple(old.weight.shape)}
     for name, shape in new.layout().items():
