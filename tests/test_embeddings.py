@@ -192,6 +192,18 @@ def test_widths_mixed_in_one_model(tmp_path):
     assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(decoder.model))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_of_a_sliced_model(name, tmp_path, calibration):
+    """Its embedding is of a class of ours already, and its head no longer tied."""
+    small = grasp.compress(build(name), method="slicegpt", ratio=0.1, data=calibration)
+    done = grasp.quantize(small.decoder, tmp_path / "few", bits=6, embeddings=4)
+    again = grasp.load(tmp_path / "few").model
+    assert close(logits(again), logits(done.model))
+    dequantize(Decoder(again))
+    assert close(logits(again), logits(done.model))
+    assert again.get_input_embeddings().record()["kind"] == "sliced"
+
+
 def test_what_dequantises_it(model_directory, text_file, tmp_path):
     data = grasp.Calibration(IDS, "random")
     done = grasp.quantize(model_directory, tmp_path / "few", bits=6, embeddings=6)
