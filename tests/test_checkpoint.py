@@ -163,7 +163,7 @@ def test_the_directory_holds_what_was_promised(checkpoint):
     } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".pth")) for name in names)
     manifest = json.loads((checkpoint / "grasp.json").read_text())
-    assert manifest["format_version"] == 4
+    assert manifest["format_version"] == 5
     assert manifest["redundancy"]["bi"].keys() == {"0", "1", "2", "3"}
     edit = manifest["edits"][0]
     note = edit["note"]

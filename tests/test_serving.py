@@ -260,6 +260,22 @@ def test_few_bits_are_served(tiny, tmp_path, made, bits):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("family", "bits", "embeddings"),
+    [("llama", 3, 4), ("gemma2", 6, 8), ("gpt2", 5, 6), ("qwen3", 8, 4), ("opt", 4, 8)],
+)
+def test_embeddings_in_few_bits_are_served(tiny, tmp_path, family, bits, embeddings):
+    """Tied to the head and untied, of families that tell vLLM about their embedding or do not."""
+    path, _ = tiny(family, "grasp")
+    grasp.quantize(path, tmp_path / "few", bits=bits, embeddings=embeddings)
+    expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
+    with engine(tmp_path / "few") as llm:
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
 def test_compiled_as_vllm_does_by_default(tiny):
     """Without `--enforce-eager` vLLM compiles the model, our products included."""
     path, expected = tiny("llama", "grasp-fisher")

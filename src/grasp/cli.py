@@ -218,7 +218,8 @@ def quantize(model: str, out: Path, as_json: bool, quiet: bool, **options: Any) 
     """Round the weights of MODEL, a compressed checkpoint or any other, to 8, 6, 5, 4 or 3
     bits and save the result in OUT.
 
-    Not rounded: embeddings, output layer, norms, biases. OUT loads like any other checkpoint.
+    Not rounded: norms and biases; embeddings and output layer only with --embeddings. OUT loads
+    like any other checkpoint.
     """
     _show("quantize")(model, out, given(options), as_json, quiet)
 

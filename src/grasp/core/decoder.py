@@ -160,12 +160,10 @@ class Decoder:
     def num_parameters(self) -> int:
         """Numbers the model stores, however few bits each takes; a tied weight counts once."""
         quantized: list[Any] = [module for module in self.model.modules() if is_quantized(module)]
-        stored = sum(p.numel() for module in quantized for p in module.parameters(recurse=False))
-        return (
-            sum(p.numel() for p in self.model.parameters())
-            - stored
-            + sum(module.num_parameters() for module in quantized)
-        )
+        stored = {p for module in quantized for p in module.parameters(recurse=False)}
+        numbers = {module.weight: module.num_parameters() for module in quantized}
+        whole = sum(p.numel() for p in self.model.parameters() if p not in stored)
+        return whole + sum(numbers.values())
 
     def num_bytes(self) -> int:
         """Bytes of those numbers, as they are stored."""

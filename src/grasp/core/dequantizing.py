@@ -61,10 +61,10 @@ def ordinary(decoder: Decoder, written: Any, dtype: torch.dtype | None) -> None:
     """
     model, method = decoder.model, method_of(written)
     if method in NAMES:
-        scheme = next((m.scheme for m in model.modules() if is_quantized(m)), None)
-        if scheme is None:
+        modules: list[Any] = [module for module in model.modules() if is_quantized(module)]
+        if not modules:
             return
-        method = f"grasp quantize ({scheme})"
+        method = f"grasp quantize ({', '.join(sorted({module.scheme for module in modules}))})"
         dequantize(decoder)
     else:
         _undo(decoder, method)

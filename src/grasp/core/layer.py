@@ -91,10 +91,10 @@ def is_low_rank(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a linear or pair in few bits, from the package or from the copy a checkpoint
-    carries.
+    """True for a linear, pair, embedding or head in few bits, from the package or from the copy a
+    checkpoint carries.
     """
-    return type(module).__name__ == "QuantizedLinear"
+    return type(module).__name__ in ("QuantizedLinear", "QuantizedEmbedding", "QuantizedHead")
 
 
 def is_narrow(record: dict[str, Any]) -> bool:

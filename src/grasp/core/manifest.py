@@ -116,6 +116,7 @@ class _Quantization(Struct):
     checkpoint: str
     command: str
     group_size: Number | None = None
+    embeddings: Number = 16
 
 
 Shape = Annotated[list[Number], Meta(min_length=2, max_length=2)]

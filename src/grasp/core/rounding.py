@@ -17,6 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from grasp.core.layers.packing_grasp import BITS, INTEGERS, ZEROS, is_grouped, packed
+from grasp.core.layers.quantized_grasp import SLICE
 
 
 def rounded(
@@ -29,6 +30,10 @@ def rounded(
     """The stored tensors of the matrix `name`, its numbers rounded to the nearest, with scales in
     `dtype`.
     """
+    step = max(1, SLICE // max(1, matrix.shape[1]))
+    if len(matrix) > step:  # of a large vocabulary
+        parts = [rounded(name, rows, scheme, group_size, dtype) for rows in matrix.split(step)]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     matrix = matrix.detach().float()
     if is_grouped(scheme):
         numbers, scale, zero = _min_max(matrix, BITS[scheme], group_size, dtype)

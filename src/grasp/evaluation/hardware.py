@@ -38,10 +38,12 @@ def step_bytes(decoder: Decoder, batch_size: int, cache: float) -> float:
     which is the upper end.
     """
     total = decoder.num_bytes() + cache
-    table = decoder.model.get_input_embeddings().weight
+    table = decoder.model.get_input_embeddings()
     output = decoder.model.get_output_embeddings()
-    if output is None or output.weight is not table:
-        total += (batch_size - len(table)) * table[0].nbytes
+    if output is None or output.weight is not table.weight:
+        # several tensors where it is in few bits
+        row = sum(p[0].nbytes for p in table.parameters(recurse=False))
+        total += (batch_size - len(table.weight)) * row
     return total
 
 

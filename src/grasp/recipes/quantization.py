@@ -31,3 +31,9 @@ class QuantizationRecipe(Part):
         "Numbers that share a scale (fewer than 8 bits); what the 4-bit kernels of torch take.",
         words=(32, 64, 128, 256),
     )
+    embeddings: int = flag(
+        16,
+        "Bits of the embedding and of the output layer: 16 (as they are), 8 (one scale a row), 6 or"
+        " 4 (with groups). Tied ones are stored once.",
+        words=(16, 8, 6, 4),
+    )

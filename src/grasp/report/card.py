@@ -70,14 +70,18 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
 
 def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
-    groups = (
-        f", groups of {told['group_size']}" if told["scheme"] == "int4" else ", one scale a row"
+    grouped = told["scheme"] not in ("int8", "int8-dynamic")
+    groups = f", groups of {told.get('group_size')}" if grouped else ", one scale a row"
+    bits = told.get("embeddings", 16)
+    ends = (
+        f"embeddings and output layer in {bits} bits; not the norms, biases"
+        if bits < 16
+        else "not the embeddings, output layer, norms, biases"
     )
     return [
         (
             f"| quantized | {told['scheme']}{groups}: {told['matrices']} matrices,"
-            f" {100 * told['share']:.1f} % of all numbers; not the embeddings, output layer, norms,"
-            " biases |"
+            f" {100 * told['share']:.1f} % of all numbers; {ends} |"
         ),
         f"| bytes | {told['bytes_before']:,} → {told['bytes_after']:,} |",
     ]

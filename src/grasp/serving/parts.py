@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grasp.core.layers.packing_grasp import INTEGERS, ZEROS, check_stored, dequantized, layout
+from grasp.core.layers.packing_grasp import INTEGERS, ZEROS
 from grasp.core.layers.reading_grasp import check_floats, check_places
+from grasp.serving.gathering import Gathering
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -53,7 +54,7 @@ class Part:
     pivoted: bool = False
     scheme: str | None = None
     group_size: int = 1
-    _stored: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _stored: dict[str, Gathering] = field(default_factory=dict, repr=False)
     _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _sliced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -118,19 +119,11 @@ class Part:
         matrix = name.removesuffix(INTEGERS).removesuffix(ZEROS)
         if matrix not in self.shapes():
             return matrix, tensor  # which `load` refuses
-        shapes = layout(matrix, *self.shapes()[matrix], scheme, self.group_size)
-        if name not in shapes:
-            raise ValueError(
-                f"{self.path}: the checkpoint has a '{name}', but config.json says {scheme}"
-            )
-        check_stored(f"{self.path}.{name}", tensor, shapes[name], scheme)
-        parts = self._stored.setdefault(matrix, {})
-        parts[name] = tensor
-        if len(parts) < len(shapes):
-            return matrix, None
-        del self._stored[matrix]
-        numbers = (parts[matrix + INTEGERS], parts[matrix], parts.get(matrix + ZEROS))
-        return matrix, dequantized(*numbers, scheme, self.shapes()[matrix][1], self.group_size)
+        rows, columns = self.shapes()[matrix]
+        if matrix not in self._stored:
+            shape = (rows, columns)
+            self._stored[matrix] = Gathering(self.path, matrix, shape, scheme, self.group_size)
+        return matrix, self._stored[matrix].take(name, tensor)
 
     def _slice(self, name: str) -> Tensor:
         tensor = self._waiting[name]

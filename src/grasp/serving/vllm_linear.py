@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -28,6 +29,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from grasp.core.layers.modeling_grasp import NAMES, GraspConfig
 from grasp.serving import narrowing
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
+
+logger: Any = init_logger("vllm.grasp")  # vLLM shows what begins so
 
 TENSORS = (
     "weight",
@@ -50,6 +53,12 @@ class LowRankConfig(QuantizationConfig):
         self.transposed = False
         narrowing.check(structure)
         self.structure = dict(structure)
+        few = sorted({r["scheme"] for r in structure.values() if r["kind"] == "quantized"})
+        if few:
+            logger.info_once(
+                "grasp: weights in %s are dequantised; there is no kernel for them here",
+                ", ".join(few),
+            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:

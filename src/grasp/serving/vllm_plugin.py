@@ -25,8 +25,10 @@ def register() -> None:
     )
 
     try:
+        from grasp.serving.vllm_embeddings import install
         from grasp.serving.vllm_linear import LowRankConfig
 
+        install()
         config: type = LowRankConfig
     except ImportError as lack:
         config = _refusing_config(str(lack))

@@ -1,7 +1,7 @@
 """Weights in 8 to 3 bits, on top of low rank or alone.
 
 quantize()  model -> the same model with every linear of its decoder layers rounded, saved
-    1. check, load; find the dense matrices and the low-rank pairs
+    1. check, load; find the dense matrices and the low-rank pairs; embedding and head where asked
     2. round each of their matrices (grasp.core.rounding), put them in place
     3. save, with what was done in the manifest
 """
@@ -24,9 +24,11 @@ from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize
+from grasp.core.edits.placing import vocabulary_paths
 from grasp.core.fields import PathLike
 from grasp.core.layer import is_low_rank, is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
+from grasp.core.layers.quantized_grasp import SLICE
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
 from grasp.core.progress import Progress, silent
@@ -68,7 +70,7 @@ def quantize(
     progress: Progress = silent,
 ) -> Quantization:
     """Round the linears of the decoder layers, dense ones and the factors of low-rank pairs, to 8
-    bits or fewer.
+    bits or fewer; with `embeddings` below 16 the embedding and the head too.
 
     Args:
         out: directory to write; must not exist or be empty. None: nothing is written.
@@ -89,14 +91,15 @@ def quantize(
     manifest, before = _manifest(decoder), decoder.num_bytes()
     command = _command(decoder, out, recipe, source.dtype)
     clock.lap("load")
-    errors = dict(_round_all(decoder, kind, recipe.group_size, progress))
+    errors = dict(_round_all(decoder, kind, recipe, progress))
     clock.lap("rounding")
     numbers = sum(count for count, _ in errors.values())
     found = sorted(error for _, error in errors.values())
     manifest["quantization"] = {
         "scheme": kind,
         "bits": recipe.bits,
-        "group_size": recipe.group_size if recipe.bits < 8 else None,
+        "group_size": recipe.group_size if min(recipe.bits, recipe.embeddings) < 8 else None,
+        "embeddings": recipe.embeddings,
         "matrices": len(errors),
         "share": numbers / decoder.num_parameters(),
         "error_median": found[len(found) // 2],
@@ -158,7 +161,9 @@ def _command(
     words = ["grasp", "quantize", Path(decoder.source).name, name_of(Path(out or "OUT"))]
     words += ["--bits", str(recipe.bits)]
     words += ["--scheme", recipe.scheme] if recipe.scheme != "weight-only" else []
-    words += ["--group-size", str(recipe.group_size)] if recipe.bits < 8 else []
+    grouped = min(recipe.bits, recipe.embeddings) < 8
+    words += ["--group-size", str(recipe.group_size)] if grouped else []
+    words += ["--embeddings", str(recipe.embeddings)] if recipe.embeddings < 16 else []
     return shlex.join([*words, *(["--dtype", dtype] if dtype else [])])
 
 
@@ -184,51 +189,63 @@ def _manifest(decoder: Decoder) -> dict[str, Any]:
 
 
 def _round_all(
-    decoder: Decoder, kind: str, group_size: int, progress: Progress
+    decoder: Decoder, kind: str, recipe: QuantizationRecipe, progress: Progress
 ) -> Iterator[tuple[str, tuple[int, float]]]:
-    """Round every linear and pair of the decoder layers. Yields (path of a matrix, (its numbers,
-    relative error of the rounding)).
+    """Round every linear and pair of the decoder layers, and what is asked for outside them. Yields
+    (path of a matrix, (its numbers, relative error of the rounding)).
     """
-    names = [
-        f"{decoder.family.layers}.{index}.{name}"
+    schemes = {
+        f"{decoder.family.layers}.{index}.{name}": kind
         for index, layer in enumerate(decoder.stack)
         for _, name in decoder.family.matrices
         if matrix_in(layer, name) is not None
-    ]
-    for done, path in enumerate(names):
-        progress("rounding", done, len(names))
+    }
+    if recipe.embeddings < 16:
+        schemes |= dict.fromkeys(_untied(decoder), f"int{recipe.embeddings}")
+    for done, (path, scheme) in enumerate(schemes.items()):
+        progress("rounding", done, len(schemes))
         module: Any = decoder.model.get_submodule(path)
         matrices = _matrices(module)
         if not matrices:
             continue
         tensors: dict[str, Tensor] = {}
         for name, matrix in matrices.items():
-            tensors |= rounded(name, matrix, kind, group_size, module.weight.dtype)
-        Quantize(path, kind, group_size, tensors).apply(decoder)
+            tensors |= rounded(name, matrix, scheme, recipe.group_size, module.weight.dtype)
+        Quantize(path, scheme, recipe.group_size, tensors).apply(decoder)
         new: Any = decoder.model.get_submodule(path)
         for name, matrix in matrices.items():
-            change = new.dequantized(name).float() - matrix.float()
-            yield (
-                f"{path}.{name}",
-                (
-                    matrix.numel(),
-                    float(
-                        change.norm()
-                        / matrix.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-                    ),
-                ),
-            )
-    progress("rounding", len(names), len(names))
+            yield f"{path}.{name}", (matrix.numel(), _error(new, name, matrix))
+    progress("rounding", len(schemes), len(schemes))
+
+
+def _untied(decoder: Decoder) -> list[str]:
+    """Paths of the embedding, and of the head where it is not tied to it."""
+    paths = vocabulary_paths(decoder).values()
+    found: Any = {decoder.model.get_submodule(path).weight: path for path in reversed([*paths])}
+    return [*reversed([*found.values()])]
+
+
+def _error(module: Any, name: str, matrix: Tensor) -> float:
+    """Norm of what rounding changed, over that of the matrix; in slices of rows."""
+    change = whole = 0.0
+    step = max(1, SLICE // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        rows = slice(start, start + step)
+        here = matrix[rows].float()
+        change += float((module.dequantized(name, rows).float() - here).square().sum())
+        whole += float(here.square().sum())
+    return (change / max(whole, torch.finfo(torch.float32).tiny)) ** 0.5
 
 
 @torch.no_grad()
 def _matrices(module: Any) -> dict[str, Tensor]:
-    """The matrices (rows, columns) of a linear or pair, ready to be rounded; none of a pair of rank
-    0.
+    """The matrices (rows, columns) of a linear, pair or embedding, ready to be rounded; none of a
+    pair of rank 0.
     """
     if not is_low_rank(module):
         weight = module.weight.detach()
-        return {"weight": weight if isinstance(module, torch.nn.Linear) else weight.T}
+        is_stored_so = isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        return {"weight": weight if is_stored_so else weight.T}
     if module.rank == 0:
         return {}
     return {"weight": module.weight.detach(), "weight_in": module.weight_in.detach()}

@@ -17,6 +17,7 @@ from grasp.core.edits.placing import stored, sync
 from grasp.core.edits.widening import whole, widened, widest, widths
 from grasp.core.edits.widths import copy_widths
 from grasp.core.layer import is_quantized
+from grasp.core.layers.embedding_grasp import dense_embedding
 from grasp.core.layers.experts_grasp import SplitExperts
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.layers.modeling_grasp import plain_class
@@ -95,15 +96,24 @@ def strip_quantization_marks(model: Any) -> None:
 
 @torch.no_grad()
 def dequantize(decoder: Decoder) -> None:
-    """Make every quantized linear and pair an ordinary one again, in the dtype of its scales. What
-    rounding lost stays lost.
+    """Make every quantized linear, pair, embedding and head an ordinary one again, in the dtype of
+    its scales. What rounding lost stays lost.
     """
+    tables: dict[Any, nn.Parameter] = {}
     for path, module in [pair for pair in decoder.model.named_modules() if is_quantized(pair[1])]:
         old: Any = module
+        if isinstance(old, nn.Embedding):
+            table = dense_embedding(old)
+            tables[old.weight] = table.weight
+            decoder.model.set_submodule(path, table.eval())
+            continue
         new: Any = _empty(old)
         if old.of is not None:
             new = made(path, new, old.of).to_empty(device=old.weight.device)
         for name in old.shapes:
+            if getattr(old, name) in tables:  # a head that is tied
+                new.weight = tables[getattr(old, name)]
+                continue
             dense = old.dequantized(name)
             getattr(new, name).copy_(dense if isinstance(new, nn.Linear) else dense.T)
         for name in ("bias", "places", "in_places", "out_places"):

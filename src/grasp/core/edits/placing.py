@@ -15,6 +15,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits.base import Undo
 from grasp.core.edits.widths import settle
 from grasp.core.layer import is_dense
+from grasp.core.layers.embedding_grasp import EMBEDDING, HEAD, tie
 from grasp.core.layers.low_rank_grasp import fuse
 from grasp.core.layers.modeling_grasp import GraspConfig, carry_code, plain_class
 from grasp.core.layers.reading_grasp import record_of
@@ -22,11 +23,12 @@ from grasp.core.layers.structure_grasp import structure_of
 
 
 def put(decoder: Decoder, modules: Mapping[str, nn.Module]) -> Undo:
-    """Put `modules` at paths inside decoder layers, {(path of the model as loaded): module}."""
-    owners = {
-        path: decoder.layer(index).module for path in modules for index in [decoder.locate(path)[0]]
-    }
-    names = {path: decoder.locate(path)[1] for path in modules}
+    """Put `modules` at the paths of embedding, head or matrices of decoder layers, {(path of the
+    model as loaded): module}.
+    """
+    homes = {path: home(decoder, path) for path in modules}
+    owners = {path: owner for path, (owner, _) in homes.items()}
+    names = {path: name for path, (_, name) in homes.items()}
     before = {path: owners[path].get_submodule(names[path]) for path in modules}
     restore = remember(decoder)
 
@@ -35,6 +37,7 @@ def put(decoder: Decoder, modules: Mapping[str, nn.Module]) -> Undo:
             owners[path].set_submodule(names[path], module)
         for owner in {id(owner): owner for owner in owners.values()}.values():
             fuse(owner)  # as loading does, so that the model computes the same before it is saved
+        tie(decoder.model)
 
     place(modules)
     sync(decoder)
@@ -44,6 +47,25 @@ def put(decoder: Decoder, modules: Mapping[str, nn.Module]) -> Undo:
         restore()
 
     return undo
+
+
+def home(decoder: Decoder, path: str) -> tuple[nn.Module, str]:
+    """(module, path inside it) of a path of the model as loaded: the model itself for embedding and
+    head, else a decoder layer. Raises `RecipeError` where it names none.
+    """
+    in_layers = path.startswith(f"{decoder.family.layers}.")
+    if not in_layers and path in vocabulary_paths(decoder).values():
+        return decoder.model, path
+    index, name = decoder.locate(path)
+    return decoder.layer(index).module, name
+
+
+def vocabulary_paths(decoder: Decoder) -> dict[str, str]:
+    """{"embedding": its path, "head": its path}, of a model that has one."""
+    model: Any = decoder.model
+    ends = {EMBEDDING: model.get_input_embeddings(), HEAD: model.get_output_embeddings()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {what: paths[id(end)] for what, end in ends.items() if id(end) in paths}
 
 
 def remember(decoder: Decoder) -> Undo:
@@ -101,6 +123,7 @@ def sync(decoder: Decoder) -> None:
     """
     settle(decoder)
     model = decoder.model
+    tie(model)
     structure = structure_of(model)
     if structure:
         model.config.quantization_config = GraspConfig(structure)

@@ -1,4 +1,4 @@
-"""A linear or a low-rank pair gets few bits."""
+"""A linear, a low-rank pair, the embedding or the head gets few bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class _Spec(Struct):
 
 @dataclass(frozen=True)
 class Quantize(Edit):
-    """Put the linear or low-rank pair at `path` in few bits.
+    """Put the linear, low-rank pair, embedding or head at `path` in few bits; a head that is tied
+    to the embedding goes with it.
 
     `numbers`: tensors by name, as `grasp.core.layers.packing_grasp` lays them out.
     """
@@ -40,19 +41,53 @@ class Quantize(Edit):
     schema: ClassVar[type[Struct]] = _Spec
 
     def apply(self, decoder: Decoder) -> Undo:
-        import torch
-
-        from grasp.core.edits.placing import put
+        from grasp.core.edits.placing import home, put
         from grasp.core.layer import is_quantized
-        from grasp.core.layers.quantized_grasp import quantized_like
+        from grasp.core.layers.packing_grasp import BITS
 
         if not self.numbers:
             raise RecipeError(f"'{self.path}': this edit was read from a log, without its tensors")
-        index, name = decoder.locate(self.path)
-        old: Any = decoder.layer(index).module.get_submodule(name)
+        if self.scheme not in BITS:
+            known = ", ".join(BITS)
+            raise RecipeError(f"'{self.path}': no scheme '{self.scheme}'; known are {known}")
+        owner, name = home(decoder, self.path)
+        old: Any = owner.get_submodule(name)
         if is_quantized(old):
             raise RecipeError(f"'{self.path}' is quantized already")
-        new = quantized_like(old, self.scheme, self.group_size, old.weight.device)
+        if owner is decoder.model:
+            return put(decoder, self._ends(decoder, old))
+        return put(decoder, {self.path: self._filled(old, None)})
+
+    def _ends(self, decoder: Decoder, old: Any) -> dict[str, Any]:
+        """What takes the place of the embedding, and of a head that is tied to it; or of a head."""
+        from grasp.core.edits.placing import vocabulary_paths
+        from grasp.core.layers.embedding_grasp import EMBEDDING, HEAD, share
+
+        ends = vocabulary_paths(decoder)
+        table, head = ends.get(EMBEDDING), ends.get(HEAD)
+        modules = {path: decoder.model.get_submodule(path) for path in ends.values()}
+        is_tied = table and head and modules[table].weight is modules[head].weight
+        if is_tied and self.path == head:
+            raise RecipeError(f"'{head}' is tied to '{table}', which has its numbers; give that")
+        new = self._filled(old, EMBEDDING if self.path == table else HEAD)
+        if not is_tied or not head:
+            return {self.path: new}
+        tied: Any = self._unfilled(modules[head], HEAD, "meta")
+        share(tied, new)
+        tied.register_parameter("bias", modules[head].bias)
+        return {self.path: new, head: tied}
+
+    def _unfilled(self, old: Any, part: str | None, device: Any) -> Any:
+        from grasp.core.layers.embedding_grasp import place
+
+        record = {"scheme": self.scheme, "group_size": self.group_size, "part": part}
+        return place(self.path, old, record, device)
+
+    def _filled(self, old: Any, part: str | None) -> Any:
+        """What takes the place of `old`. Raises `NumericsError` for numbers that are not finite."""
+        import torch
+
+        new = self._unfilled(old, part, old.weight.device)
         with torch.no_grad():
             for key, value in self.numbers.items():
                 getattr(new, key).copy_(value)
@@ -63,7 +98,7 @@ class Quantize(Edit):
             new.check(self.path)
         except ValueError as failure:
             raise NumericsError(f"{failure}; try --dtype float32") from failure
-        return put(decoder, {self.path: new})
+        return new
 
     def spec(self) -> dict[str, Any]:
         place = {"edit": self.kind, "path": self.path}
@@ -78,7 +113,8 @@ class Quantize(Edit):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return (layer_of(self.path),)
+        index = layer_of(self.path)
+        return () if index < 0 else (index,)
 
     def summary(self) -> Summary:
         return Summary("quantized matrices", f"{self.path}: {self.scheme}")

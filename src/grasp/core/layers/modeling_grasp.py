@@ -194,7 +194,25 @@ def __getattr__(name: str) -> type:
         "carries_grasp": True,
     }
     # so its weights are renamed as transformers' are
-    return type(name, (base,), {**marks, "is_custom_code": classmethod(lambda cls: False)})
+    marks |= {"is_custom_code": classmethod(lambda cls: False)}
+    return type(name, (base,), marks | {"resize_token_embeddings": _resizing(base)})
+
+
+def _resizing(base: Any) -> Any:
+    """What `resize_token_embeddings` of a class of ours is: an embedding in few bits keeps its
+    rows.
+    """
+
+    def resize_token_embeddings(self: Any, *arguments: Any, **options: Any) -> Any:
+        scheme = getattr(self.get_input_embeddings(), "scheme", None)
+        if scheme is not None:
+            raise ValueError(
+                f"the embedding is stored in few bits ({scheme}) and cannot be resized; resize that"
+                " of the model it was made from, or load with grasp.load(..., dequantize=True)"
+            )
+        return base.resize_token_embeddings(self, *arguments, **options)
+
+    return resize_token_embeddings
 
 
 CARRY = (
@@ -226,7 +244,14 @@ def with_its_own_code(kind: Any) -> type:
         "_auto_class": kind._auto_class or AUTO_CLASSES[0],
     }
     made: Any = type(
-        kind.__name__, (kind,), {**marks, "carries_grasp": True, "save_pretrained": save_pretrained}
+        kind.__name__,
+        (kind,),
+        {
+            **marks,
+            "carries_grasp": True,
+            "save_pretrained": save_pretrained,
+            "resize_token_embeddings": _resizing(kind),
+        },
     )
     return made
 

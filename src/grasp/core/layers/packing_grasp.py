@@ -142,8 +142,8 @@ def check_stored(path: str, tensor: Tensor, shape: tuple[int, int], scheme: str)
         raise ValueError(f"'{path}' holds non-finite numbers; the checkpoint is damaged")
 
 
-def check_scheme(path: str, record: dict[str, Any]) -> None:
-    """Raise `ValueError` for a record of a scheme that there is not, or of groups of no size."""
+def check_record(path: str, record: dict[str, Any]) -> None:
+    """Raise `ValueError` for a record that makes no sense."""
     scheme, size = record.get("scheme"), record.get("group_size")
     if scheme not in BITS:
         raise ValueError(

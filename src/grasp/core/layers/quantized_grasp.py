@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Linear):
 
     def layout(self) -> dict[str, tuple[int, int]]:
         """Shape of every stored tensor of the matrices."""
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         for name, (rows, columns) in self.shapes.items():
             found |= layout(name, rows, columns, self.scheme, self.group_size)
         return found
@@ -274,13 +274,17 @@ def stored_rows(
 
 
 def quantized_like(
-    old: nn.Module, scheme: str, group_size: int, device: Any = None
+    old: nn.Module,
+    scheme: str,
+    group_size: int,
+    device: Any = None,
+    kind: type[QuantizedLinear] = QuantizedLinear,
 ) -> QuantizedLinear:
-    """An unfilled `QuantizedLinear` for a linear or a low-rank pair."""
+    """An unfilled `QuantizedLinear`, or `kind` of it, for a linear or a low-rank pair."""
     rank = getattr(old, "rank", None)
     pivoted = bool(getattr(old, "pivoted", False))
     dtype: Any = old.weight.dtype
-    new = QuantizedLinear(
+    new = kind(
         *features(old),
         old.bias is not None,
         scheme,
@@ -295,8 +299,3 @@ def quantized_like(
     )
     new.of = record_of(old)
     return new
-
-
-def place(path: str, old: nn.Module, record: dict[str, Any]) -> QuantizedLinear:
-    """The quantized linear that a record describes, without memory."""
-    return quantized_like(old, record["scheme"], record["group_size"], "meta")

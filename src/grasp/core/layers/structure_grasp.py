@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .embedding_grasp import HEAD, tie
+from .embedding_grasp import place as place_quantized
 from .experts_grasp import check_record as check_experts
 from .experts_grasp import place as place_experts
 from .low_rank_grasp import check_record as check_low_rank
 from .low_rank_grasp import place as place_low_rank
 from .narrow_grasp import check_record as check_narrow
 from .narrow_grasp import place as place_narrow
-from .packing_grasp import check_scheme
-from .quantized_grasp import place as place_quantized
+from .packing_grasp import check_record as check_quantized
 from .reading_grasp import own_path, record_of
 from .sliced_grasp import check_record as check_sliced
 from .sliced_grasp import place as place_sliced
@@ -48,7 +49,7 @@ KINDS = {
     "low-rank": Kind(check_low_rank, place_low_rank),
     "mlp-span": Kind(check_span, place_span),
     "narrow": Kind(check_narrow, place_narrow),
-    "quantized": Kind(check_scheme, place_quantized),
+    "quantized": Kind(check_quantized, place_quantized),
     "sliced": Kind(check_sliced, place_sliced),
     "span": Kind(check_span, place_span),
 }
@@ -76,17 +77,24 @@ def place(model: nn.Module, structure: dict[str, Record]) -> dict[str, str]:
     """Put what the records describe, unfilled and without memory (meta device), in its place.
 
     Returns where each path is in this model, which may be of another class than the one saved; a
-    body alone has no head. Raises `ValueError`.
+    body or a classifier has no head. Raises `ValueError`.
     """
     places = {}
     # experts first: other records may be of linears inside them
     for path in sorted(structure, key=lambda path: structure[path]["kind"] != "experts"):
         record = structure[path]
-        if record.get("part") == "head" and getattr(model, "base_model", None) is model:
+        if record.get("part") == HEAD and not _has_head(model):
             continue
         here = places[path] = own_path(model, path, _stands_for(record))
         model.set_submodule(here, made(path, model.get_submodule(here), record))
+    tie(model)
     return places
+
+
+def _has_head(model: Any) -> bool:
+    asked = getattr(model, "get_output_embeddings", None)
+    is_body = getattr(model, "base_model", None) is model
+    return not is_body and (asked is None or asked() is not None)
 
 
 def made(path: str, old: nn.Module, record: Record) -> nn.Module:
@@ -104,7 +112,7 @@ def _stands_for(record: Record) -> str:
         return "layer"
     if record["kind"] == "experts":
         return "experts"
-    return "end" if record["kind"] == "sliced" else "linear"
+    return "end" if "part" in record else "linear"
 
 
 def structure_of(model: nn.Module) -> dict[str, Record]:
@@ -145,7 +153,7 @@ def converted(ranks: Any, pivoted: Any, quantization: Any) -> dict[str, Record]:
         )
     _check_paths("modules", quantization["modules"])
     bits = {key: quantization[key] for key in ("scheme", "group_size")}
-    check_scheme("quantization", bits)
+    check_quantized("quantization", bits)
     for path in quantization["modules"]:
         pair = found.get(path)
         found[path] = {"kind": "quantized", **bits, **({"of": pair} if pair else {})}

@@ -24,7 +24,17 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
                 " all numbers"
             ),
         ),
-        ("not quantized", "embeddings, output layer, norms, biases"),
+        *(
+            [("embeddings, output layer", f"{told['embeddings']} bits")]
+            if told["embeddings"] < 16
+            else []
+        ),
+        (
+            "not quantized",
+            "norms, biases"
+            if told["embeddings"] < 16
+            else "embeddings, output layer, norms, biases",
+        ),
         (
             "rounding error",
             (
