@@ -59,7 +59,7 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
     size = {"num_samples": asked["num_samples"], "seq_len": asked["seq_len"]}
     with tempfile.TemporaryDirectory(dir=asked["folder"]) as folder:
         place = {"offload": folder} if asked["offloaded"] else {}
-        told = dry_run(asked["model"], **fields, **size, **place).cost
+        told = dry_run(asked["model"], **fields, **size, **place)
         ids = torch.randint(0, 49_000, tuple(size.values()), generator=torch.Generator())
         before, most, over = resident_peak(), [0], threading.Event()
 
@@ -89,7 +89,7 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
             "peak": resident_peak(),
             "before": before,
             "disk": most[0],
-            "told": vars(told),
+            "told": {**vars(told.cost), "seconds": told.seconds},
         }
 
 

@@ -9,6 +9,7 @@ measure speed where weights bound it.
         --eager --batch-sizes 1
 
     python benchmarks/random_llama.py large --layers 48         3.02 billion parameters, 6.04 GB
+    python benchmarks/random_llama.py small --layers 4 --width 768
 
 What it says is noise; a decode step reads the same bytes as a trained model's. One layer is made
 and written at a time, a file for each, so that it needs no more memory than that.
@@ -53,15 +54,16 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--width", type=int, default=2048, help="a multiple of 256")
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=2048,
-        intermediate_size=8192,
+        hidden_size=asked.width,
+        intermediate_size=4 * asked.width,
         num_hidden_layers=asked.layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        num_attention_heads=asked.width // 64,
+        num_key_value_heads=asked.width // 256,
         head_dim=64,
         max_position_embeddings=2048,
         tie_word_embeddings=True,

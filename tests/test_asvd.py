@@ -20,7 +20,7 @@ from grasp.methods import make
 from grasp.stages import budget as budgets
 from grasp.stages.input_norms import InputMeans
 from grasp.stages.truncation import KEPT, cut, to_try, truncatable
-from grasp.verbs.preflight import estimate
+from grasp.verbs.run_time import work
 
 CONTRACT = {
     "recipe": {"ratio": 0.2},
@@ -314,7 +314,7 @@ def test_the_blocks_searched_and_what_the_plan_says_of_them(calibration):
     for fields in ({"ratio": 0.1}, {"ratio": 0.0, "allocation": "strs"}):
         assert make("asvd", fields).plan(Decoder(build("llama"))).forward_blocks == 0
     costs = [
-        estimate(Decoder(build("llama")), one, 6, 20, 4).seconds
+        work(Decoder(build("llama")), one, 6, 20)["pass"]
         for one in (plan, make("asvd", {"ratio": 0.05, "projections": "down"}).plan(Decoder(model)))
     ]
     assert costs[0] > 2 * costs[1]

@@ -3,6 +3,7 @@ which flag makes it fit.
 """
 
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from grasp.core.decoder import Decoder
 from grasp.errors import RecipeError
 from grasp.methods import make
 from grasp.recipes.memory import MemoryRecipe
-from grasp.verbs import preflight
+from grasp.stages.operations import Kind, sums
+from grasp.verbs import machine_speed, preflight
+from grasp.verbs.machine_speed import Speed
 from grasp.verbs.preflight import estimate
+from grasp.verbs.run_time import STARTING, seconds, work
 
 METHOD = ("--method", "svd-llm", "--ratio", "0.1")
 
@@ -116,6 +120,91 @@ def test_a_quantized_model_cannot_stay_on_the_disk(model_directory, calibration,
     grasp.quantize(model_directory, tmp_path / "int8", bits=8)
     with pytest.raises(RecipeError, match="--offload and --max-memory are of no use"):
         grasp.compress(str(tmp_path / "int8"), method="wanda", data=calibration, offload=tmp_path)
+
+
+# --- time
+
+
+def llama(layers=4, width=32):
+    config = transformers.LlamaConfig(
+        **_IDS, **{**_GATED, "hidden_size": width, "num_hidden_layers": layers}
+    )
+    with torch.device("meta"):
+        return Decoder(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def told(decoder, blocks=8, seq_len=16, speed=1.0, offloaded=False, **fields):
+    """Seconds at a made-up speed beside those that every run takes."""
+    plan = make(fields.pop("method", "grasp-fisher"), {"ratio": 0.2, **fields}).plan(decoder)
+    rates = dict.fromkeys(get_args(Kind), 1e6)
+    made_up = Speed({**rates, "pass": 1e6 * speed})
+    return seconds(decoder, plan, blocks, seq_len, 4, made_up, offloaded) - STARTING
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "grasp-fisher", "sparsegpt", "llm-pruner"])
+def test_time_is_linear_in_blocks(method):
+    decoder = llama()
+    plan = make(method, {} if method == "sparsegpt" else {"ratio": 0.2}).plan(decoder)
+    made_up = Speed(dict.fromkeys(get_args(Kind), 1e6))
+    eight, sixteen, more = (seconds(decoder, plan, n, 16, 4, made_up) for n in (8, 16, 24))
+    assert sixteen - eight == pytest.approx(more - sixteen) and sixteen > eight
+
+
+def test_time_is_linear_in_layers():
+    four, eight, twelve = (told(llama(n), method="svd-llm") for n in (4, 8, 12))
+    assert eight - four == pytest.approx(twelve - eight, rel=1e-3) and eight > 1.5 * four
+
+
+def test_what_takes_longer_is_told_to():
+    decoder = llama()
+    ranks = told(decoder, parts=("ranks",))
+    assert told(decoder, method="svd-llm") < told(decoder, method="obd-llm") <= ranks * 1.01
+    assert ranks < told(decoder, rounds=1, width_multiple=8) < told(decoder, width_multiple=8)
+    assert told(decoder, offloaded=True) > told(decoder)
+
+
+def test_decompositions_on_both_halves_count():
+    """Three of every matrix where the halves are decomposed too, one where nothing is forecast."""
+    decoder = llama()
+    once = {
+        basis: make("grasp-fisher", {"ratio": 0.2, "parts": ("ranks",), "basis": basis})
+        .plan(decoder)
+        .once["eigh"]
+        for basis in ("fisher", "input")
+    }
+    assert once["fisher"] == 3 * once["input"] > 0
+
+
+def test_a_dtype_without_units_takes_longer():
+    """Only the passes: sums and decompositions are in float32 and float64."""
+    decoder = llama()
+    plan = make("grasp-fisher", {"ratio": 0.2}).plan(decoder)
+    passes = work(decoder, plan, 8, 16)["pass"] / 1e6
+    assert told(decoder, speed=0.2) - told(decoder) == pytest.approx(4 * passes)
+
+
+def test_the_speed_is_measured_in_the_dtype_of_the_run(monkeypatch):
+    """Of every kind, and the products of passes alone in the model's own dtype."""
+    seen = []
+    monkeypatch.setattr(machine_speed, "LONG", 0.0)
+    monkeypatch.setattr(machine_speed, "linear", lambda given, weight: seen.append(weight.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        seen.clear()
+        speed = Speed.measured(llama(), dtype, torch.device("cpu"), 16)
+        assert set(seen) == {dtype}
+        assert set(speed.rates) == set(get_args(Kind)) and min(speed.rates.values()) > 0
+
+
+def test_the_operations_of_sums_are_those_of_the_code():
+    """A token's outer products: 2 n^2 a sum, one for matrices that read the same."""
+    decoder = llama()
+    linears = [one for one in decoder.layer(0).linears.values() if one.name.endswith("gate_proj")]
+    width = linears[0].shape[1]
+    both = [*linears, decoder.layer(0).linears["mlp.up_proj"]]
+    assert sums(decoder, linears) == sums(decoder, both) == {"sum": 2 * width**2}
+
+
+# --- models that do not fit
 
 
 def test_memory_is_flat_in_depth_with_the_layers_on_the_disk():

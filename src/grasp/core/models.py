@@ -63,7 +63,7 @@ def load_model(
     `RecipeError` (device, dtype).
     """
     wanted = _dtype(dtype)
-    target = _device(device)
+    target = device_of(device)
     path, gguf = _locate(source)
     if not gguf and path.is_dir():
         check_directory(path)
@@ -328,7 +328,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. Raises `RecipeError`."""
     if name is None:
         # a device a process, where torchrun has begun several
         own = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from grasp.core.collector import Collector
@@ -18,6 +18,7 @@ from grasp.core.layer import Linear
 from grasp.core.records import Redundancy, Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
+from grasp.stages.operations import Operations
 from grasp.stages.redundancy import angular_distance, block_influence
 from grasp.stages.statistics import AngularDistance, Similarity
 
@@ -33,6 +34,9 @@ class Plan:
     hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
     `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what
     making edits takes at once, beside weights and statistics.
+
+    Operations beside those of the passes, by kind (`grasp.stages.operations`): `a_token` of the
+    set, over all sweeps, `a_block` of it, and `once`.
     """
 
     num_layers: int
@@ -46,6 +50,9 @@ class Plan:
     held_sets: int = 0
     held_blocks: int = 0
     workspace_bytes: int = 0
+    a_token: Operations = field(default_factory=dict)
+    a_block: Operations = field(default_factory=dict)
+    once: Operations = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

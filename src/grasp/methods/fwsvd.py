@@ -38,7 +38,9 @@ from grasp.core.layer import Linear
 from grasp.core.records import Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.low_rank import LowRank
+from grasp.stages import operations
 from grasp.stages.basis import Groups, scaled_groups
+from grasp.stages.operations import Operations
 from grasp.stages.statistics import FeatureFisher
 
 FLOOR = 1e-12
@@ -61,6 +63,9 @@ class FWSVD(LowRank):
         return scaled_groups(
             linear.weight, scale_of(stats[FeatureFisher.name][linear.path]), scratch
         )
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return operations.gradients(linears)
 
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         return 8 * sum(linear.shape[1] for linear in linears)

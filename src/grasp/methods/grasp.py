@@ -39,6 +39,7 @@ from grasp.core.records import Allocation, Redundancy, Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.methods.base import LayerMethod, Plan, check_rank_multiple, ratio_unreachable
+from grasp.stages import operations
 from grasp.stages.allocation import for_budget, keep, saved, threshold, uniform
 from grasp.stages.attribution import NEEDS_GROUP_GRAD, NEEDS_WEIGHT_GRAD, SCORES, attribute
 from grasp.stages.statistics import GroupGrad, WeightGrad
@@ -141,6 +142,9 @@ class Grasp(LayerMethod):
             gradients,
             num_edits,
             workspace_bytes=max(each, default=0),
+            a_token=operations.gradients(linears) if sweeps else {},
+            a_block=operations.kept_gradients(linears) if sweeps else {},
+            once=operations.total(operations.svd(linear.shape) for linear in linears),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:

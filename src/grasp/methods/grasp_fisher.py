@@ -43,9 +43,11 @@ from grasp.core.records import Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.size import STORAGES, STORED
 from grasp.methods.structure import Structure
+from grasp.stages import operations
 from grasp.stages.basis import BASES, Groups, groups
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import forecast_ranks, halves
+from grasp.stages.operations import Operations, total
 from grasp.stages.statistics import WeightGrad
 
 SCORES = ("magnitude", "taylor", "random")
@@ -105,6 +107,14 @@ class GraspFisher(Structure):
 
     def planned_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
         return self.most_parameters(decoder, linears)
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return total(
+            [
+                *([super().operations_a_token(decoder, linears)] if self.basis != "plain" else []),
+                *([operations.gradients(linears)] if self.score == "taylor" else []),
+            ]
+        )
 
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         squares = super().sums_bytes(decoder, linears) if self.basis != "plain" else 0

@@ -49,6 +49,7 @@ from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.methods.base import Plan
 from grasp.methods.widths import INNER, LAYERS, Widths, gone
+from grasp.stages import operations
 from grasp.stages.coupled import first_order, importance, paths, second_order, vectors
 from grasp.stages.shares import Part, part, spread, widths
 from grasp.stages.statistics import Similarity, SquaredGrad, VectorGrad, WeightGrad
@@ -113,6 +114,8 @@ class LLMPruner(Widths):
             0,
             1,
             4 * numbers,
+            a_token=operations.gradients(linears),
+            a_block=operations.kept_gradients(linears),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:

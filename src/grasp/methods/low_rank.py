@@ -43,8 +43,10 @@ from grasp.methods.costs import Costs, numbers_of
 from grasp.methods.scope import Scope
 from grasp.methods.size import Size
 from grasp.stages import budget as budgets
+from grasp.stages import operations
 from grasp.stages.basis import Groups
 from grasp.stages.forecast import stated
+from grasp.stages.operations import Operations, total
 from grasp.stages.statistics import Similarity
 
 logger = logging.getLogger(__name__)
@@ -139,6 +141,14 @@ class LowRank(Scope, Size):
         """What the sums of `metric` take at most."""
         return 2 * square_bytes(linears)
 
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        """Of what `metric` adds up, a token of a sweep."""
+        return {}
+
+    def operations_once(self, linear: Linear) -> Operations:
+        """Of the groups of a matrix, and of what they are expected to cost."""
+        return operations.groups(linear.shape)
+
     # --- experts
 
     @property
@@ -194,6 +204,8 @@ class LowRank(Scope, Size):
             self.sums_bytes(decoder, linears) + groups_bytes(linears),
             len(linears),
             workspace_bytes=decomposing_bytes([linear.shape for linear in linears]),
+            a_token=self.operations_a_token(decoder, linears),
+            once=total(self.operations_once(linear) for linear in linears),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:

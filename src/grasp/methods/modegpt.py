@@ -48,6 +48,7 @@ from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.widths import Widths, gone
+from grasp.stages import operations
 from grasp.stages.curvature import InputCurvatures
 from grasp.stages.modular import HeadMoments, fewer_channels, fewer_keys, fewer_values
 from grasp.stages.redundancy import block_influence
@@ -114,7 +115,22 @@ class MoDeGPT(Widths):
             narrower = [one for one in parts if left[one] < one.count]
         squares = sum(one.count**2 for one in parts if one.axis == CHANNELS)
         layers = {one.layer for one in narrower}
-        return Plan(len(layers), len(narrower), parameters, 1, 0, 4 * squares)
+        readers = [self._reader(decoder, one.layer) for one in parts if one.axis == CHANNELS]
+        inputs = [linear.path for linear in readers]
+        return Plan(
+            len(layers),
+            len(narrower),
+            parameters,
+            1,
+            0,
+            4 * squares,
+            a_token=operations.sums(decoder, readers, inputs),
+            once=operations.total(
+                of(linear.shape)
+                for linear in readers
+                for of in (operations.factor, operations.refit)
+            ),
+        )
 
     def needs(self, decoder: Decoder) -> list[Collector]:
         parts = self.parts(decoder)

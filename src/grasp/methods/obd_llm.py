@@ -30,9 +30,11 @@ from grasp.core.layer import Linear
 from grasp.core.records import Curvature, Statistics
 from grasp.core.scratch import Scratch
 from grasp.methods.low_rank import LowRank
+from grasp.stages import operations
 from grasp.stages.basis import Groups, groups
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import forecast_ranks, halves
+from grasp.stages.operations import Operations, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class OBDLLM(LowRank):
     def expected(self, linear: Linear, seen: Tensor, stats: Statistics) -> Tensor:
         parts = halves(stats, linear.path).parts
         return forecast_ranks(linear.weight, seen, parts, "fisher")
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return operations.sums(decoder, linears, backward=True)
+
+    def operations_once(self, linear: Linear) -> Operations:
+        of_halves = operations.halves(linear.shape, collects_inputs=False)
+        return total([super().operations_once(linear), of_halves])
 
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         return 2 * super().sums_bytes(decoder, linears)

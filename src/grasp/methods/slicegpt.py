@@ -59,6 +59,7 @@ from grasp.core.records import Statistics
 from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.methods.base import Method, Plan, check_one_size, ratio_unreachable
+from grasp.stages import operations
 from grasp.stages.signals import Signals, principal
 from grasp.stages.statistics import Similarity
 
@@ -155,6 +156,8 @@ class SliceGPT(Method):
             0,
             8 * hidden**2 * (measured + 2 if self.one_shot else 3),
             held_sets=0 if self.one_shot else 1,
+            a_token={"double": 2.0 * measured * hidden**2},
+            once=operations.rotation(hidden, decoder.num_parameters(), measured),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:

@@ -36,6 +36,7 @@ from grasp.core.runner import Runner
 from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.scope import Scope
+from grasp.stages.operations import Operations, total
 from grasp.stages.statistics import Similarity
 
 Pattern = Literal["2:4", "4:8"]
@@ -73,6 +74,14 @@ class Sparse(Scope):
         """What that takes at most, and what is made of it."""
 
     @abstractmethod
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        """Of what `statistic` adds up."""
+
+    @abstractmethod
+    def operations_once(self, linear: Linear) -> Operations:
+        """Of pruning a matrix."""
+
+    @abstractmethod
     def pruner(self, stats: Statistics) -> Prune:
         """Prunes matrices whose statistics are in `stats`, one after another."""
 
@@ -104,6 +113,8 @@ class Sparse(Scope):
                 (self.statistic_bytes(self.linears(decoder, some)) for some in together), default=0
             ),
             held_sets=0 if self.one_shot else 1,
+            a_token=self.operations_a_token(decoder, linears),
+            once=total(self.operations_once(linear) for linear in linears),
         )
 
     def needs(self, decoder: Decoder) -> list[Collector]:

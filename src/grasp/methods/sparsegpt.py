@@ -41,8 +41,10 @@ from grasp.core.linalg import wide
 from grasp.core.records import Statistics
 from grasp.errors import NumericsError, RecipeError
 from grasp.methods.sparse import Prune, Sparse, lowest
+from grasp.stages import operations
 from grasp.stages.curvature import InputCurvatures
 from grasp.stages.obs_columns import Replace, inverse_factor, replaced
+from grasp.stages.operations import Operations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,12 @@ class SparseGPT(Sparse):
     def statistic_bytes(self, linears: Sequence[Linear]) -> int:
         squares = [linear.shape[1] ** 2 for linear in linears]
         return 4 * sum(squares) + 24 * max(squares, default=0)  # H, and three in float64 for U
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return operations.sums(decoder, linears, [linear.path for linear in linears])
+
+    def operations_once(self, linear: Linear) -> Operations:
+        return operations.columns(linear.shape, self.block_size)
 
     def pruner(self, stats: Statistics) -> Prune:
         found = stats[InputCurvatures.name]

@@ -43,10 +43,12 @@ from grasp.methods.parts import (
     one_width,
     settled,
 )
+from grasp.stages import operations
 from grasp.stages.budget import All
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import halves
 from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
+from grasp.stages.operations import Operations, total
 from grasp.stages.routing import ExpertLosses
 from grasp.stages.statistics import Similarity
 from grasp.stages.sublayers import LayerLosses
@@ -181,14 +183,31 @@ class Structure(LowRank):
     def plan(self, decoder: Decoder) -> Plan:
         plan, rounds = super().plan(decoder), 2 if self.again else 1
         linears = self.linears(decoder, self.planned_layers(decoder))
-        channels = [one.count for one in self.places(decoder, linears, self.more)]
+        places = self.places(decoder, linears, self.more)
+        channels = [one.count for one in places]
         narrowing = decomposing_bytes([(count, count) for count in channels])
+        again = [operations.sums(decoder, linears, backward=True)] if self.again else []
+        ranks = [plan.once] * rounds if RANKS in self.kinds else []
+        narrower = [operations.narrowing(one.reader.shape) for one in places]
+        refits = [operations.refit(one.reader.shape) for one in places]
         return dataclasses.replace(
             plan,
             backward_sweeps=plan.backward_sweeps * rounds,
             decompositions=plan.decompositions * rounds if RANKS in self.kinds else 0,
             workspace_bytes=max(plan.workspace_bytes, narrowing),
+            a_token=total([plan.a_token, *again]),
+            once=total([*ranks, *narrower, *refits]),
         )
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        readers = [one.reader.path for one in self.places(decoder, linears, self.more)]
+        return operations.sums(decoder, linears, readers, backward=True)
+
+    def operations_once(self, linear: Linear) -> Operations:
+        found = super().operations_once(linear)
+        if not self.predicts:
+            return found
+        return total([found, operations.halves(linear.shape, collects_inputs=False)])
 
     # --- statistics
 

@@ -50,8 +50,10 @@ from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.low_rank import LowRank, square_bytes
+from grasp.stages import operations
 from grasp.stages.basis import Groups, groups
 from grasp.stages.curvature import InputCurvatures
+from grasp.stages.operations import Operations
 from grasp.stages.refit import refitted
 
 logger = logging.getLogger(__name__)
@@ -114,6 +116,9 @@ class SVDLLM(LowRank):
 
     def sums_bytes(self, decoder: Decoder, linears: Sequence[Linear]) -> int:
         return square_bytes(linears)
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return operations.sums(decoder, linears)
 
     def plan(self, decoder: Decoder) -> Plan:
         plan = super().plan(decoder)

@@ -28,7 +28,9 @@ from grasp.core.layer import Linear
 from grasp.core.linalg import wide
 from grasp.core.records import Statistics
 from grasp.methods.sparse import Prune, Sparse, lowest
+from grasp.stages import operations
 from grasp.stages.input_norms import InputNorms
+from grasp.stages.operations import Operations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,12 @@ class Wanda(Sparse):
 
     def statistic_bytes(self, linears: Sequence[Linear]) -> int:
         return 8 * sum(linear.shape[1] for linear in linears)
+
+    def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
+        return {"touch": 2.0 * sum(linear.shape[1] for linear in linears)}
+
+    def operations_once(self, linear: Linear) -> Operations:
+        return operations.sorting(linear.shape)
 
     def pruner(self, stats: Statistics) -> Prune:
         norms = stats[InputNorms.name]

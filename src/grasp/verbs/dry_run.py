@@ -24,12 +24,13 @@ from grasp.verbs.preflight import Estimate, Preflight, folder_of
 @dataclass(frozen=True)
 class DryRun:
     """What `compress` would do. `needs`: what is known of memory, disk and time; `cost`: what it
-    would need, done as it would be.
+    would need, done as it would be; `seconds`: how long it would take.
     """
 
     method: Method
     needs: Preflight
     cost: Estimate
+    seconds: float
 
     @property
     def decoder(self) -> Decoder:
@@ -84,4 +85,4 @@ def dry_run(
     chosen.check(decoder)
     needs = Preflight.of(chosen, source, memory, calibration, decoder)
     folder = folder_of(memory, None if out is None else Path(out))
-    return DryRun(chosen, needs, needs.check(folder))
+    return DryRun(chosen, needs, needs.check(folder), needs.seconds())

@@ -1,5 +1,6 @@
 """What a compression will need, told before it is run: memory and disk from shapes, time from short
-measurements of this machine; and whether the model's layers have to stay on the disk for it.
+measurements of this machine (`grasp.verbs.run_time`); and whether the model's layers have to stay
+on the disk for it.
 
 Memory is the largest of three moments, over what Python and its libraries take:
 
@@ -18,7 +19,6 @@ import logging
 import math
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from grasp.core.decoder import Decoder
 from grasp.core.destination import existing, size
 from grasp.core.experts import mixture
-from grasp.core.models import DTYPES, load_model
+from grasp.core.models import DTYPES, device_of, load_model
 from grasp.core.offload import Offload
 from grasp.core.processes import processes_here
 from grasp.core.records import Calibration
@@ -38,33 +38,27 @@ from grasp.methods.base import Method, Plan
 from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.memory import MemoryRecipe
 from grasp.recipes.model import ModelSource
+from grasp.verbs.machine_speed import Speed
+from grasp.verbs.run_time import seconds
 
 logger = logging.getLogger(__name__)
 
-EFFICIENCY = 0.4
-"""Share of a bare matrix product's speed that a whole transformer pass reaches: an assumption,
-checked once on two cores, where it gave 51 s in the setting of benchmarks/compress_cost.py for runs
-of 38 to 43 s.
-"""
 ACTIVATIONS = 1.5
 """Of the inputs and outputs of a layer's matrices, what its graph keeps for the backward pass."""
 PACKED = 2
 """Copies of the head that its products make, one forward and one backward."""
-READING = 1e9
-"""Bytes a second at which layers come from the disk, or from what the system keeps of it."""
 SURELY = 4
 """Where so many times the weights are free, nothing more is asked before a run."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`memory` in bytes over what Python and its libraries take, `disk` in bytes, OUT among them,
-    `seconds` on this machine: these within a factor of two.
+    """`memory` in bytes over what Python and its libraries take, `disk` in bytes, OUT among
+    them.
     """
 
     memory: int
     disk: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -120,18 +114,12 @@ def estimate(
             2 * sizes.after + sizes.table + kept + collected,
         )
         disk = sizes.after + kept
-    return Estimate(
-        int(memory), int(disk), _seconds(decoder, plan, num_samples, seq_len, width, offloaded)
-    )
+    return Estimate(int(memory), int(disk))
 
 
 def _shapes(decoder: Decoder) -> list[list[tuple[int, int]]]:
     """Of every layer, the shapes of its matrices."""
     return [[one.shape for one in layer.linears.values()] for layer in decoder.layers()]
-
-
-def _work(shape: tuple[int, int]) -> int:
-    return max(shape) * min(shape) ** 2
 
 
 def _sizes(decoder: Decoder, plan: Plan, width: int) -> _Sizes:
@@ -145,51 +133,22 @@ def _sizes(decoder: Decoder, plan: Plan, width: int) -> _Sizes:
     return _Sizes(*of_each)
 
 
-def _seconds(
-    decoder: Decoder, plan: Plan, num_samples: int, seq_len: int, width: int, offloaded: bool
-) -> float:
-    """Passes at the speed of a product in the model's dtype, decompositions at that of float64."""
-    parameters, tokens = decoder.num_parameters(), num_samples * seq_len
-    backward = plan.backward_sweeps * (3.5 if offloaded else 2.5)
-    passes = 2.0 * parameters * tokens * (plan.forward_sweeps + backward)
-    passes += 2.0 * parameters * seq_len * plan.forward_blocks
-    shapes = [shape for layer in _shapes(decoder) for shape in layer]
-    each = plan.decompositions / max(len(shapes), 1)
-    decomposing = sum(20.0 * _work(shape) * each for shape in shapes)
-    seconds = (passes + decomposing) / (_matmul_speed() * EFFICIENCY)
-    if offloaded:
-        shown = num_samples * (plan.forward_sweeps + 2 * plan.backward_sweeps) + plan.forward_blocks
-        seconds += shown * parameters * width / READING
-    return seconds
-
-
-def _matmul_speed(size: int = 1024, repeats: int = 5) -> float:
-    """Floating-point operations a second of a float32 matrix product here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        float((left @ right)[0, 0])
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
-
-
 # --- where the layers will be
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known of a run before it begins. `decoder` is empty: shapes without weights; `width`
-    the bytes of a number, `free` those that may be used.
+    """What is known of a run before it begins. `decoder` is empty: shapes without weights; `free`
+    the bytes that may be used.
     """
 
     decoder: Decoder
     plan: Plan
     calibration: CalibrationRecipe
     memory: MemoryRecipe
-    width: int
+    dtype: torch.dtype
     free: int | None
+    device: torch.device
 
     @classmethod
     def of(
@@ -201,17 +160,35 @@ class Preflight:
         decoder: Decoder,
     ) -> Preflight:
         """Of a run with the model whose shapes `decoder` has."""
-        width = (DTYPES[source.dtype] if source.dtype else decoder.model.dtype).itemsize
+        dtype = DTYPES[source.dtype] if source.dtype else decoder.model.dtype
         free = memory.most if memory.most is not None else free_memory(source.device)
-        return cls(decoder, method.plan(decoder), calibration, memory, width, free)
+        device = device_of(source.device)
+        return cls(decoder, method.plan(decoder), calibration, memory, dtype, free, device)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number."""
+        return self.dtype.itemsize
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """The blocks of the calibration set, and the tokens of one."""
+        asked: Any = self.calibration
+        if isinstance(asked.data, Calibration):
+            blocks, length = asked.data.ids.shape
+            return blocks, length
+        return asked.num_samples, asked.seq_len
 
     def estimate(self, offloaded: bool) -> Estimate:
         """What the run needs, with the layers in memory or on the disk."""
-        asked: Any = self.calibration
-        blocks, length = asked.num_samples, asked.seq_len
-        if isinstance(asked.data, Calibration):
-            blocks, length = asked.data.ids.shape
-        return estimate(self.decoder, self.plan, blocks, length, self.width, offloaded)
+        return estimate(self.decoder, self.plan, *self.shown, self.width, offloaded)
+
+    def seconds(self) -> float:
+        """How long the run takes on this machine, whose speed is measured for it."""
+        speed = Speed.measured(self.decoder, self.dtype, self.device, self.shown[1])
+        return seconds(
+            self.decoder, self.plan, *self.shown, self.width, speed, offloaded=self.offloaded
+        )
 
     @property
     def offloaded(self) -> bool:

@@ -96,7 +96,7 @@ def _rows(model: str, out: Path, run: DryRun) -> list[tuple[str, str]]:
         ("layers", "on the disk, one in memory at a time" if run.needs.offloaded else "in memory"),
         ("memory", f"about {megabytes(cost.memory)} beside Python's own{_other(run)}"),
         ("disk", f"about {megabytes(cost.disk)}, the result among them"),
-        ("time", f"about {cost.seconds:.0f} s on this machine, within a factor of two"),
+        ("time", f"about {run.seconds:.0f} s on this machine as busy as it is now"),
         ("writes", f"{out}: nothing in a dry run"),
     ]
 
@@ -137,7 +137,7 @@ def _json(
     told = {
         "parameters_before": run.decoder.num_parameters(),
         "parameters_after": run.plan.parameters,
-        "seconds": run.cost.seconds,
+        "seconds": run.seconds,
         "memory_bytes": run.cost.memory,
         "disk_bytes": run.cost.disk,
         "offloaded": run.needs.offloaded,
