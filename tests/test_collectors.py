@@ -25,6 +25,7 @@ from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.input_norms import InputMeans, InputNorms
 from grasp.stages.modular import HeadMoments
 from grasp.stages.routing import ExpertLosses, ExpertUse
+from grasp.stages.sensitivity import Sensitivities
 from grasp.stages.signals import Signals
 from grasp.stages.statistics import (
     AngularDistance,
@@ -70,6 +71,7 @@ COLLECTORS = {
     ),
     FeatureFisher: lambda decoder: FeatureFisher(paths(decoder)),
     Curvatures: lambda decoder: Curvatures(paths(decoder)),
+    Sensitivities: lambda decoder: Sensitivities(paths(decoder)),
     InputCurvatures: lambda decoder: InputCurvatures(paths(decoder)),
     InputMeans: lambda decoder: InputMeans(paths(decoder)),
     InputNorms: lambda decoder: InputNorms(paths(decoder)),

@@ -165,6 +165,14 @@ class Decoder:
         whole = sum(p.numel() for p in self.model.parameters() if p not in stored)
         return whole + sum(numbers.values())
 
+    def num_tensors(self) -> int:
+        """How many parameters the model has; a tied one counts once."""
+        return len(list(self.model.parameters()))
+
+    def module(self, path: str) -> Any:
+        """The module at a path of the model."""
+        return self.model.get_submodule(path)
+
     def num_bytes(self) -> int:
         """Bytes of those numbers, as they are stored."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())

@@ -12,38 +12,54 @@ from grasp.stages.latency import Latency
 __all__ = ["BUDGETS", "Costs", "Storage", "Time", "numbers_of"]
 
 BUDGETS = ("params", "bytes", "latency")
+INDEX = 120
+"""Bytes that the file's index takes a tensor, about."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """Numbers (`width` 0), or bytes of `width` each. A pivoted pair's places, 4 bytes a row, count
-    among bytes only. `layers`: numbers of each layer beside its matrices.
+    among bytes only. `layers`: numbers of each layer beside its matrices. `index`: bytes that a
+    tensor takes in the file beside its numbers, where they count.
     """
 
     whole: float
     layers: dict[int, int]
     width: int
     pivoted: bool
+    index: int = 0
 
     @classmethod
-    def of_model(cls, decoder: Decoder, in_bytes: bool, pivoted: bool) -> Storage:
-        """Of the model as it is now."""
+    def of_model(
+        cls, decoder: Decoder, in_bytes: bool, pivoted: bool, width: int | None = None
+    ) -> Storage:
+        """Of the model as it is now; or the file that it will be, `width` bytes a number."""
         layers = {}
         for layer in decoder.layers():
             matrices = sum(linear.parameter.numel() for linear in layer.linears.values())
             numbers = sum(one.numel() for one in layer.module.parameters())
             layers[layer.index] = numbers - matrices
-        whole = decoder.num_bytes() if in_bytes else decoder.num_parameters()
-        return cls(float(whole), layers, decoder.dtype.itemsize if in_bytes else 0, pivoted)
+        if not in_bytes:
+            return cls(float(decoder.num_parameters()), layers, 0, pivoted)
+        if width is None:
+            return cls(float(decoder.num_bytes()), layers, decoder.dtype.itemsize, pivoted)
+        whole = decoder.num_bytes() * width / decoder.dtype.itemsize
+        whole += INDEX * decoder.num_tensors()
+        return cls(whole, layers, width, pivoted, INDEX)
 
     def of(self, path: str, spread: bool = False) -> Cost:
         size = numbers_of(self.pivoted)
         if not self.width:
             return size
-        places = 4 if self.pivoted else 0
-        return lambda shape, rank: (
-            self.width * size(shape, rank) + (0 if rank is None else places * shape[0])
-        )
+        places, tensors = (4, 3) if self.pivoted else (0, 2)
+
+        def cost(shape: tuple[int, int], rank: int | None) -> float:
+            numbers = self.width * size(shape, rank)
+            if rank is None:
+                return numbers + self.index
+            return numbers + places * shape[0] + tensors * self.index
+
+        return cost
 
     def layer(self, index: int, heads: float = 1.0, channels: float = 1.0) -> float:
         return float(self.layers[index] * max(self.width, 1))

@@ -1,0 +1,125 @@
+"""How much the loss depends on every single number of a matrix.
+
+With x the input of a matrix W (out, in) and d = dL/dy the gradient at its output (loss summed over
+tokens), the diagonal of the Fisher information is `F_ij = E[d_i^2 x_j^2]`. A change E of the matrix
+that has no direction of its own, as rounding has none, raises the loss by about
+
+    1/2 sum_ij F_ij E_ij^2        nats a token
+
+F has as many numbers as W. Kept are the sums of its rows and of its columns; `F_ij` is about row_i
+column_j / whole (as Adafactor, arXiv 1804.04235, keeps second moments): the same to half a percent
+on smollm2 (docs/log.md). That takes no independence of x and d, unlike the Kronecker form `1/2 tr(D
+E X E')`, which is four times too high where tokens with huge inputs have small gradients (attention
+sinks: inputs of `v` and `down`).
+
+The columns come with what they have in common, `E[|d|^2 xx']`: the inputs' covariance, in which a
+token counts as much as its gradient. Where the columns of a matrix make up for one another's
+rounding, they do so in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from grasp.core.collector import Collector, ask_for_gradients_at
+from grasp.core.layer import Layer, Linear
+from grasp.core.linalg import wide
+from grasp.core.scratch import Scratch
+from grasp.errors import NumericsError
+
+SUMS = ("rows", "inputs")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of a matrix (out, in), means over tokens: `rows` = E[d^2 |x|^2] (out,), `inputs` = E[|d|^2
+    xx'] (in, in), `whole` = E[|d|^2 |x|^2], its trace.
+    """
+
+    rows: Float[Tensor, "out"]
+    inputs: Float[Tensor, "in in"]
+    whole: float
+
+    @property
+    def columns(self) -> Float[Tensor, "in"]:
+        """E[|d|^2 x^2], in float64."""
+        return self.inputs.diagonal().double()
+
+    def loss(self, change: Float[Tensor, "out in"]) -> float:
+        """What a change without a direction costs, in nats a token: `1/2 sum_ij F_ij E_ij^2`."""
+        if self.whole == 0.0:
+            return 0.0
+        squares = change.to("cpu", torch.float64).square()
+        return float(self.rows @ squares @ self.columns) / self.whole / 2
+
+    def loss_along(self, change: Float[Tensor, "out in"]) -> float:
+        """The same of a change whose columns make up for one another: `1/2 sum_i row_i (E inputs
+        E')_ii / whole`.
+        """
+        if self.whole == 0.0:
+            return 0.0
+        change = change.to(self.inputs)
+        outputs = ((change @ self.inputs) * change).sum(1).double()
+        return float(self.rows @ outputs) / self.whole / 2
+
+
+class Sensitivities(Collector):
+    """Table: matrix path -> `Sensitivity`. Sums: "rows.PATH", "inputs.PATH" and "tokens.PATH"."""
+
+    name: ClassVar[str] = "sensitivity"
+    backward: ClassVar[bool] = True
+
+    def __init__(self, paths: Iterable[str], scratch: Scratch | None = None):
+        super().__init__()
+        self.paths, self.scratch = tuple(paths), scratch
+
+    def _hook(self, layer: Layer, undo: ExitStack) -> None:
+        own = [linear for linear in layer.linears.values() if linear.path in self.paths]
+        if own:
+            ask_for_gradients_at(layer, undo)
+        for linear in own:
+            undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
+
+    def _forward(self, linear: Linear) -> Callable[..., None]:
+        def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            x = self._tokens(inputs[0])
+
+            def backward(grad: Tensor) -> None:
+                self._see(linear.path, wide(x), wide(self._tokens(grad)))
+
+            output.register_hook(backward)
+
+        return forward
+
+    def _see(self, path: str, x: Tensor, d: Tensor) -> None:
+        """Add tokens with inputs x (tokens, in) and gradients d (tokens, out)."""
+        squares = d.square()
+        self._add(f"rows.{path}", (x.square().sum(1) @ squares).double())
+        weighted = x * squares.sum(1, keepdim=True).sqrt()
+        self._add(f"inputs.{path}", weighted.mT @ weighted)
+        self._add(f"tokens.{path}", torch.tensor(len(x)))
+
+    def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Sensitivity]:
+        found = {}
+        for path in self.paths:
+            tokens = sums.get(f"tokens.{path}")
+            if tokens is None:
+                raise NumericsError(f"the sensitivity of '{path}' is missing; no token reached it")
+            rows, inputs = (sums[f"{name}.{path}"].cpu() / int(tokens) for name in SUMS)
+            whole = float(rows.sum())
+            if not math.isfinite(whole) or not bool(torch.isfinite(inputs).all()):
+                raise NumericsError(
+                    f"the statistics of '{path}' are not finite; try --dtype float32"
+                )
+            found[path] = Sensitivity(rows, inputs, whole)
+        return found

@@ -1,0 +1,95 @@
+"""How much the loss depends on single numbers: against gradients taken token by token."""
+
+import pytest
+import torch
+from closeness import close
+from conftest import build
+
+from grasp.core.decoder import Decoder
+from grasp.core.records import Calibration
+from grasp.core.runner import Resident
+from grasp.stages.sensitivity import Sensitivities, Sensitivity
+
+PATHS = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.v_proj")
+
+
+def seen(decoder: Decoder, path: str, data: Calibration) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs (tokens, in), gradients of the summed loss at the outputs (tokens, out))."""
+    kept: dict[str, torch.Tensor] = {}
+    module = decoder.model.get_submodule(path)
+
+    def forward(_module, inputs, output):
+        kept["x"] = inputs[0].detach()
+        output.retain_grad()
+        kept["y"] = output
+
+    xs, ds = [], []
+    handle = module.register_forward_hook(forward)
+    for block in range(data.num_blocks):
+        mask = None if data.mask is None else data.mask[block : block + 1]
+        embedded = decoder.model.get_input_embeddings()(data.ids[block : block + 1])
+        embedded = embedded.detach().requires_grad_(True)
+        logits = decoder.model(inputs_embeds=embedded, attention_mask=mask).logits[0, :-1]
+        labels = data.ids[block, 1:]
+        if mask is not None:
+            labels = labels.masked_fill(~(mask[0, 1:] & mask[0, :-1]), -100)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        real = slice(None) if mask is None else mask[0]
+        xs.append(kept["x"][0][real])
+        ds.append(kept["y"].grad[0][real])
+    handle.remove()
+    return torch.cat(xs), torch.cat(ds)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_sums_are_those_of_single_tokens(masked):
+    decoder = Decoder(build("llama"))
+    ids = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 7:] = False
+    data = Calibration(ids, "random", mask=mask if masked else None)
+    found = Resident(decoder, data).sweep([Sensitivities(PATHS)])[Sensitivities.name]
+    for path in PATHS:
+        x, d = seen(decoder, path, data)
+        tokens, size = len(x), d.square().sum(1)
+        rows = (x.square().sum(1)[:, None] * d.square()).sum(0) / tokens
+        inputs = (x * size[:, None]).mT @ x / tokens
+        assert close(found[path].rows.float(), rows)
+        assert close(found[path].inputs, inputs)
+        assert found[path].whole == pytest.approx(float(rows.sum()), rel=1e-4)
+
+
+def one_token() -> tuple[torch.Tensor, torch.Tensor, Sensitivity]:
+    """(x, d, the sensitivity of that one token)."""
+    generator = torch.Generator().manual_seed(3)
+    x, d = (torch.randn(size, generator=generator).double() for size in (5, 4))
+    squares = d.square() * x.square().sum()
+    inputs = d.square().sum() * torch.outer(x, x)
+    return x, d, Sensitivity(squares, inputs, float(squares.sum()))
+
+
+def test_of_one_token_the_diagonal_is_exact():
+    """Then F_ij = d_i^2 x_j^2 has rank one: the mean of `1/2 (d'Ex)^2` over all signs of E."""
+    x, d, found = one_token()
+    change = torch.randn(4, 5, generator=torch.Generator().manual_seed(4)).double()
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 10).double()
+    half = torch.cat([signs, torch.ones(len(signs), 10).double()], 1)  # the others do not matter
+    costs = [0.5 * float(d @ (change * sign.view(4, 5)) @ x) ** 2 for sign in half[::7]]
+    exact = 0.5 * float((torch.outer(d.square(), x.square()) * change.square()).sum())
+    assert found.loss(change) == pytest.approx(exact)
+    assert min(costs) <= exact <= max(costs)
+
+
+def test_along_the_inputs_it_is_what_the_outputs_change():
+    x, d, found = one_token()
+    change = torch.randn(4, 5, generator=torch.Generator().manual_seed(5)).double()
+    exact = 0.5 * float((d.square() * (change @ x).square()).sum())
+    assert found.loss_along(change) == pytest.approx(exact)
+    hidden = change - torch.outer(change @ x, x) / x.square().sum()  # what no output shows
+    assert found.loss_along(hidden) == pytest.approx(0.0, abs=1e-12)
+    assert found.loss(hidden) > 0
+
+
+def test_nothing_is_lost_where_no_gradient_comes():
+    nothing = Sensitivity(torch.zeros(4).double(), torch.zeros(5, 5), 0.0)
+    assert nothing.loss(torch.ones(4, 5)) == nothing.loss_along(torch.ones(4, 5)) == 0.0
