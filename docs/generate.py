@@ -253,8 +253,33 @@ def _trainings() -> str:
 
 
 def quantization() -> str:
-    """docs/quantization.md with the table of results/rank_or_bits.json."""
-    return PLACE.sub(lambda _: _bits(), QUANTIZATION.read_text(encoding="utf-8"))
+    """docs/quantization.md with the tables of results/dial.json and results/rank_or_bits.json."""
+    tables = {"dial": _dial, "rank_or_bits": _bits}
+    return PLACE.sub(lambda found: tables[found[1]](), QUANTIZATION.read_text(encoding="utf-8"))
+
+
+def _dial() -> str:
+    """One line a model, the most bytes first."""
+    path = RESULTS / "dial.json"
+    if not path.is_file():
+        return "<!-- results: dial -->\nNot measured yet.\n<!-- end -->"
+    lines = [
+        "| | MB | WikiText-2 test | PTB valid | expected rise, nats | rise |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    dense = rows["dense"]["wikitext2"]
+    for name, row in sorted(rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"])):
+        told = row["section"] in ("dial", "bits")
+        rise = math.log(row["wikitext2"] / dense)
+        lines.append(
+            f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
+            f" {row['expected_rise']:.3f} | {rise:.3f} |"
+            if told
+            else f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
+            f" | {rise:.3f} |"
+        )
+    return "\n".join(["<!-- results: dial -->", *lines, "<!-- end -->"])
 
 
 def _bits() -> str:

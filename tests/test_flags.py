@@ -83,6 +83,8 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--rounds": Flag(("0", "3", "1.5", "nan", HUGE), OURS, recipe=True),
         "--speedup": Flag(("1", "0.5", "-2", "nan", "inf", HUGE, "x"), recipe=True),
         "--width-multiple": whole(1, OURS, recipe=True), "--uniform": in_a_recipe(FREE),
+        "--size": Flag(("x", "0", "-1GB", "8XB"), recipe=True),
+        "--bits": Flag(("7", "8,,4", "8,8", ",", "x"), "--size 1MB", recipe=True),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
@@ -312,6 +314,8 @@ GIVEN = {
     "rounds": 2,
     "shape": "dense",
     "speedup": 1.5,
+    "size": "1MB",
+    "bits": [8, 16],
     "uniform": True,
     "width_multiple": 8,
     "num_samples": 1,

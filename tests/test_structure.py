@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "data": "core data errors",
     "stages": "core data stages errors",
     "methods": (
-        "core data stages methods.base methods.components methods.costs methods.low_rank"
-        " methods.parts"
+        "core data stages methods.base methods.bits methods.components methods.costs methods.dial"
+        " methods.low_rank methods.parts methods.rounding"
         " methods.plugin methods.scope methods.size methods.sparse methods.structure methods.widths"
         " errors"
     ),
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "report": "core data report errors",
     "serving": "core data serving errors",
     "compensation": "core data compensation errors",
-    "recipes": "core.fields recipes errors",
+    "recipes": "core.fields core.sizes recipes errors",
     "recipes/cell": "core.fields methods recipes errors",
     "recipes/experiment": "core methods compensation.recipe recipes errors",
     "verbs": "core data stages methods evaluation compensation serving report recipes verbs errors",

@@ -122,6 +122,13 @@ class _Quantization(Struct):
 Shape = Annotated[list[Number], Meta(min_length=2, max_length=2)]
 
 
+class _Holding(Struct):
+    part: str
+    stored: str
+    matrices: Number
+    bytes: Number
+
+
 class _Matrix(Struct):
     of: Shape
     left: Shape
@@ -146,6 +153,7 @@ class _Manifest(_Head):
     redundancy: dict[str, dict[str, float]] | UnsetType = UNSET
     layers: list[_Layer] | UnsetType = UNSET
     prediction: _Prediction | UnsetType = UNSET
+    bytes: list[_Holding] | UnsetType = UNSET
     recovery: _Recovery | UnsetType = UNSET
     quantization: _Quantization | UnsetType = UNSET
     seconds: dict[str, float] | UnsetType = UNSET

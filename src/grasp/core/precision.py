@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from grasp.core.decoder import Decoder
 
 
 def has_fast_bfloat16(device: torch.device | str) -> bool:
@@ -19,3 +23,14 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
         getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
     )
     return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
+
+
+def to_16_bits(decoder: Decoder) -> None:
+    """Let weights in 32 bits be bfloat16. Buffers stay: what is computed from positions is exact,
+    as in a model that is loaded so.
+    """
+    for parameter in decoder.model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if decoder.model.config.dtype == torch.float32:
+        decoder.model.config.dtype = torch.bfloat16

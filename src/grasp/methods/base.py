@@ -107,6 +107,16 @@ class Method(ABC):
         return False
 
     @property
+    def asked_bytes(self) -> int | None:
+        """What the weights of the result take in the file, where that is what was asked for."""
+        return None
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether the numbers of the result are stored in 16 bits, whatever was computed in."""
+        return False
+
+    @property
     def measures_time(self) -> bool:
         """Whether the edits depend on how fast this machine is."""
         return False

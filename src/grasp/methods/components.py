@@ -36,13 +36,15 @@ class Component:
 @dataclass(frozen=True)
 class Problem:
     """Components by name, and which of them go together. `parts`: the choice of every layer, and
-    of every matrix or part of a layer, for those who give each the same share.
+    of every matrix or part of a layer, for those who give each the same share. `whole`: what all of
+    it costs as it is, where no choice leaves it so.
     """
 
     components: Mapping[str, Component]
     choice: Choice
     per_layer: tuple[Choice, ...]
     uniform: tuple[Choice, ...]
+    whole: float | None = None
 
     @cached_property
     def offers(self) -> dict[str, Options]:
@@ -51,7 +53,7 @@ class Problem:
     @property
     def dense(self) -> float:
         """What all of it costs as it is."""
-        return budgets.dense(self.offers, self.choice)
+        return budgets.dense(self.offers, self.choice) if self.whole is None else self.whole
 
     @property
     def least(self) -> float:

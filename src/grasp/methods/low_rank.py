@@ -16,10 +16,10 @@ import dataclasses
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -224,13 +224,17 @@ class LowRank(Scope, Size):
         costs, found = self.costs(runner.decoder), {}
         problem = self.pose(runner, stats, costs)
         for ratio in ratios:
-            at = dataclasses.replace(
-                self, ratio=ratio, retain_ratio=None, speedup=None, budget=self.unit
-            )
+            at = self.at_ratio(ratio)
             spend = at.spend(costs, problem.dense)
             if spend >= problem.least:
                 found[ratio] = problem.rises(at.ranks(problem, spend))
         return found
+
+    def at_ratio(self, ratio: float) -> Self:
+        """The same method for another size, in the same unit."""
+        return dataclasses.replace(
+            self, ratio=ratio, retain_ratio=None, speedup=None, budget=self.unit
+        )
 
     def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:
         """What the budget chooses from: of every matrix that may be edited, its ranks."""
@@ -310,9 +314,10 @@ class LowRank(Scope, Size):
         expected: Tensor,
         rank: int,
         refit: Callable[[Tensor, Tensor], Tensor] | None = None,
+        storage: str | None = None,
     ) -> Step:
         """The pair that holds the best `rank` groups of a matrix. `refit(left, right)`: another
-        left factor for the same right one.
+        left factor for the same right one. `storage`: another one than that of the method.
         """
         kept = losses.argsort(descending=True, stable=True)[:rank].sort().values
         left, right = found.pair(linear.weight, kept)
@@ -321,7 +326,8 @@ class LowRank(Scope, Size):
         seen = float(losses[dropped].double().sum()) if self.predicts else None
         loss = stated(float(expected[rank]), seen) if seen is not None else None
         scored = Attribution(linear.path, self.score, losses, found.squares.sqrt())
-        factors = balanced(left, right) if self.storage == "pair" else pivoted(left, right)
+        is_plain = (storage or self.storage) == "pair"
+        factors = balanced(left, right) if is_plain else pivoted(left, right)
         return Step(Factorize(linear.path, *factors), noted(scored, kept, loss, seen))
 
     def _scratch(self, decoder: Decoder) -> Scratch:
@@ -335,14 +341,19 @@ def fixed(linear: Linear, cost: float) -> Component:
     return Component(linear.layer, budgets.fixed(cost), never, matrices=(linear.path,))
 
 
-def carried_out(runner: Runner, problem: Problem, sizes: Allocation) -> Iterator[Step]:
-    """The edits of all that becomes smaller; experts are taken apart before the first of them."""
+def carried_out(
+    runner: Runner, problem: Problem, sizes: Allocation, plain: Collection[str] = ()
+) -> Iterator[Step]:
+    """The edits of all that becomes smaller; experts are taken apart before the first of them.
+    `plain`: matrices whose pairs are not pivoted, however others are stored.
+    """
     for name, component, size in problem.taken(sizes):
         layer = fused_at(runner.decoder, name)
         if layer is not None:
             yield Step(SplitExperts(layer), Note(predicted_loss=0.0, seen_loss=0.0))
+        make = partial(component.make, storage="pair") if name in plain else component.make
         with runner.holding(component.layer):
-            made = runner.once(name, partial(component.make, size))
+            made = runner.once(name, partial(make, size))
         yield made
 
 

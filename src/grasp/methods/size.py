@@ -44,12 +44,16 @@ class Size(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {
+        check_one_size(self.name, self.asked_sizes)
+
+    @property
+    def asked_sizes(self) -> dict[str, object]:
+        """The flags that say how small, one of which is given."""
+        return {
             "--ratio": self.ratio,
             "--retain-ratio": self.retain_ratio,
             "--speedup": self.speedup,
         }
-        check_one_size(self.name, sizes)
 
     @property
     def share(self) -> float | None:
@@ -60,6 +64,11 @@ class Size(Method):
     def unit(self) -> str:
         """What the budget counts, one of `BUDGETS`."""
         return self.budget if self.speedup is None else "latency"
+
+    @property
+    def stored_width(self) -> int | None:
+        """Bytes of a number in the file; None: those of the model as it is."""
+        return None
 
     @property
     def measures_time(self) -> bool:
@@ -100,7 +109,7 @@ class Size(Method):
         pivoted = self.storage == "pivoted"
         if self.unit == "latency":
             return Time(Latency(decoder, pivoted))
-        return Storage.of_model(decoder, self.unit == "bytes", pivoted)
+        return Storage.of_model(decoder, self.unit == "bytes", pivoted, self.stored_width)
 
     def spend(self, costs: Costs, dense: float) -> float:
         """What the parts that may be smaller may cost together, which cost `dense` now."""

@@ -18,6 +18,7 @@ from functools import partial
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Step
+from grasp.core.experts import is_of_expert
 from grasp.core.fields import RankMultiple, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Allocation, Statistics
@@ -27,7 +28,8 @@ from grasp.errors import RecipeError
 from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.costs import Costs
-from grasp.methods.low_rank import LowRank, carried_out, decomposing_bytes, fixed
+from grasp.methods.dial import Dial
+from grasp.methods.low_rank import carried_out, decomposing_bytes, fixed
 from grasp.methods.parts import (
     DEFAULT,
     DENSE,
@@ -50,6 +52,7 @@ from grasp.stages.forecast import halves
 from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
 from grasp.stages.operations import Operations, total
 from grasp.stages.routing import ExpertLosses
+from grasp.stages.sensitivity import Sensitivities
 from grasp.stages.statistics import Similarity
 from grasp.stages.sublayers import LayerLosses
 
@@ -66,7 +69,7 @@ costs more time than it saves. smollm2 has a quarter fewer pairs so, for 0.003 n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure(LowRank):
+class Structure(Dial):
     """Base of the methods whose losses are nats, so that ranks compete with other parts."""
 
     parts: tuple[str, ...] | None = flag(
@@ -110,6 +113,12 @@ class Structure(LowRank):
         said = f"--parts {','.join(self.parts or ())}"
         if self.parts is not None and (not self.parts or len(set(self.parts)) < len(self.parts)):
             raise RecipeError(f"{said}: name at least one of {', '.join(PARTS)}, and none twice")
+        if self.rounds_weights and (self.uniform or not self.predicts):
+            what = "--uniform" if self.uniform else "scores that are not losses in nats"
+            raise RecipeError(
+                f"{self.said_bits}: not together with {what}; compress first, then round with"
+                " `grasp quantize`"
+            )
         if self.is_dense and (odd := [part for part in self.kinds if part in SPREAD]):
             raise RecipeError(
                 f"{said}: {' and '.join(odd)} leave no plain dense matrices; with"
@@ -187,6 +196,7 @@ class Structure(LowRank):
         channels = [one.count for one in places]
         narrowing = decomposing_bytes([(count, count) for count in channels])
         again = [operations.sums(decoder, linears, backward=True)] if self.again else []
+        again += [operations.weighted_inputs(linears)] if self.again and self.rounds_weights else []
         ranks = [plan.once] * rounds if RANKS in self.kinds else []
         narrower = [operations.narrowing(one.reader.shape) for one in places]
         refits = [operations.refit(one.reader.shape) for one in places]
@@ -196,12 +206,14 @@ class Structure(LowRank):
             decompositions=plan.decompositions * rounds if RANKS in self.kinds else 0,
             workspace_bytes=max(plan.workspace_bytes, narrowing),
             a_token=total([plan.a_token, *again]),
-            once=total([*ranks, *narrower, *refits]),
+            once=total([*ranks, *narrower, *refits, *([self.of_rounding(linears)] * rounds)]),
         )
 
     def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
         readers = [one.reader.path for one in self.places(decoder, linears, self.more)]
-        return operations.sums(decoder, linears, readers, backward=True)
+        found = operations.sums(decoder, linears, readers, backward=True)
+        own = operations.weighted_inputs(linears) if self.rounds_weights else {}
+        return total([found, own])
 
     def operations_once(self, linear: Linear) -> Operations:
         found = super().operations_once(linear)
@@ -227,6 +239,9 @@ class Structure(LowRank):
         readers = [one.reader.path for one in self.places(decoder, linears, parts)]
         whole: list[Collector] = [LayerLosses(decoder.family)] if LAYERS in parts else []
         whole += [ExpertLosses(decoder.family)] if EXPERTS in parts else []
+        if self.rounds_weights:
+            own = [one.path for one in linears if not is_of_expert(one)]
+            whole.append(Sensitivities(own, scratch))
         return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *whole]
 
     def places(
@@ -250,7 +265,8 @@ class Structure(LowRank):
         wide = {one.reader.path: one.reader.shape for one in places if not one.reader.is_tall}
         inputs = sum(4 * columns**2 for _, columns in wide.values())
         halves = 2 if self.predicts else 1
-        return halves * (super().sums_bytes(decoder, linears) + inputs)
+        of_bits = sum(4 * linear.shape[1] ** 2 for linear in linears) if self.rounds_weights else 0
+        return halves * (super().sums_bytes(decoder, linears) + inputs) + of_bits
 
     def most_saved(self, decoder: Decoder, linears: Sequence[Linear], costs: Costs) -> float:
         """At most: where layers may go, all but one are taken for gone."""
@@ -274,27 +290,32 @@ class Structure(LowRank):
 
     def edits(self, runner: Runner, stats: Statistics) -> Iterator[Step]:
         decoder, layers = runner.decoder, self.chosen_layers(runner.decoder, stats)
-        costs = self.costs(decoder)
+        costs, outside = self.costs(decoder), self.outside(runner)
         problem = self.posed(runner, stats, self.linears(decoder, layers), self.more, costs)
-        spend = self.target(costs, problem)
-        sizes = self.ranks(problem, spend)
+        offer = self.in_widths(decoder, stats, problem, outside)
+        spend = self.target(costs, offer.problem)
+        chosen = self.ranks(offer.problem, spend)
+        sizes = offer.sizes(chosen)
         first = narrower_first(problem, sizes)
         if not self.again or first is None:
-            yield from carried_out(runner, problem, sizes)
+            yield from self.carried_out(runner, stats, offer, chosen)
             return
         yield from carried_out(runner, problem, first)
         linears = self.linears(decoder, [layer for layer in layers if layer in decoder.kept])
         spend -= settled(problem, Allocation({**sizes.sizes, **first.sizes}), linears)
-        del problem
+        del problem, offer
         parts = [part for part in self.more if part == EXPERTS]
         asked = self.asked(decoder, linears, parts)
         again = runner.sweep(asked, "statistics of the narrower model")
         problem = self.posed(runner, again, linears, parts, costs)
-        yield from self.replacements(runner, problem, spend)
+        offer = self.in_widths(decoder, again, problem, outside)
+        yield from self.carried_out(runner, again, offer, self.ranks(offer.problem, spend))
 
     def pose(self, runner: Runner, stats: Statistics, costs: Costs) -> Problem:
-        linears = self.linears(runner.decoder, self.chosen_layers(runner.decoder, stats))
-        return self.posed(runner, stats, linears, self.more, costs)
+        decoder = runner.decoder
+        linears = self.linears(decoder, self.chosen_layers(decoder, stats))
+        problem = self.posed(runner, stats, linears, self.more, costs)
+        return self.in_widths(decoder, stats, problem, self.outside(runner)).problem
 
     def posed(
         self,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.core.fields import Place, flag, shortened
+from grasp.core.sizes import bytes_of
 from grasp.errors import RecipeError
 from grasp.recipes.part import Part
-
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-"""Bytes of what stands before the B."""
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]|[kmg]i)?b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,4 @@ class MemoryRecipe(Part):
     @property
     def most(self) -> int | None:
         """`max_memory` in bytes; None where it is not given, 0 where it is no size."""
-        if self.max_memory is None:
-            return None
-        found = SIZE.fullmatch(self.max_memory.strip())
-        return int(float(found[1]) * UNITS[(found[2] or "").lower()]) if found else 0
+        return None if self.max_memory is None else bytes_of(self.max_memory)

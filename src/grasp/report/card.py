@@ -90,7 +90,8 @@ def _quantized(told: dict[str, Any]) -> list[str]:
 def model_card(manifest: dict[str, Any], out: str) -> str:
     """Markdown with the YAML head that the Hugging Face hub reads."""
     kept = Kept.of(manifest)
-    body = [*_head(manifest, out), *_facts(manifest, kept), *_shown(kept), *_use(manifest, out)]
+    body = [*_head(manifest, out), *_facts(manifest, kept), *_shown(kept), *_bytes(manifest)]
+    body += _use(manifest, out)
     body += ["## Repeat", "", "```", *repeat(manifest, out), "```", ""]
     body += [
         "Every edit, score and hash is in `grasp.json`. Versions: "
@@ -119,6 +120,18 @@ def _shown(kept: Kept) -> list[str]:
         return []
     words = in_a_line(kept).replace("[", "(").replace("]", ")")
     return ["", "## What every layer kept", "", f"![{words}]({PICTURE})"]
+
+
+def _bytes(manifest: dict[str, Any]) -> list[str]:
+    """Where the bytes are, of a checkpoint that was made to a size."""
+    if not manifest.get("bytes"):
+        return []
+    rows = [
+        f"| {one['part']} | {one['stored']} | {one['matrices']} | {one['bytes']:,} |"
+        for one in manifest["bytes"]
+    ]
+    head = ["| part | stored in | matrices | bytes |", "|---|---|--:|--:|"]
+    return ["", "## Where the bytes are", "", *head, *rows]
 
 
 def _head(manifest: dict[str, Any], out: str) -> list[str]:

@@ -34,6 +34,8 @@ FACTOR = 3.0
 """n^3 products in the time of a Cholesky factor and of the inverse from it, both slower."""
 SORT = 30
 """Numbers touched in the time in which one is sorted."""
+FITTED = 60
+"""Numbers touched a number whose group gets a scale."""
 REMOVALS = 100
 """Numbers touched a number of H^-1, while `grasp.stages.surgeon.removal` makes it smaller."""
 
@@ -102,7 +104,21 @@ def kept_gradients(linears: Sequence[Linear]) -> Operations:
     return {"touch": 2.0 * sum(out * width for out, width in _shapes(linears))}
 
 
+def weighted_inputs(linears: Sequence[Linear]) -> Operations:
+    """Of `grasp.stages.sensitivity`: a sum of outer products of inputs for every matrix."""
+    return {"sum": 2.0 * sum(width**2 for _, width in _shapes(linears))}
+
+
 # --- once
+
+
+def rounding(shape: Shape, rows: int, widths: int) -> Operations:
+    """Of pricing a matrix in so many widths, from so many of its rows, and of rounding it
+    (`grasp.stages.rounding`): fitted scales, and columns that make up for one another.
+    """
+    out, width = shape
+    numbers = FITTED * width * (widths * min(out, rows) + 2 * out)
+    return {"double": 2 * FACTOR * width**3, "single": 2.0 * out * width**2, "touch": numbers}
 
 
 def groups(shape: Shape) -> Operations:

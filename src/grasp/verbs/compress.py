@@ -36,8 +36,10 @@ from grasp.core.edits.slicing import check_unsliced
 from grasp.core.experts import experts_stay
 from grasp.core.fields import PathLike, declared
 from grasp.core.inspecting import beside_text
+from grasp.core.inventory import inventory
 from grasp.core.journal import Journal, journal_of
 from grasp.core.models import open_model
+from grasp.core.precision import to_16_bits
 from grasp.core.processes import is_first, joined, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
@@ -162,24 +164,18 @@ def _compress(
     clock.lap("statistics")
 
     log = _carry_out(chosen, runner, stats)
+    if chosen.in_16_bits:
+        to_16_bits(decoder)
     after, rises = decoder.num_parameters(), log.rises()
     if rises is not None:
         notes = with_few_tokens(notes, data, *rises)
     clock.lap("attribution and replacement")
 
     brought = {} if plugin is None else {"plugin": os.path.abspath(plugin)}
-    recipe = {
-        "model": decoder.source,
-        "method": chosen.name,
-        **chosen.recipe(),
-        **data.recipe(),
-        "text_field": calibration.text_field,
-        "dtype": source.dtype,
-    }
     manifest = {
         "model": original,
         "method": {"name": chosen.name, "paper": chosen.paper, **chosen.recipe(), **brought},
-        "recipe": {name: value for name, value in recipe.items() if value is not None},
+        "recipe": _recipe(chosen, decoder, source, data, calibration),
         "calibration": {
             **data.to_json(),
             "bos": AS_TOKENISED if decoder.block_bos is None else EVERY_BLOCK,
@@ -192,6 +188,7 @@ def _compress(
         if stats.loss is None or rises is None
         else expectation(*rises, stats.loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
+        "bytes": [vars(row) for row in inventory(decoder)] if chosen.in_16_bits else None,
         "versions": versions(),
         "seconds": clock.laps,
         "notes": list(notes),
@@ -202,6 +199,25 @@ def _compress(
     for note in notes:
         logger.warning(note)
     return Compression(decoder, log, manifest, before, after, out)
+
+
+def _recipe(
+    method: Method,
+    decoder: Decoder,
+    source: ModelSource,
+    data: Calibration,
+    calibration: CalibrationRecipe,
+) -> dict[str, Any]:
+    """The flags that make the same checkpoint again."""
+    recipe = {
+        "model": decoder.source,
+        "method": method.name,
+        **method.recipe(),
+        **data.recipe(),
+        "text_field": calibration.text_field,
+        "dtype": source.dtype,
+    }
+    return {name: value for name, value in recipe.items() if value is not None}
 
 
 def identity(method: Method, decoder: Decoder, data: Calibration) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class DryRun:
     @property
     def num_bytes(self) -> int:
         """Of the result on disk, or of the whole model where the size follows from the scores."""
+        if self.method.asked_bytes is not None:
+            return self.method.asked_bytes
         after = self.plan.parameters
         return (self.decoder.num_parameters() if after is None else after) * self.needs.width
 

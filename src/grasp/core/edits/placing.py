@@ -68,6 +68,14 @@ def vocabulary_paths(decoder: Decoder) -> dict[str, str]:
     return {what: paths[id(end)] for what, end in ends.items() if id(end) in paths}
 
 
+def vocabulary(decoder: Decoder) -> list[str]:
+    """Paths of the embedding, and of the head where it has numbers of its own."""
+    weights: dict[int, str] = {}
+    for path in vocabulary_paths(decoder).values():
+        weights.setdefault(id(decoder.module(path).weight), path)
+    return list(weights.values())
+
+
 def remember(decoder: Decoder) -> Undo:
     """What brings back the model's class, its config, the list of layers and what became narrow in
     them (`widths.settle` puts others there) as they are now.

@@ -35,6 +35,13 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
         ("checkpoint", str(out)),
     ]
     table("", ("", ""), rows, left=2)
+    holdings = result.manifest.get("bytes", [])
+    if holdings:
+        lines = [
+            (one["part"], one["stored"], str(one["matrices"]), megabytes(one["bytes"]))
+            for one in holdings
+        ]
+        table("where the bytes are", ("part", "stored in", "matrices", "bytes"), lines, left=2)
     if as_json:
         emit(
             {

@@ -11,7 +11,6 @@ from typing import Any
 
 from grasp.core.destination import check_destination
 from grasp.core.processes import is_first
-from grasp.methods.base import Method
 from grasp.stages.enough import only_pydoc
 from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
 from grasp.verbs import compress as pipeline
@@ -29,12 +28,16 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
     check_destination(out, run.num_bytes, model)
     asked = getattr(run.method, "share", None) or options.get("ratio")
     asked = asked or (None if run.ratio is None else round(run.ratio, 4))
+    size = run.method.asked_bytes
+    if size is not None:
+        asked = max(round(1 - size / (2 * run.decoder.num_parameters()), 4), 0.0)
     expected = _expect(model, options, asked, quiet) if run.method.predicts else None
     if not is_first():  # of several processes the first speaks
         return
     table("dry run", ("", ""), _rows(model, out, run), left=2)
     if expected is not None:
-        _ladder(expected, asked, "ratio (of time)" if _is_time(run.method) else "ratio")
+        unit = {"latency": "ratio (of time)", "bytes": "ratio (of bytes)"}
+        _ladder(expected, asked, unit.get(getattr(run.method, "unit", ""), "ratio"))
     notes = (
         tuple(
             filter(None, [only_pydoc(run.needs.calibration.data), *run.method.notes(), *run.stays])
@@ -46,10 +49,6 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
         say(f"[yellow]note[/yellow] {plain(note)}")
     if as_json:
         emit(_json(run, expected, notes))
-
-
-def _is_time(method: Method) -> bool:
-    return getattr(method, "unit", "") == "latency"
 
 
 def _expect(

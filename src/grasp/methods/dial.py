@@ -1,0 +1,177 @@
+"""One dial in bytes: a method whose budget may choose bits beside ranks and channels.
+
+    --size 90MB                  ranks, channels and bits together, the embedding among them
+    --ratio 0.5 --budget bytes --bits 16,8,4
+                                 the same as a share of the bytes, with these bits
+    --size 90MB --bits 16        no rounding: fewer numbers until they fit
+
+A rounded matrix costs nats like a dropped singular group (`grasp.stages.sensitivity`), so one
+multiplier chooses among all of them (`grasp.methods.bits`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Step
+from grasp.core.fields import flag, shortened
+from grasp.core.layer import Linear
+from grasp.core.records import Allocation, Statistics
+from grasp.core.runner import Runner
+from grasp.core.sizes import at_least, bytes_of
+from grasp.errors import RecipeError
+from grasp.methods.bits import InWidths, Offered, in_widths
+from grasp.methods.components import Problem
+from grasp.methods.costs import Costs
+from grasp.methods.low_rank import LowRank, carried_out
+from grasp.methods.rounding import offered_inside, offered_outside, roundings, shapes_at
+from grasp.stages import operations
+from grasp.stages.narrowing import AXES
+from grasp.stages.operations import Operations, total
+from grasp.stages.rounding import PIVOTED_BITS, ROWS, widths
+from grasp.stages.sensitivity import Sensitivities, Sensitivity
+
+BITS = (16, 8, 6, 5, 4, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dial(LowRank):
+    """Base of the low-rank methods that can choose bits, too."""
+
+    size: str | None = flag(
+        None,
+        "Instead of --ratio: what the weights may take in the file, e.g. 90MB; ranks, channels and"
+        " bits together.",
+    )
+    bits: tuple[int, ...] | None = flag(
+        None,
+        "Bits that weights may have where the budget is in bytes: all of"
+        f" {','.join(map(str, BITS))} with --size, else 16, no rounding.",
+        words=BITS,
+        metavar="BITS,...",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and not bytes_of(self.size):
+            raise RecipeError(
+                f"--size {shortened(self.size)}: not a size; write it like 90MB or 4.5GB"
+            )
+        if self.size is not None and self.budget == "latency":
+            raise RecipeError(f"--size {self.size}: is in bytes; leave --budget {self.budget} out")
+        if self.bits is None:
+            return
+        if not self.bits or len(set(self.bits)) < len(self.bits):
+            allowed = ", ".join(map(str, BITS))
+            raise RecipeError(f"{self.said_bits}: name at least one of {allowed}, and none twice")
+        if self.rounds_weights and self.unit != "bytes":
+            raise RecipeError(
+                f"{self.said_bits}: bits are weighed in bytes; give --size, or --budget bytes"
+            )
+
+    @property
+    def said_bits(self) -> str:
+        """The flag that asks for bits, as it was given."""
+        if self.bits is None:
+            return f"--size {self.size}"
+        return f"--bits {','.join(map(str, self.bits))}"
+
+    @property
+    def offered_bits(self) -> tuple[int, ...]:
+        """Bits that weights may have."""
+        return self.bits or (BITS if self.size is not None else (16,))
+
+    @property
+    def rounds_weights(self) -> bool:
+        return any(bits < 16 for bits in self.offered_bits)
+
+    @property
+    def asked_sizes(self) -> dict[str, object]:
+        return {**super().asked_sizes, "--size": self.size}
+
+    @property
+    def unit(self) -> str:
+        return super().unit if self.size is None else "bytes"
+
+    @property
+    def asked_bytes(self) -> int | None:
+        return None if self.size is None else bytes_of(self.size)
+
+    def most_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
+        return None if self.in_16_bits else super().most_parameters(decoder, linears)
+
+    @property
+    def in_16_bits(self) -> bool:
+        return self.size is not None or self.rounds_weights
+
+    @property
+    def stored_width(self) -> int | None:
+        return 2 if self.in_16_bits else None
+
+    def at_ratio(self, ratio: float) -> Self:
+        if self.size is None:
+            return super().at_ratio(ratio)
+        return dataclasses.replace(
+            self, ratio=ratio, size=None, budget="bytes", bits=self.offered_bits
+        )
+
+    def spend(self, costs: Costs, dense: float) -> float:
+        if self.size is None:
+            return super().spend(costs, dense)
+        return bytes_of(self.size) - (costs.whole - dense)
+
+    def target(self, costs: Costs, problem: Problem) -> float:
+        if self.size is None:
+            return super().target(costs, problem)
+        spend, least = self.spend(costs, problem.dense), problem.least
+        if spend < least:
+            smallest = bytes_of(self.size) + least - spend
+            raise RecipeError(
+                f"--size {self.size}: cannot be reached; the smallest reachable is"
+                f" {at_least(smallest)} (all as small as can be)"
+            )
+        return spend
+
+    # --- bits
+
+    def of_rounding(self, linears: Sequence[Linear]) -> Operations:
+        """What pricing and rounding these matrices once takes."""
+        if not self.rounds_weights:
+            return {}
+        count = len(widths(self.offered_bits))
+        return total(operations.rounding(one.shape, ROWS, count) for one in linears)
+
+    def outside(self, runner: Runner) -> dict[str, Offered]:
+        """The widths of what is outside the layers: the embedding, and a head of its own."""
+        return offered_outside(runner, self.offered_bits) if self.rounds_weights else {}
+
+    def in_widths(
+        self,
+        decoder: Decoder,
+        stats: Statistics,
+        problem: Problem,
+        outside: Mapping[str, Offered],
+    ) -> InWidths:
+        """The problem with a width for every matrix; where none is rounded, the same problem."""
+        if not self.rounds_weights:
+            return InWidths(problem, problem)
+        found: Mapping[str, Sensitivity] = stats[Sensitivities.name]
+        offered = offered_inside(decoder, found, self.offered_bits)
+        names = [name for name in problem.components if name.rpartition(" ")[2] in AXES]
+        narrower = {name: partial(shapes_at, decoder, name) for name in names}
+        return in_widths(problem, offered, narrower, self.storage == "pivoted", outside)
+
+    def carried_out(
+        self, runner: Runner, stats: Statistics, offer: InWidths, chosen: Allocation
+    ) -> Iterator[Step]:
+        """The edits of all that becomes smaller, then those that round."""
+        rounded = offer.rounded(chosen)
+        plain = {path for path, how in rounded.items() if how.width.bits < PIVOTED_BITS}
+        yield from carried_out(runner, offer.of, offer.sizes(chosen), plain)
+        if rounded:
+            yield from roundings(runner, stats[Sensitivities.name], rounded)

@@ -1,0 +1,120 @@
+"""What may be rounded, to which widths, what that costs, and the edits that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Note, Quantize, Step
+from grasp.core.edits.base import layer_of
+from grasp.core.edits.cuts import cuts
+from grasp.core.edits.placing import vocabulary
+from grasp.core.runner import Runner
+from grasp.methods.bits import Offered, Rounding, Shapes
+from grasp.stages.narrowing import AXES
+from grasp.stages.rounding import KEPT, Width, matrices_of, prices, to_width, widths
+from grasp.stages.sensitivity import Sensitivity
+
+TRIED = 8
+"""Blocks of the calibration set on which a rounded embedding is tried."""
+OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
+"""Bits that an embedding may have, and columns that share a scale."""
+
+
+def offered_inside(
+    decoder: Decoder, found: Mapping[str, Sensitivity], bits: Sequence[int]
+) -> dict[str, Offered]:
+    """The widths of the matrices of the layers, and what each costs."""
+    offered = {}
+    for layer in decoder.layers():
+        for linear in layer.linears.values():
+            if linear.path in found:
+                with decoder.holding(linear.parameter):
+                    losses = prices(linear.weight, found[linear.path], widths(bits))
+                offered[linear.path] = _offered(linear.shape, widths(bits), losses, bits)
+    return offered
+
+
+def _offered(
+    shape: tuple[int, int], some: Sequence[Width], losses: Tensor, bits: Sequence[int]
+) -> Offered:
+    """These widths, and none where 16 bits are allowed."""
+    if 16 not in bits:
+        return Offered(shape, tuple(some), losses)
+    return Offered(shape, (None, *some), torch.cat([losses.new_zeros(1), losses]))
+
+
+def offered_outside(runner: Runner, bits: Sequence[int]) -> dict[str, Offered]:
+    """The widths of the embedding, and of a head that is not tied to it. What each costs is
+    measured: the loss on some blocks of the calibration set with that alone rounded.
+    """
+    decoder, found = runner.decoder, {}
+    some = [one for one in widths(bits) if _is_for_embeddings(one)]
+    if not some:
+        return {}
+    before = _loss(runner)
+    for path in vocabulary(decoder):
+        weight = decoder.module(path).weight
+        edits = {f"{path} in {one}": partial(_edit, decoder, path, one, None) for one in some}
+        losses = list(runner.tried(edits, TRIED, "embeddings in fewer bits").values())
+        rises = torch.tensor(losses, dtype=torch.float64) - before
+        shape = (weight.shape[0], weight.shape[1])
+        found[path] = _offered(shape, some, rises.clamp_min(0.0), bits)
+    return found
+
+
+@torch.no_grad()
+def _loss(runner: Runner) -> float:
+    """The loss of the model as it is, on the blocks that are tried, in nats a token."""
+    found = [runner.loss(block) for block in range(runner.data.num_blocks)[:TRIED]]
+    return sum(float(loss) for loss, _ in found) / sum(tokens for _, tokens in found)
+
+
+def _is_for_embeddings(width: Width) -> bool:
+    return width.bits in OUTSIDE_BITS and (width.bits == 8 or width.group_size == OUTSIDE_GROUP)
+
+
+def shapes_at(decoder: Decoder, name: str, size: int) -> Shapes:
+    """The shapes of the matrices of a part, called "3 channels", that has so many units left."""
+    index, _, part = name.partition(" ")
+    linears = decoder.layer(int(index)).linears
+    left = cuts(decoder, int(index), AXES[part], torch.arange(size))
+    return {linears[cut.path].path: cut.size(linears[cut.path].shape) for cut in left}
+
+
+def roundings(
+    runner: Runner, found: Mapping[str, Sensitivity], rounded: Mapping[str, Rounding]
+) -> Iterator[Step]:
+    """The edits that round matrices, as they are by now."""
+    decoder = runner.decoder
+    for path, how in rounded.items():
+        if layer_of(path) >= 0 and layer_of(path) not in decoder.kept:
+            continue
+        with runner.holding(layer_of(path)):
+            make = partial(_step, decoder, path, how, found.get(path))
+            step = runner.once(f"{path} in {how.width}", make)
+        if step is not None:
+            yield step
+
+
+def _step(decoder: Decoder, path: str, how: Rounding, found: Sensitivity | None) -> Step | None:
+    """None of a pair of rank 0, which has no numbers."""
+    if not matrices_of(decoder.module(path)):
+        return None
+    edit = _edit(decoder, path, how.width, found)
+    return Step(edit, Note(predicted_loss=how.loss, seen_loss=how.loss))
+
+
+def _edit(decoder: Decoder, path: str, width: Width, found: Sensitivity | None) -> Quantize:
+    """What puts the linear, pair or embedding at `path` into a width."""
+    numbers: dict[str, Tensor] = {}
+    for name, matrix in matrices_of(decoder.module(path)).items():
+        inputs = None if found is None else found.inputs
+        if inputs is not None and len(inputs) != matrix.shape[1]:
+            inputs = None  # the second factor of a pair, or narrower than it was
+        numbers |= to_width(name, matrix, width, KEPT, inputs)
+    return Quantize(path, width.scheme, width.group_size, numbers)

@@ -1,0 +1,149 @@
+"""One dial in bytes: `--size`, with bits beside ranks and channels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from closeness import close
+from conftest import WITHOUT_EXPERTS, build
+from transformers import AutoModelForCausalLM
+
+import grasp
+from grasp.core.decoder import Decoder
+from grasp.core.edits import Quantize
+from grasp.errors import RecipeError
+from grasp.verbs.compress import predict
+
+
+@pytest.fixture
+def data(calibration):
+    """Two blocks: a half each."""
+    return grasp.Calibration(calibration.ids[:2], "random")
+
+
+def in_16_bits(model) -> int:
+    return 2 * Decoder(model).num_parameters()
+
+
+def run(data, name="llama", out=None, model=None, share=0.5, **fields):
+    """Compressed to a share of what the model takes in 16 bits."""
+    model = build(name) if model is None else model
+    options = {"width_multiple": 8, "size": f"{int(share * in_16_bits(model))}B"} | fields
+    return grasp.compress(model, out, method="grasp-fisher", data=data, **options)
+
+
+def on_disk(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.glob("*.safetensors"))
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def widths(result) -> set[str]:
+    return {step.edit.scheme for step in result.log if isinstance(step.edit, Quantize)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+def test_it_fits_loads_and_says_the_same(name, data, tmp_path):
+    size = int(0.5 * in_16_bits(build(name)))
+    result = run(data, name, tmp_path / "small", size=f"{size}B")
+    assert 0.85 * size < on_disk(tmp_path / "small") <= 1.02 * size
+    assert widths(result)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert loaded.dtype == torch.bfloat16
+    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
+
+
+def test_experts_keep_16_bits(data, tmp_path):
+    result = run(data, "mixtral", tmp_path / "small", share=0.8)
+    rounded = [step.edit.path for step in result.log if isinstance(step.edit, Quantize)]
+    assert rounded and not any("experts" in path for path in rounded)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
+
+
+def test_the_manifest_says_where_the_bytes_are(data, tmp_path):
+    result = run(data, out=tmp_path / "small")
+    told = json.loads((tmp_path / "small" / "grasp.json").read_text())["bytes"]
+    assert sum(one["bytes"] for one in told) == result.decoder.num_bytes()
+    assert any("bits, groups of" in one["stored"] for one in told)
+    assert "## Where the bytes are" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_the_more_bytes_the_less_is_lost(data):
+    """What is expected of text that was not seen, and the more bits."""
+    rises = [
+        run(data, share=share).manifest["prediction"]["loss_rise"] for share in (0.35, 0.5, 0.8)
+    ]
+    assert rises[0] > rises[1] > rises[2] >= 0
+
+
+def test_bits_can_be_restricted(data):
+    assert widths(run(data, bits=(8, 4))) <= {"int8", "int4"}
+    without = run(data, share=0.9, bits=(16,))
+    assert not widths(without)
+    assert without.ratio > 0.05  # then only fewer numbers make it smaller
+
+
+def test_a_share_of_the_bytes_with_bits(data):
+    """`--ratio 0.5 --budget bytes --bits ...` is `--size` of half the bytes."""
+    by_share = run(data, size=None, ratio=0.5, budget="bytes", bits=(16, 8, 6, 5, 4, 3))
+    whole = in_16_bits(build("llama"))
+    assert 0.35 * whole < by_share.decoder.num_bytes() < 0.53 * whole  # the file's index is extra
+    assert widths(by_share)
+
+
+def test_one_round_and_two(data):
+    one, two = run(data, rounds=1, share=0.3), run(data, rounds=2, share=0.3)
+    sizes = [result.decoder.num_bytes() for result in (one, two)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+    assert widths(one) and widths(two)
+
+
+def test_what_is_left_out_keeps_16_bits(data):
+    result = run(data, share=0.7, exclude=("mlp",))
+    paths = [step.edit.path for step in result.log if isinstance(step.edit, Quantize)]
+    assert paths and not any(".mlp." in path for path in paths)
+
+
+def test_it_says_what_to_expect_at_several_ratios(data):
+    fields = {"budget": "bytes", "bits": (16, 8, 4, 3), "ratio": 0.5, "width_multiple": 8}
+    told = predict(build("llama"), [0.3, 0.5], method="grasp-fisher", data=data, **fields)
+    assert 0 <= told.rises[0.3] < told.rises[0.5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"size": "small"}, "--size small: not a size; write it like 90MB or 4.5GB"),
+        ({"size": "1MB", "ratio": 0.2}, "one of --ratio, --retain-ratio, --speedup, --size"),
+        ({"size": "1MB", "budget": "latency"}, "--size 1MB: is in bytes; leave --budget latency"),
+        ({"ratio": 0.2, "bits": (8, 4)}, "--bits 8,4: bits are weighed in bytes; give --size"),
+        ({"size": "1MB", "bits": (8, 8)}, "--bits 8,8: name at least one of 16, 8, 6, 5, 4, 3"),
+        ({"size": "1MB", "bits": (7,)}, "--bits 7: must be one of 16, 8, 6, 5, 4, 3"),
+        ({"size": "1MB", "uniform": True}, "--size 1MB: not together with --uniform"),
+        ({"size": "1MB", "score": "random", "parts": ("ranks",)}, "scores that are not losses"),
+    ],
+)
+def test_mistakes_are_one_line(fields, said, data):
+    with pytest.raises(RecipeError, match=r"^[^\n]+$") as error:
+        grasp.compress(build("llama"), method="grasp-fisher", data=data, **fields)
+    assert said in str(error.value)
+
+
+def test_a_size_that_cannot_be_reached_names_the_smallest(data):
+    with pytest.raises(RecipeError, match="--size 100B: cannot be reached") as error:
+        run(data, size="100B")
+    smallest = str(error.value).partition("reachable is ")[2].partition(" ")[0]
+    assert run(data, size=smallest).decoder.num_bytes() > 0
+
+
+def test_with_the_layers_on_the_disk_it_says_what_to_do(data, model_directory, tmp_path):
+    with pytest.raises(RecipeError, match="in memory only") as error:
+        grasp.compress(
+            model_directory, tmp_path / "out", size="40kB", data=data, offload=tmp_path / "layers"
+        )
+    assert "--max-memory" in str(error.value)
