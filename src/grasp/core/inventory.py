@@ -38,7 +38,7 @@ def inventory(decoder: Decoder) -> list[Holding]:
         seen.update(id(one) for one in own)
         size = sum(one.numel() * one.element_size() for one in own)
         if size:
-            key = part, REST if part == REST else stored_as(module)
+            key = part, "" if part == REST else stored_as(module)
             number, before = found.get(key, (0, 0))
             found[key] = number + 1, before + size
 
