@@ -260,6 +260,59 @@ def test_few_bits_are_served(tiny, tmp_path, made, bits):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
 
 
+AS_STORED = {"additional_config": {"grasp_stored_width": True}}
+
+
+def as_stored(model):
+    """(class, outputs) of every product with numbers in few bits."""
+    return [
+        (str(one.numbers.dtype), one.rows)
+        for one in model.modules()
+        if type(one).__name__ == "AtWidth"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "bits", "size"),
+    [
+        ("llama-grasp", 8, 32),
+        ("llama-grasp", 4, 64),
+        ("llama-grasp", 3, 32),
+        ("gpt2-grasp", 4, 32),
+        ("phi3-grasp-fisher", 8, 32),
+    ],
+)
+def test_few_bits_are_multiplied_as_stored(tiny, tmp_path, made, bits, size):
+    """Dense matrices, narrowed ones, pairs and pivoted pairs, none of them dequantised."""
+    path = tiny(*made.split("-", 1))[0]
+    grasp.quantize(path, tmp_path / "few", bits=bits, group_size=size)
+    expected = greedy(grasp.load(tmp_path / "few").model, PROMPTS, 12)
+    with engine(tmp_path / "few", **AS_STORED) as llm:
+        [found] = llm.apply_model(as_stored)
+        assert found and {kind for kind, _ in found} == {f"torch.{'u' * (bits < 8)}int8"}
+        for (tokens, logs), (ours, our_logs) in zip(
+            expected, served(llm, PROMPTS, 12), strict=True
+        ):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_few_bits_in_bfloat16(tiny, tmp_path, eager):
+    """Linears of several widths in one, as stored: close to transformers in float32; compiled,
+    too.
+    """
+    grasp.quantize(tiny("llama", "grasp")[0], tmp_path / "few", bits=4)
+    model = grasp.load(tmp_path / "few").model
+    options = {**AS_STORED, "dtype": "bfloat16", "enforce_eager": eager}
+    with engine(tmp_path / "few", **options) as llm:
+        assert llm.apply_model(as_stored)[0]
+        for prompt, (ours, our_logs) in zip(PROMPTS, served(llm, PROMPTS, 6), strict=True):
+            with torch.no_grad():
+                found = model(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+            logs = found.float().log_softmax(-1).gather(1, torch.tensor(ours)[:, None])[:, 0]
+            assert our_logs == pytest.approx(logs.tolist(), abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("family", "bits", "embeddings"),
     [("llama", 3, 4), ("gemma2", 6, 8), ("gpt2", 5, 6), ("qwen3", 8, 4), ("opt", 4, 8)],

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from grasp.core.layers.packing_grasp import INTEGERS, ZEROS, check_stored, dequantized, layout
+from grasp.core.layers.packing_grasp import INTEGERS, ZEROS, check_stored, layout
+from grasp.serving.stored import Stored
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Gathering:
     group_size: int
     _parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def take(self, name: str, tensor: Tensor) -> Tensor | None:
-        """The matrix, dequantised, once all its tensors are here. Raises `ValueError` for one that
+    def take(self, name: str, tensor: Tensor) -> Stored | None:
+        """The matrix once all its tensors are here. Raises `ValueError` for one that
         it does not have, or of another shape or type.
         """
         shapes = layout(self.name, *self.shape, self.scheme, self.group_size)
@@ -37,4 +38,4 @@ class Gathering:
             return None
         parts, self._parts = self._parts, {}
         numbers = (parts[self.name + INTEGERS], parts[self.name], parts.get(self.name + ZEROS))
-        return dequantized(*numbers, self.scheme, self.shape[1], self.group_size)
+        return Stored(*numbers, self.scheme, self.shape[1], self.group_size)

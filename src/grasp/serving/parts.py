@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from grasp.core.layers.packing_grasp import INTEGERS, ZEROS
 from grasp.core.layers.reading_grasp import check_floats, check_places
 from grasp.serving.gathering import Gathering
+from grasp.serving.stored import Matrix, columns_of
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -40,9 +41,9 @@ class Part:
 
     `path`: its name, for errors. `out_features`, `in_features`: of the whole matrix. `outputs`,
     `inputs`: the ranges of them that live here. `rank`: None for a dense matrix. `scheme`,
-    `group_size`: set where its matrices are stored in few bits (`packing_grasp`); they are
-    dequantised. Tensors come one by one, in any order, to `load`; each is sliced as soon as it can
-    be.
+    `group_size`: set where its matrices are stored in few bits (`packing_grasp`). `keep`: they stay
+    so, unless columns are cut through a group; else they are dequantised. Tensors come one by one,
+    in any order, to `load`; each is sliced as soon as it can be.
     """
 
     path: str
@@ -54,9 +55,12 @@ class Part:
     pivoted: bool = False
     scheme: str | None = None
     group_size: int = 1
+    keep: bool = False
     _stored: dict[str, Gathering] = field(default_factory=dict, repr=False)
-    _waiting: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _sliced: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _weight: Matrix | None = field(default=None, repr=False)
+    _places: Tensor | None = field(default=None, repr=False)
+    _order: Tensor | None = field(default=None, repr=False)
+    _sliced: dict[str, Matrix] = field(default_factory=dict, repr=False)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that the checkpoint holds of this matrix, whole."""
@@ -73,48 +77,43 @@ class Part:
         """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError`
         for a wrong name or shape.
         """
+        matrix: Matrix | None = tensor
         if self.scheme is not None and name != "places":
-            name, whole = self._gather(self.scheme, name, tensor)
-            if whole is None:
+            name, matrix = self._gather(self.scheme, name, tensor)
+            if matrix is None:
                 return
-            tensor = whole
         expected = self.shapes().get(name)
         if expected is None:
             raise ValueError(
                 f"{self.path}: the checkpoint has a '{name}', but config.json names no rank for it"
             )
-        if tuple(tensor.shape) != expected:
+        if tuple(matrix.shape) != expected:
             raise ValueError(
-                f"{self.path}.{name} has the shape {tuple(tensor.shape)}, config.json asks for"
+                f"{self.path}.{name} has the shape {tuple(matrix.shape)}, config.json asks for"
                 f" {expected}"
             )
-        if name == "places":
+        if isinstance(matrix, Tensor) and name != "places":
+            check_floats(self.path, **{name: matrix})
+        if name == "weight_in":
+            self._sliced[name] = columns_of(matrix, self.inputs).to(device, dtype)
+        elif name == "places":
             check_places(self.path, tensor)
+            self._places = tensor
         else:
-            check_floats(self.path, **{name: tensor})
-        self._waiting[name] = tensor
-        if (
-            self.pivoted
-            and name != "weight_in"
-            and not {"weight", "places"} <= self._waiting.keys()
-        ):
+            self._weight = matrix
+        weight = self._weight
+        if weight is None or (self.pivoted and self._places is None):
             return  # which rows are needed is known once both are here
-        for ready in (
-            ("weight_in",)
-            if name == "weight_in"
-            else ("weight", "places")
-            if self.pivoted
-            else ("weight",)
-        ):
-            self._sliced[ready] = (
-                self._slice(ready)
-                .to(device, torch.int64 if ready == "places" else dtype)
-                .contiguous()
-            )
-        if name != "weight_in":
-            self._waiting.clear()
+        if self._places is not None:
+            rows, order = local_places(self._places, self.outputs, self.rank or 0)
+            self._order = order.to(device)
+        else:
+            rows = torch.cat([torch.arange(span.start, span.stop) for span in self.outputs])
+        inputs = self.inputs if self.rank is None else range(weight.shape[1])
+        self._sliced["weight"] = columns_of(weight, inputs)[rows].to(device, dtype)
+        self._weight = self._places = None
 
-    def _gather(self, scheme: str, name: str, tensor: Tensor) -> tuple[str, Tensor | None]:
+    def _gather(self, scheme: str, name: str, tensor: Tensor) -> tuple[str, Matrix | None]:
         """(matrix, itself) once all its stored numbers are here."""
         matrix = name.removesuffix(INTEGERS).removesuffix(ZEROS)
         if matrix not in self.shapes():
@@ -123,34 +122,25 @@ class Part:
         if matrix not in self._stored:
             shape = (rows, columns)
             self._stored[matrix] = Gathering(self.path, matrix, shape, scheme, self.group_size)
-        return matrix, self._stored[matrix].take(name, tensor)
-
-    def _slice(self, name: str) -> Tensor:
-        tensor = self._waiting[name]
-        if name == "weight_in" or self.rank is None:
-            tensor = tensor[:, self.inputs.start : self.inputs.stop]
-        if name == "weight_in":
-            return tensor
-        if not self.pivoted:
-            return torch.cat([tensor[span.start : span.stop] for span in self.outputs])
-        needed, places = local_places(self._waiting["places"], self.outputs, self.rank or 0)
-        return places if name == "places" else tensor[needed]
+        whole = self._stored[matrix].take(name, tensor)
+        return matrix, whole if whole is None or self.keep else whole.dequantized()
 
     def missing(self) -> list[str]:
         """Names of tensors that never came."""
-        return sorted(self.shapes().keys() - self._sliced.keys())
+        here = {*self._sliced, *(() if self._order is None else ("places",))}
+        return sorted(self.shapes().keys() - here)
 
-    def first(self) -> Tensor:
+    def first(self) -> Matrix:
         """What the input is multiplied by: A (rank, in), or the matrix (out, in) if it is dense."""
         return self._sliced["weight_in" if self.rank is not None else "weight"]
 
-    def second(self) -> Tensor | None:
+    def second(self) -> Matrix | None:
         """What A's result is multiplied by: B (rows, rank). None for a dense matrix."""
         return None if self.rank is None else self._sliced["weight"]
 
     def order(self) -> Tensor | None:
         """(outputs) Where in `cat(A x, B A x)` each output is. None unless pivoted."""
-        return self._sliced.get("places")
+        return self._order
 
 
 def local_places(places: Tensor, outputs: Sequence[range], rank: int) -> tuple[Tensor, Tensor]:

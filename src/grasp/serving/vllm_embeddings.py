@@ -63,4 +63,4 @@ def dense(
             waiting[path] = Gathering(path, "weight", (len(tensor), width), *how)
         whole = waiting[path].take(last, tensor)
         if whole is not None:
-            yield f"{path}.weight", whole
+            yield f"{path}.weight", whole.dequantized()

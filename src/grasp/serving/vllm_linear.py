@@ -1,5 +1,5 @@
 """How vLLM makes, loads and runs a linear of a grasp checkpoint: the factors of `parts`, each
-multiplied by vLLM's own kernels.
+multiplied by vLLM's own kernels, or as it is stored in few bits (`at_width`).
 
 vLLM stacks q, k, v and gate, up into one linear each. Any of them may be a pair, a pivoted pair or
 dense, at any rank; families that store them as one matrix (Phi-3, GPT-2) have one pair for all.
@@ -9,12 +9,14 @@ left to vLLM.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -25,11 +27,19 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
 
 from grasp.core.layers.modeling_grasp import NAMES, GraspConfig
+from grasp.core.layers.quantized_grasp import slow_in_bfloat16
 from grasp.serving import narrowing
+from grasp.serving.at_width import AtWidth, has_kernel
 from grasp.serving.parts import Multiply, Part, Stack, global_order, padded, spans
+from grasp.serving.stored import Matrix, Stored, joined, kind, with_rows
 
+SETTING = "grasp_stored_width"
+"""In vLLM's `additional_config`: whether weights in few bits are multiplied as they are stored. By
+default where that is faster.
+"""
 logger: Any = init_logger("vllm.grasp")  # vLLM shows what begins so
 
 TENSORS = (
@@ -53,12 +63,6 @@ class LowRankConfig(QuantizationConfig):
         self.transposed = False
         narrowing.check(structure)
         self.structure = dict(structure)
-        few = sorted({r["scheme"] for r in structure.values() if r["kind"] == "quantized"})
-        if few:
-            logger.info_once(
-                "grasp: weights in %s are dequantised; there is no kernel for them here",
-                ", ".join(few),
-            )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
@@ -71,6 +75,24 @@ class LowRankConfig(QuantizationConfig):
         {} where it is not.
         """
         return narrowing.kinds(self.structure.get(path)).get(kind, {})
+
+    @cached_property
+    def at_width(self) -> set[tuple[str, int]]:
+        """(scheme, group size) of the linears that are multiplied as they are stored; asked for
+        when the first is made. The log names them, and what is dequantised.
+        """
+        few = [record for record in self.structure.values() if record["kind"] == "quantized"]
+        linears = {(r["scheme"], r["group_size"]) for r in few if "part" not in r}
+        kept = {how for how in linears if _at_width() and has_kernel(*how)}
+        dense = {f"linears in {scheme}" for scheme, _ in linears - kept}
+        dense |= {f"{r['part']} in {r['scheme']}" for r in few if "part" in r}
+        if few:
+            logger.info_once(
+                "grasp: multiplied as stored: %s; dequantised: %s",
+                ", ".join(sorted({f"linears in {scheme}" for scheme, _ in kept})) or "nothing",
+                ", ".join(sorted(dense)) or "nothing",
+            )
+        return kept
 
     @classmethod
     def get_name(cls) -> str:
@@ -178,6 +200,7 @@ class LowRankMethod(LinearMethodBase):
         self, path: str, out_features: int, in_features: int, outputs: list[range], inputs: range
     ) -> Part:
         pair, bits = self.config.of(path, "low-rank"), self.config.of(path, "quantized")
+        scheme, group_size = bits.get("scheme"), bits.get("group_size", 1)
         return Part(
             path,
             out_features,
@@ -186,8 +209,9 @@ class LowRankMethod(LinearMethodBase):
             inputs,
             pair.get("rank"),
             pair.get("pivoted", False),
-            bits.get("scheme"),
-            bits.get("group_size", 1),
+            scheme,
+            group_size,
+            scheme is not None and (scheme, group_size) in self.config.at_width,
         )
 
     def _load(
@@ -207,7 +231,7 @@ class LowRankMethod(LinearMethodBase):
         part.load(name, tensor, place.device, layer.factor_dtype)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Lay the first factors one below the other, and give every product to vLLM's kernel.
+        """Lay first factors of a kind one below the other, and give every product to a kernel.
         Raises `ValueError` where tensors are missing.
         """
         parts: list[Part] = layer.parts
@@ -218,7 +242,7 @@ class LowRankMethod(LinearMethodBase):
                     " incomplete, copy or make it again"
                 )
         order, multiple = global_order(parts), _columns(layer)
-        rows = [padded(part.first(), multiple if part.rank is not None else 1, 1) for part in parts]
+        rows = [with_rows(part.first(), 1 if part.rank is None else multiple) for part in parts]
         second = []
         for number, part in enumerate(parts):
             factor = part.second()
@@ -234,18 +258,29 @@ class LowRankMethod(LinearMethodBase):
             layer.outputs_here,
         )
         layer.parts = None  # frees the slices; `_product` keeps what is used
-        first = torch.cat(rows) if len(rows) > 1 else rows[0]
-        del rows
-        layer.first_product = self._product(layer, "first", first) if first.shape[0] else None
+        layer.first_product = self._first(layer, rows) if any(stack.sizes) else None
         layer.stack = stack
 
-    def _product(self, layer: Any, name: str, factor: Any) -> Multiply:
-        """x (..., k) -> (..., n) for a factor (n, k), by the kernel that vLLM uses for dense
-        matrices here.
+    def _first(self, layer: Any, rows: list[Matrix]) -> Multiply:
+        """x (..., k) -> (..., n), all first products: one for each run of matrices of a kind."""
+        runs = [joined(list(run)) for _, run in groupby(rows, key=kind)]
+        rows.clear()
+        products = [self._product(layer, f"first_{i}", run) for i, run in enumerate(runs)]
+        if len(products) == 1:
+            return products[0]
+        return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+    def _product(self, layer: Any, name: str, factor: Matrix) -> Multiply:
+        """x (..., k) -> (..., n) for a factor (n, k): as it is stored, or by the kernel that vLLM
+        uses for dense matrices here.
         """
         n, k = factor.shape
         if 0 in (n, k):
             return lambda x: x.new_zeros(*x.shape[:-1], n)
+        if isinstance(factor, Stored):
+            stored = AtWidth(factor, layer.factor_dtype)
+            layer.add_module(name, stored)
+            return stored
         holder: Any = nn.Module()
         holder.weight = nn.Parameter(
             padded(factor, min(16, _columns(layer)), _columns(layer)), requires_grad=False
@@ -267,6 +302,15 @@ class LowRankMethod(LinearMethodBase):
         """x (..., in) -> y (..., out), of this device."""
         output = layer.stack(x, layer.first_product)
         return output if bias is None else output + bias
+
+
+def _at_width() -> bool:
+    """Whether to multiply weights in few bits as they are stored: on CPU, where asked or faster."""
+    vllm = get_current_vllm_config()
+    said = vllm.additional_config
+    asked = said.get(SETTING) if isinstance(said, dict) else None
+    faster = vllm.model_config.dtype == torch.bfloat16 and slow_in_bfloat16()
+    return current_platform.is_cpu() and (faster if asked is None else bool(asked))
 
 
 def _plain(layer: Any) -> bool:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,12 +25,21 @@ from .reading_grasp import check_kept, features, record_of
 
 FEW_TOKENS = 8
 """Up to so many tokens the CPU's own kernels for whole-number weights are faster than a dense
-product (bfloat16).
+product (bfloat16); where it is slow in bfloat16, at any number (`slow_in_bfloat16`).
 """
 SLICE = 1 << 25
 """Numbers of a matrix that are there in floating point at a time: more are made in slices of rows
 (the head of a large vocabulary).
 """
+
+
+@cache
+def slow_in_bfloat16() -> bool:
+    """Whether this processor has AVX2 or AVX512, which those kernels use, but no units for products
+    in bfloat16.
+    """
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx2")) and not (able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 class QuantizedLinear(nn.Linear):
@@ -134,14 +144,15 @@ class QuantizedLinear(nn.Linear):
             return self._dynamic(name, input)
         kernel = {"int8": self._int8_product, "int4": self._int4_product}.get(self.scheme)
         rows, columns = self.shapes[name]
-        few = (
-            0 < input.numel() <= FEW_TOKENS * columns
+        fast = (
+            input.numel()
+            and (input.numel() <= FEW_TOKENS * columns or slow_in_bfloat16())
             and rows
             and input.is_cpu
             and not torch.compiler.is_compiling()
             and input.dtype == getattr(self, name).dtype == torch.bfloat16
         )
-        if kernel is None or not few:
+        if kernel is None or not fast:
             return self._dense(name, input)
         return kernel(name, input.reshape(-1, columns)).reshape(*input.shape[:-1], rows)
 
