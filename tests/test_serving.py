@@ -264,7 +264,7 @@ AS_STORED = {"additional_config": {"grasp_stored_width": True}}
 
 
 def as_stored(model):
-    """(class, outputs) of every product with numbers in few bits."""
+    """(type, outputs) of every product with numbers in few bits."""
     return [
         (str(one.numbers.dtype), one.rows)
         for one in model.modules()
@@ -298,9 +298,7 @@ def test_few_bits_are_multiplied_as_stored(tiny, tmp_path, made, bits, size):
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_few_bits_in_bfloat16(tiny, tmp_path, eager):
-    """Linears of several widths in one, as stored: close to transformers in float32; compiled,
-    too.
-    """
+    """As stored, also compiled: close to transformers in float32."""
     grasp.quantize(tiny("llama", "grasp")[0], tmp_path / "few", bits=4)
     model = grasp.load(tmp_path / "few").model
     options = {**AS_STORED, "dtype": "bfloat16", "enforce_eager": eager}
@@ -360,12 +358,17 @@ def test_sixteen_bits(tiny, method):
             )
 
 
-def test_two_devices_give_the_same_tokens(tiny, tmp_path):
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_two_devices_give_the_same_tokens(tiny, tmp_path, bits):
     """Tensor parallelism for real: two processes, every factor and every narrowed MLP split as
-    docs/serving.md says.
+    docs/serving.md says; in few bits too, some of whose groups are cut.
     """
-    path, expected = tiny("llama")
-    code = TWO.format(path=str(path), prompts=PROMPTS)
+    path, expected = tiny("llama", *([] if bits is None else ["grasp"]))
+    if bits is not None:
+        grasp.quantize(path, tmp_path / "few", bits=bits)
+        path = tmp_path / "few"
+        expected = greedy(grasp.load(path).model, PROMPTS, 12)
+    code = TWO.format(path=str(path), prompts=PROMPTS, more=AS_STORED)
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -389,7 +392,7 @@ import json
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM("{path}", dtype="float32", enforce_eager=True, max_model_len=64, \
-tensor_parallel_size=2)
+tensor_parallel_size=2, **{more})
     how = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     out = llm.generate([dict(prompt_token_ids=ids) for ids in {prompts}], how, use_tqdm=False)
     print("FOUND", json.dumps([list(one.outputs[0].token_ids) for one in out]), flush=True)

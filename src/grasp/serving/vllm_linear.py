@@ -241,6 +241,12 @@ class LowRankMethod(LinearMethodBase):
                     f"{part.path}: the checkpoint lacks {' and '.join(part.missing())}; it is"
                     " incomplete, copy or make it again"
                 )
+            if part.keep and not isinstance(part.first(), Stored):
+                logger.info_once(
+                    "grasp: dequantised too: linears whose inputs the devices share amid a group of"
+                    " %d",
+                    part.group_size,
+                )
         order, multiple = global_order(parts), _columns(layer)
         rows = [with_rows(part.first(), 1 if part.rank is None else multiple) for part in parts]
         second = []
