@@ -77,11 +77,12 @@ class Part:
         """Take one whole tensor of the checkpoint and keep what is needed here. Raises `ValueError`
         for a wrong name or shape.
         """
-        matrix: Matrix | None = tensor
+        matrix: Matrix = tensor
         if self.scheme is not None and name != "places":
-            name, matrix = self._gather(self.scheme, name, tensor)
-            if matrix is None:
+            name, gathered = self._gather(self.scheme, name, tensor)
+            if gathered is None:
                 return
+            matrix = gathered
         expected = self.shapes().get(name)
         if expected is None:
             raise ValueError(

@@ -30,6 +30,10 @@ class Stored:
         """(rows, columns) of the matrix."""
         return self.qdata.shape[0], self.columns
 
+    @property
+    def device(self) -> torch.device:
+        return self.qdata.device
+
     def __getitem__(self, rows: Tensor) -> Stored:
         """The rows with these numbers."""
         zero = None if self.zero is None else self.zero[rows]

@@ -249,11 +249,13 @@ class LowRankMethod(LinearMethodBase):
                 )
         order, multiple = global_order(parts), _columns(layer)
         rows = [with_rows(part.first(), 1 if part.rank is None else multiple) for part in parts]
-        second = []
+        second: list[Multiply | None] = []
         for number, part in enumerate(parts):
             factor = part.second()
-            needed = factor is not None and (factor.shape[0] > 0 or not part.pivoted)
-            second.append(self._product(layer, f"second_{number}", factor) if needed else None)
+            if factor is None or (part.pivoted and not factor.shape[0]):
+                second.append(None)
+            else:
+                second.append(self._product(layer, f"second_{number}", factor))
         widths = [part.first().shape[0] for part in parts]
         stack = Stack(
             [r.shape[0] for r in rows],

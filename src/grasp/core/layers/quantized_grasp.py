@@ -38,7 +38,7 @@ def slow_in_bfloat16() -> bool:
     """Whether this processor has AVX2 or AVX512, which those kernels use, but no units for products
     in bfloat16.
     """
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx2")) and not (able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
