@@ -269,7 +269,9 @@ def _dial() -> str:
     ]
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     dense = rows["dense"]["wikitext2"]
-    for name, row in sorted(rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"])):
+    for name, row in sorted(
+        rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"])
+    ):
         told = row["section"] in ("dial", "bits")
         rise = math.log(row["wikitext2"] / dense)
         lines.append(
