@@ -88,6 +88,13 @@ def test_bits_can_be_restricted(data):
     assert without.ratio > 0.05  # then only fewer numbers make it smaller
 
 
+def test_group_sizes_can_be_restricted(data):
+    result = run(data, group_sizes=(128,))
+    edits = [step.edit for step in result.log if isinstance(step.edit, Quantize)]
+    inside = [edit for edit in edits if edit.layers and edit.scheme != "int8"]
+    assert inside and {edit.group_size for edit in inside} == {128}
+
+
 def test_a_share_of_the_bytes_with_bits(data):
     """`--ratio 0.5 --budget bytes --bits ...` is `--size` of half the bytes."""
     by_share = run(data, size=None, ratio=0.5, budget="bytes", bits=(16, 8, 6, 5, 4, 3))
@@ -124,6 +131,11 @@ def test_it_says_what_to_expect_at_several_ratios(data):
         ({"ratio": 0.2, "bits": (8, 4)}, "--bits 8,4: bits are weighed in bytes; give --size"),
         ({"size": "1MB", "bits": (8, 8)}, "--bits 8,8: name at least one of 16, 8, 6, 5, 4, 3"),
         ({"size": "1MB", "bits": (7,)}, "--bits 7: must be one of 16, 8, 6, 5, 4, 3"),
+        ({"size": "1MB", "group_sizes": (64, 64)}, "--group-sizes 64,64: name at least one"),
+        (
+            {"size": "1MB", "group_sizes": (48,)},
+            "--group-sizes 48: must be one of 32, 64, 128, 256",
+        ),
         ({"size": "1MB", "uniform": True}, "--size 1MB: not together with --uniform"),
         ({"size": "1MB", "score": "random", "parts": ("ranks",)}, "scores that are not losses"),
     ],

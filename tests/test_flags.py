@@ -85,6 +85,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--width-multiple": whole(1, OURS, recipe=True), "--uniform": in_a_recipe(FREE),
         "--size": Flag(("x", "0", "-1GB", "8XB"), recipe=True),
         "--bits": Flag(("7", "8,,4", "8,8", ",", "x"), "--size 1MB", recipe=True),
+        "--group-sizes": Flag(("48", "64,64", ",", "x"), "--size 1MB", recipe=True),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
@@ -316,6 +317,7 @@ GIVEN = {
     "speedup": 1.5,
     "size": "1MB",
     "bits": [8, 16],
+    "group_sizes": [64],
     "uniform": True,
     "width_multiple": 8,
     "num_samples": 1,

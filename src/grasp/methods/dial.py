@@ -33,7 +33,7 @@ from grasp.methods.rounding import offered_inside, offered_outside, roundings, s
 from grasp.stages import operations
 from grasp.stages.narrowing import AXES
 from grasp.stages.operations import Operations, total
-from grasp.stages.rounding import PIVOTED_BITS, ROWS, widths
+from grasp.stages.rounding import GROUPS, PIVOTED_BITS, ROWS, widths
 from grasp.stages.sensitivity import Sensitivities, Sensitivity
 
 BITS = (16, 8, 6, 5, 4, 3)
@@ -56,8 +56,18 @@ class Dial(LowRank):
         metavar="BITS,...",
     )
 
+    group_sizes: tuple[int, ...] = flag(
+        GROUPS,
+        "Weights that may share a scale, below 8 bits; servers' kernels may ask for one of them.",
+        words=(32, 64, 128, 256),
+        metavar="SIZE,...",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.group_sizes or len(set(self.group_sizes)) < len(self.group_sizes):
+            said = ",".join(map(str, self.group_sizes))
+            raise RecipeError(f"--group-sizes {said}: name at least one, and none twice")
         if self.size is not None and not bytes_of(self.size):
             raise RecipeError(
                 f"--size {shortened(self.size)}: not a size; write it like 90MB or 4.5GB"
@@ -143,7 +153,7 @@ class Dial(LowRank):
         """What pricing and rounding these matrices once takes."""
         if not self.rounds_weights:
             return {}
-        count = len(widths(self.offered_bits))
+        count = len(widths(self.offered_bits, self.group_sizes))
         return total(operations.rounding(one.shape, ROWS, count) for one in linears)
 
     def outside(self, runner: Runner) -> dict[str, Offered]:
@@ -161,7 +171,7 @@ class Dial(LowRank):
         if not self.rounds_weights:
             return InWidths(problem, problem)
         found: Mapping[str, Sensitivity] = stats[Sensitivities.name]
-        offered = offered_inside(decoder, found, self.offered_bits)
+        offered = offered_inside(decoder, found, self.offered_bits, self.group_sizes)
         names = [name for name in problem.components if name.rpartition(" ")[2] in AXES]
         narrower = {name: partial(shapes_at, decoder, name) for name in names}
         return in_widths(problem, offered, narrower, self.storage == "pivoted", outside)

@@ -26,16 +26,19 @@ OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
 
 
 def offered_inside(
-    decoder: Decoder, found: Mapping[str, Sensitivity], bits: Sequence[int]
+    decoder: Decoder,
+    found: Mapping[str, Sensitivity],
+    bits: Sequence[int],
+    groups: Sequence[int],
 ) -> dict[str, Offered]:
     """The widths of the matrices of the layers, and what each costs."""
-    offered = {}
+    some, offered = widths(bits, groups), {}
     for layer in decoder.layers():
         for linear in layer.linears.values():
             if linear.path in found:
                 with decoder.holding(linear.parameter):
-                    losses = prices(linear.weight, found[linear.path], widths(bits))
-                offered[linear.path] = _offered(linear.shape, widths(bits), losses, bits)
+                    losses = prices(linear.weight, found[linear.path], some)
+                offered[linear.path] = _offered(linear.shape, some, losses, bits)
     return offered
 
 

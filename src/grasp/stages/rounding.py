@@ -83,13 +83,15 @@ class Width:
         return f"{self.bits} bits" + (f"/{self.group_size}" if is_grouped(self.scheme) else "")
 
 
-def widths(bits: Sequence[int]) -> tuple[Width, ...]:
-    """All ways to store a matrix in one of these numbers of bits; 16 is no rounding."""
+def widths(bits: Sequence[int], groups: Sequence[int] = GROUPS) -> tuple[Width, ...]:
+    """All ways to store a matrix in one of these numbers of bits, in groups of these sizes; 16 is
+    no rounding.
+    """
     return tuple(
         Width(f"int{one}", size)
         for one in bits
         if one < 16
-        for size in (GROUPS if one < 8 else GROUPS[:1])
+        for size in (groups if one < 8 else groups[:1])
     )
 
 
