@@ -16,6 +16,10 @@ from grasp.errors import RecipeError
 from grasp.verbs.compress import predict
 
 
+QUICK = ("llama", "gpt2", "phi3", "gemma2", "opt")
+"""Families that differ in what is stored; the others take their time."""
+
+
 @pytest.fixture
 def data(calibration):
     """Two blocks: a half each."""
@@ -46,7 +50,13 @@ def widths(result) -> set[str]:
     return {step.edit.scheme for step in result.log if isinstance(step.edit, Quantize)}
 
 
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in WITHOUT_EXPERTS
+    ],
+)
 def test_it_fits_loads_and_says_the_same(name, data, tmp_path):
     size = int(0.5 * in_16_bits(build(name)))
     result = run(data, name, tmp_path / "small", size=f"{size}B")

@@ -42,7 +42,9 @@ def edit(decoder: Decoder, path: str, scheme: str) -> Quantize:
     return Quantize(path, scheme, 32, rounded("weight", weight, scheme, 32, weight.dtype))
 
 
-@pytest.mark.parametrize("embeddings", [8, 6, 4])
+@pytest.mark.parametrize(
+    "embeddings", [4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 6))]
+)
 def test_every_family(family, embeddings, tmp_path):
     """Saved, loaded, saved again, copied, cast, dequantised: the same model, tied where it was."""
     model = build(family)

@@ -95,7 +95,13 @@ def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(scheme, marks=() if scheme in ("int4", "int3") else pytest.mark.slow)
+        for scheme in SCHEMES
+    ],
+)
 def test_every_family_quantizes_reloads_and_generates(family, scheme, tmp_path):
     dense = build(family, dtype=torch.bfloat16 if scheme in ("int4", "int3") else torch.float32)
     before = logits(dense)
