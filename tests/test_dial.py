@@ -15,7 +15,6 @@ from grasp.core.edits import Quantize
 from grasp.errors import RecipeError
 from grasp.verbs.compress import predict
 
-
 QUICK = ("llama", "gpt2", "phi3", "gemma2", "opt")
 """Families that differ in what is stored; the others take their time."""
 
