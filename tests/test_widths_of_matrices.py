@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import save
 
 from grasp.core.layers.low_rank_grasp import LowRankLinear
-from grasp.core.rounding import rounded, stored
+from grasp.core.rounding import matrices_of, rounded, stored
 from grasp.methods.costs import INDEX
 from grasp.stages.rounding import (
     KEPT,
     Width,
     fed_back,
     fitted,
-    matrices_of,
     pair_bytes,
     prices,
     to_width,
@@ -123,7 +122,7 @@ def sensitivity(rows: int, columns: int) -> Sensitivity:
     inputs = covariance(columns)
     share = random(rows, seed=7).square().double()
     whole = float(inputs.trace())
-    return Sensitivity(share / share.sum() * whole, inputs, whole)
+    return Sensitivity(share / share.sum() * whole, inputs, whole, 1)
 
 
 def test_prices_are_the_quadratic_form_of_what_is_left():

@@ -12,10 +12,14 @@ lower the error (docs/log.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from grasp.core.layer import is_low_rank
 from grasp.core.layers.packing_grasp import BITS, INTEGERS, ZEROS, is_grouped, packed
 from grasp.core.layers.quantized_grasp import SLICE
 
@@ -30,11 +34,27 @@ def rounded(
     """The stored tensors of the matrix `name`, its numbers rounded to the nearest, with scales in
     `dtype`.
     """
-    step = max(1, SLICE // max(1, matrix.shape[1]))
-    if len(matrix) > step:  # of a large vocabulary
-        parts = [rounded(name, rows, scheme, group_size, dtype) for rows in matrix.split(step)]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    matrix = matrix.detach().float()
+    return in_slices(
+        matrix, lambda rows: _rounded(name, rows.detach().float(), scheme, group_size, dtype)
+    )
+
+
+def in_slices(
+    matrix: Float[Tensor, "rows columns"],
+    make: Callable[[Tensor], dict[str, Tensor]],
+    numbers: int = SLICE,
+) -> dict[str, Tensor]:
+    """What `make` makes of the rows of a matrix, so many numbers at a time: a large vocabulary is
+    never there whole in floats.
+    """
+    parts = [make(rows) for rows in matrix.split(max(1, numbers // max(1, matrix.shape[1])))]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _rounded(
+    name: str, matrix: Tensor, scheme: str, group_size: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """`rounded`, of rows in float32."""
     if is_grouped(scheme):
         numbers, scale, zero = _min_max(matrix, BITS[scheme], group_size, dtype)
         return stored(name, numbers, scale, zero, scheme)
@@ -74,15 +94,55 @@ def _min_max(
     """(q (rows, columns), scales (rows, groups), zeros (rows, groups)); the zero is what the middle
     number, 2^(bits - 1), stands for.
     """
-    rows, columns = matrix.shape
-    groups = -(-columns // group_size)
-    # a short last group: repeating a number moves neither end of its range
-    room = matrix[:, -1:].expand(rows, groups * group_size - columns)
-    grouped = torch.cat((matrix, room), dim=1).unflatten(1, (groups, group_size))
-    low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
-    middle = 2 ** (bits - 1)
+    x = grouped(matrix, group_size)
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(dtype).tiny)
-    scale, zero = step.to(dtype), (low + step * middle).to(dtype)
-    start = zero.float() - scale.float() * middle
-    numbers = ((grouped - start[..., None]) / scale.float()[..., None]).round()
-    return numbers.clamp(0, 2**bits - 1).to(torch.uint8).flatten(1)[:, :columns], scale, zero
+    scale, zero = step.to(dtype), (low + step * 2 ** (bits - 1)).to(dtype)
+    numbers = nearest(x, scale, zero, bits).to(torch.uint8)
+    return numbers.flatten(1)[:, : matrix.shape[1]], scale[..., 0], zero[..., 0]
+
+
+def grouped(
+    matrix: Float[Tensor, "rows columns"], size: int, room: float | None = None
+) -> Float[Tensor, "rows groups size"]:
+    """The columns in groups. A short last one repeats its last column, which moves neither end of
+    its range; or has `room` in it.
+    """
+    missing = -matrix.shape[1] % size
+    if missing:
+        last = matrix[:, -1:] if room is None else torch.full_like(matrix[:, -1:], room)
+        matrix = torch.cat([matrix, last.expand(len(matrix), missing)], dim=1)
+    return matrix.unflatten(1, (-1, size))
+
+
+def nearest(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The whole numbers, as floats, whose meaning `scale (q - 2^(bits - 1)) + zero` is nearest to
+    x.
+    """
+    step = scale.float()
+    return ((x - _start(step, zero, bits)) / step).round_().clamp_(0, 2**bits - 1)
+
+
+def meaning(q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """What whole numbers stand for, in float32."""
+    step = scale.float()
+    return q * step + _start(step, zero, bits)
+
+
+def _start(step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """What the number 0 stands for."""
+    return zero.float() - step * 2 ** (bits - 1)
+
+
+@torch.no_grad()
+def matrices_of(module: Any) -> dict[str, Float[Tensor, "rows columns"]]:
+    """The matrices of a linear, a pair or an embedding by name, ready to be rounded; none of a pair
+    of rank 0.
+    """
+    if not is_low_rank(module):
+        weight = module.weight.detach()
+        is_stored_so = isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        return {"weight": weight if is_stored_so else weight.T}
+    if module.rank == 0:
+        return {}
+    return {"weight": module.weight.detach(), "weight_in": module.weight_in.detach()}

@@ -35,22 +35,21 @@ from grasp.core.linalg import wide
 from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
 
-SUMS = ("rows", "inputs")
-
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a matrix (out, in), means over tokens: `rows` = E[d^2 |x|^2] (out,), `inputs` = E[|d|^2
-    xx'] (in, in), `whole` = E[|d|^2 |x|^2], its trace.
+    """Of a matrix (out, in), sums over `tokens`: `rows` of d^2 |x|^2 (out,), `inputs` of |d|^2 xx'
+    (in, in), `whole` of |d|^2 |x|^2, its trace.
     """
 
     rows: Float[Tensor, "out"]
     inputs: Float[Tensor, "in in"]
     whole: float
+    tokens: int
 
     @property
     def columns(self) -> Float[Tensor, "in"]:
-        """E[|d|^2 x^2], in float64."""
+        """The sum of |d|^2 x^2, in float64."""
         return self.inputs.diagonal().double()
 
     def loss(self, change: Float[Tensor, "out in"]) -> float:
@@ -58,17 +57,17 @@ class Sensitivity:
         if self.whole == 0.0:
             return 0.0
         squares = change.to("cpu", torch.float64).square()
-        return float(self.rows @ squares @ self.columns) / self.whole / 2
+        return float(self.rows @ squares @ self.columns) / self.whole / self.tokens / 2
 
     def loss_along(self, change: Float[Tensor, "out in"]) -> float:
         """The same of a change whose columns make up for one another: `1/2 sum_i row_i (E inputs
-        E')_ii / whole`.
+        E')_ii / whole`, a token.
         """
         if self.whole == 0.0:
             return 0.0
         change = change.to(self.inputs)
         outputs = ((change @ self.inputs) * change).sum(1).double()
-        return float(self.rows @ outputs) / self.whole / 2
+        return float(self.rows @ outputs) / self.whole / self.tokens / 2
 
 
 class Sensitivities(Collector):
@@ -115,11 +114,11 @@ class Sensitivities(Collector):
             tokens = sums.get(f"tokens.{path}")
             if tokens is None:
                 raise NumericsError(f"the sensitivity of '{path}' is missing; no token reached it")
-            rows, inputs = (sums[f"{name}.{path}"].cpu() / int(tokens) for name in SUMS)
+            rows, inputs = (sums[f"{name}.{path}"].cpu() for name in ("rows", "inputs"))
             whole = float(rows.sum())
             if not math.isfinite(whole) or not bool(torch.isfinite(inputs).all()):
                 raise NumericsError(
                     f"the statistics of '{path}' are not finite; try --dtype float32"
                 )
-            found[path] = Sensitivity(rows, inputs, whole)
+            found[path] = Sensitivity(rows, inputs, whole, int(tokens))
         return found

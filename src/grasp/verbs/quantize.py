@@ -24,9 +24,9 @@ from grasp.core.classes import settle_class
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize
-from grasp.core.edits.placing import vocabulary_paths
+from grasp.core.edits.placing import vocabulary
 from grasp.core.fields import PathLike
-from grasp.core.layer import is_low_rank, is_quantized, matrix_in
+from grasp.core.layer import is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
 from grasp.core.layers.quantized_grasp import SLICE
 from grasp.core.manifest import MANIFEST, read_manifest
@@ -34,7 +34,7 @@ from grasp.core.models import open_model
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
-from grasp.core.rounding import rounded
+from grasp.core.rounding import matrices_of, rounded
 from grasp.core.seal import SEAL
 from grasp.errors import RecipeError
 from grasp.recipes.keywords import keywords
@@ -201,11 +201,11 @@ def _round_all(
         if matrix_in(layer, name) is not None
     }
     if recipe.embeddings < 16:
-        schemes |= dict.fromkeys(_untied(decoder), f"int{recipe.embeddings}")
+        schemes |= dict.fromkeys(vocabulary(decoder), f"int{recipe.embeddings}")
     for done, (path, scheme) in enumerate(schemes.items()):
         progress("rounding", done, len(schemes))
         module: Any = decoder.model.get_submodule(path)
-        matrices = _matrices(module)
+        matrices = matrices_of(module)
         if not matrices:
             continue
         tensors: dict[str, Tensor] = {}
@@ -218,13 +218,6 @@ def _round_all(
     progress("rounding", len(schemes), len(schemes))
 
 
-def _untied(decoder: Decoder) -> list[str]:
-    """Paths of the embedding, and of the head where it is not tied to it."""
-    paths = vocabulary_paths(decoder).values()
-    found: Any = {decoder.model.get_submodule(path).weight: path for path in reversed([*paths])}
-    return [*reversed([*found.values()])]
-
-
 def _error(module: Any, name: str, matrix: Tensor) -> float:
     """Norm of what rounding changed, over that of the matrix; in slices of rows."""
     change = whole = 0.0
@@ -235,17 +228,3 @@ def _error(module: Any, name: str, matrix: Tensor) -> float:
         change += float((module.dequantized(name, rows).float() - here).square().sum())
         whole += float(here.square().sum())
     return (change / max(whole, torch.finfo(torch.float32).tiny)) ** 0.5
-
-
-@torch.no_grad()
-def _matrices(module: Any) -> dict[str, Tensor]:
-    """The matrices (rows, columns) of a linear, pair or embedding, ready to be rounded; none of a
-    pair of rank 0.
-    """
-    if not is_low_rank(module):
-        weight = module.weight.detach()
-        is_stored_so = isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-        return {"weight": weight if is_stored_so else weight.T}
-    if module.rank == 0:
-        return {}
-    return {"weight": module.weight.detach(), "weight_in": module.weight_in.detach()}
