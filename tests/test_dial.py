@@ -70,6 +70,7 @@ def test_experts_keep_16_bits(data, tmp_path):
     result = run(data, "mixtral", tmp_path / "small", share=0.8)
     rounded = [step.edit.path for step in result.log if isinstance(step.edit, Quantize)]
     assert rounded and not any("experts" in path for path in rounded)
+    assert any("experts are not rounded" in note for note in result.manifest["notes"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert close(logits(loaded, data.ids), logits(result.model, data.ids))
 
@@ -102,6 +103,8 @@ def test_group_sizes_can_be_restricted(data):
     edits = [step.edit for step in result.log if isinstance(step.edit, Quantize)]
     inside = [edit for edit in edits if edit.layers and edit.scheme != "int8"]
     assert inside and {edit.group_size for edit in inside} == {128}
+    outside = [edit for edit in edits if not edit.layers and edit.scheme != "int8"]
+    assert all(edit.group_size == 128 for edit in outside)
 
 
 def test_a_share_of_the_bytes_with_bits(data):

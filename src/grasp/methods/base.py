@@ -112,6 +112,11 @@ class Method(ABC):
         return None
 
     @property
+    def rounds_weights(self) -> bool:
+        """Whether weights may get fewer than 16 bits."""
+        return False
+
+    @property
     def in_16_bits(self) -> bool:
         """Whether the numbers of the result are stored in 16 bits, whatever was computed in."""
         return False

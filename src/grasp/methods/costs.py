@@ -31,9 +31,9 @@ class Storage:
 
     @classmethod
     def of_model(
-        cls, decoder: Decoder, in_bytes: bool, pivoted: bool, width: int | None = None
+        cls, decoder: Decoder, in_bytes: bool, pivoted: bool, in_16_bits: bool = False
     ) -> Storage:
-        """Of the model as it is now; or the file that it will be, `width` bytes a number."""
+        """Of the model as it is now; or the file that it will be, with numbers in 16 bits."""
         layers = {}
         for layer in decoder.layers():
             matrices = sum(linear.parameter.numel() for linear in layer.linears.values())
@@ -41,11 +41,10 @@ class Storage:
             layers[layer.index] = numbers - matrices
         if not in_bytes:
             return cls(float(decoder.num_parameters()), layers, 0, pivoted)
-        if width is None:
+        if not in_16_bits:
             return cls(float(decoder.num_bytes()), layers, decoder.dtype.itemsize, pivoted)
-        whole = decoder.num_bytes() * width / decoder.dtype.itemsize
-        whole += INDEX * decoder.num_tensors()
-        return cls(whole, layers, width, pivoted, INDEX)
+        whole = decoder.num_bytes() * 2 / decoder.dtype.itemsize + INDEX * decoder.num_tensors()
+        return cls(whole, layers, 2, pivoted, INDEX)
 
     def of(self, path: str, spread: bool = False) -> Cost:
         size = numbers_of(self.pivoted)

@@ -119,10 +119,6 @@ class Dial(LowRank):
     def in_16_bits(self) -> bool:
         return self.size is not None or self.rounds_weights
 
-    @property
-    def stored_width(self) -> int | None:
-        return 2 if self.in_16_bits else None
-
     def at_ratio(self, ratio: float) -> Self:
         if self.size is None:
             return super().at_ratio(ratio)
@@ -131,16 +127,16 @@ class Dial(LowRank):
         )
 
     def spend(self, costs: Costs, dense: float) -> float:
-        if self.size is None:
+        if self.asked_bytes is None:
             return super().spend(costs, dense)
-        return bytes_of(self.size) - (costs.whole - dense)
+        return self.asked_bytes - (costs.whole - dense)
 
     def target(self, costs: Costs, problem: Problem) -> float:
-        if self.size is None:
+        if self.asked_bytes is None:
             return super().target(costs, problem)
         spend, least = self.spend(costs, problem.dense), problem.least
         if spend < least:
-            smallest = bytes_of(self.size) + least - spend
+            smallest = self.asked_bytes + least - spend
             raise RecipeError(
                 f"--size {self.size}: cannot be reached; the smallest reachable is"
                 f" {at_least(smallest)} (all as small as can be)"
@@ -158,7 +154,9 @@ class Dial(LowRank):
 
     def outside(self, runner: Runner) -> dict[str, Offered]:
         """The widths of what is outside the layers: the embedding, and a head of its own."""
-        return offered_outside(runner, self.offered_bits) if self.rounds_weights else {}
+        if not self.rounds_weights:
+            return {}
+        return offered_outside(runner, self.offered_bits, self.group_sizes)
 
     def in_widths(
         self,

@@ -13,16 +13,17 @@ from grasp.core.edits import Note, Quantize, Step
 from grasp.core.edits.base import layer_of
 from grasp.core.edits.cuts import cuts
 from grasp.core.edits.placing import vocabulary
+from grasp.core.rounding import matrices_of
 from grasp.core.runner import Runner
 from grasp.methods.bits import Offered, Rounding, Shapes
 from grasp.stages.narrowing import AXES
-from grasp.stages.rounding import KEPT, Width, matrices_of, prices, to_width, widths
+from grasp.stages.rounding import KEPT, Width, prices, to_width, widths
 from grasp.stages.sensitivity import Sensitivity
 
 TRIED = 8
 """Blocks of the calibration set on which a rounded embedding is tried."""
 OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
-"""Bits that an embedding may have, and columns that share a scale."""
+"""Bits that an embedding may have, and columns that share a scale, where that is allowed."""
 
 
 def offered_inside(
@@ -51,12 +52,15 @@ def _offered(
     return Offered(shape, (None, *some), torch.cat([losses.new_zeros(1), losses]))
 
 
-def offered_outside(runner: Runner, bits: Sequence[int]) -> dict[str, Offered]:
+def offered_outside(
+    runner: Runner, bits: Sequence[int], groups: Sequence[int]
+) -> dict[str, Offered]:
     """The widths of the embedding, and of a head that is not tied to it. What each costs is
     measured: the loss on some blocks of the calibration set with that alone rounded.
     """
     decoder, found = runner.decoder, {}
-    some = [one for one in widths(bits) if _is_for_embeddings(one)]
+    group = OUTSIDE_GROUP if OUTSIDE_GROUP in groups else groups[0]
+    some = widths([one for one in bits if one in OUTSIDE_BITS], [group])
     if not some:
         return {}
     before = _loss(runner)
@@ -75,10 +79,6 @@ def _loss(runner: Runner) -> float:
     """The loss of the model as it is, on the blocks that are tried, in nats a token."""
     found = [runner.loss(block) for block in range(runner.data.num_blocks)[:TRIED]]
     return sum(float(loss) for loss, _ in found) / sum(tokens for _, tokens in found)
-
-
-def _is_for_embeddings(width: Width) -> bool:
-    return width.bits in OUTSIDE_BITS and (width.bits == 8 or width.group_size == OUTSIDE_GROUP)
 
 
 def shapes_at(decoder: Decoder, name: str, size: int) -> Shapes:

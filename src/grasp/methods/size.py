@@ -66,11 +66,6 @@ class Size(Method):
         return self.budget if self.speedup is None else "latency"
 
     @property
-    def stored_width(self) -> int | None:
-        """Bytes of a number in the file; None: those of the model as it is."""
-        return None
-
-    @property
     def measures_time(self) -> bool:
         return self.unit == "latency"
 
@@ -109,7 +104,7 @@ class Size(Method):
         pivoted = self.storage == "pivoted"
         if self.unit == "latency":
             return Time(Latency(decoder, pivoted))
-        return Storage.of_model(decoder, self.unit == "bytes", pivoted, self.stored_width)
+        return Storage.of_model(decoder, self.unit == "bytes", pivoted, self.in_16_bits)
 
     def spend(self, costs: Costs, dense: float) -> float:
         """What the parts that may be smaller may cost together, which cost `dense` now."""

@@ -33,7 +33,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import EditLog, Entry
 from grasp.core.edits.slicing import check_unsliced
-from grasp.core.experts import experts_stay
+from grasp.core.experts import experts_stay, mixture
 from grasp.core.fields import PathLike, declared
 from grasp.core.inspecting import beside_text
 from grasp.core.inventory import inventory
@@ -72,6 +72,9 @@ KEYWORDS = tuple(
     for name in declared(part)
 )
 """What `compress` takes beside the method's own fields."""
+
+
+EXPERTS_IN_16_BITS = "experts are not rounded: their matrices keep 16 bits"
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,12 @@ def _notes(
 def stays(method: Method, decoder: Decoder) -> list[str]:
     """What the method leaves as it is, where that needs saying."""
     changes = method.changes_experts or method.over_experts
-    found = (beside_text(decoder.model), "" if changes else experts_stay(decoder))
+    has_experts = any(mixture(decoder, layer) is not None for layer in decoder.kept)
+    found = (
+        beside_text(decoder.model),
+        "" if changes else experts_stay(decoder),
+        EXPERTS_IN_16_BITS if method.rounds_weights and has_experts else "",
+    )
     return [said for said in found if said]
 
 
