@@ -11,7 +11,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from methods_page import methods_page
@@ -258,52 +260,54 @@ def quantization() -> str:
     return PLACE.sub(lambda found: tables[found[1]](), QUANTIZATION.read_text(encoding="utf-8"))
 
 
+def _results(name: str, head: list[str], lines: Callable[[Any], Iterable[str]]) -> str:
+    """The place of results/NAME.json: `lines` of its rows below the `head` of a table."""
+    path, shown = RESULTS / f"{name}.json", ["Not measured yet."]
+    if path.is_file():
+        shown = [*head, *lines(json.loads(path.read_text(encoding="utf-8"))["rows"])]
+    return "\n".join([f"<!-- results: {name} -->", *shown, "<!-- end -->"])
+
+
 def _dial() -> str:
     """One line a model, the most bytes first."""
-    path = RESULTS / "dial.json"
-    if not path.is_file():
-        return "<!-- results: dial -->\nNot measured yet.\n<!-- end -->"
-    lines = [
+
+    def lines(rows: Any) -> Iterator[str]:
+        dense = rows["dense"]["wikitext2"]
+        by = sorted(rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"]))
+        for name, row in by:
+            priced = row["section"] in ("dial", "bits")
+            expected = f"{row['expected_rise']:.3f}" if priced else ""
+            yield (
+                f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
+                f" {expected} | {math.log(row['wikitext2'] / dense):.3f} |"
+            )
+
+    head = [
         "| | MB | WikiText-2 test | PTB valid | expected rise, nats | rise |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    dense = rows["dense"]["wikitext2"]
-    for name, row in sorted(
-        rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"])
-    ):
-        told = row["section"] in ("dial", "bits")
-        rise = math.log(row["wikitext2"] / dense)
-        lines.append(
-            f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
-            f" {row['expected_rise']:.3f} | {rise:.3f} |"
-            if told
-            else f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
-            f" | {rise:.3f} |"
-        )
-    return "\n".join(["<!-- results: dial -->", *lines, "<!-- end -->"])
+    return _results("dial", head, lines)
 
 
 def _bits() -> str:
     """One line a model: equal bytes together, the best first."""
-    path = RESULTS / "rank_or_bits.json"
-    if not path.is_file():
-        return "<!-- results: rank_or_bits -->\nNot measured yet.\n<!-- end -->"
-    lines = [
+
+    def lines(rows: Any) -> Iterator[str]:
+        for row in sorted(rows.values(), key=lambda row: (-row["target"], row["wikitext2"])):
+            scores = [
+                f"{score:.1f}" if score < 1000 else f"{score:,.0f}"
+                for score in (row["wikitext2"], row["ptb"])
+            ]
+            yield (
+                f"| {row['bytes'] / 1e6:.1f} | {row['method']} | {row['bits']} |"
+                f" {row['ratio']:.2f} | {scores[0]} | {scores[1]} |"
+            )
+
+    head = [
         "| MB | method | bits | ratio | WikiText-2 test | PTB valid |",
         "|--:|---|---|--:|--:|--:|",
     ]
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
-    for row in sorted(rows, key=lambda row: (-row["target"], row["wikitext2"])):
-        scores = [
-            f"{score:.1f}" if score < 1000 else f"{score:,.0f}"
-            for score in (row["wikitext2"], row["ptb"])
-        ]
-        lines.append(
-            f"| {row['bytes'] / 1e6:.1f} | {row['method']} | {row['bits']} | {row['ratio']:.2f} |"
-            f" {scores[0]} | {scores[1]} |"
-        )
-    return "\n".join(["<!-- results: rank_or_bits -->", *lines, "<!-- end -->"])
+    return _results("rank_or_bits", head, lines)
 
 
 def serving() -> str:
@@ -312,20 +316,19 @@ def serving() -> str:
 
 
 def _throughput() -> str:
-    path = RESULTS / "serving.json"
-    if not path.is_file():
-        return "<!-- results: serving -->\nNot measured yet.\n<!-- end -->"
-    lines = [
+    def lines(rows: Any) -> Iterator[str]:
+        for row in rows:
+            yield (
+                f"| {row['of']}, {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']},"
+                f" {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} |"
+                f" {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
+            )
+
+    head = [
         "| | MB on disk | run in | batch | tokens/s | × dense, three rounds |",
         "|---|--:|---|--:|--:|---|",
     ]
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        lines.append(
-            f"| {row['of']}, {row['model']} | {row['file_bytes'] / 1e6:.1f} | {row['dtype']},"
-            f" {row['mode']} | {row['batch_size']} | {row['tokens_per_second']:.1f} |"
-            f" {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
-        )
-    return "\n".join(["<!-- results: serving -->", *lines, "<!-- end -->"])
+    return _results("serving", head, lines)
 
 
 def main() -> int:
