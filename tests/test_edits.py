@@ -37,7 +37,7 @@ from grasp.core.edits import (
 from grasp.core.edits.cuts import cuts, rotary, sizes_of
 from grasp.core.edits.log import checked_entries
 from grasp.core.families import FAMILIES
-from grasp.core.layers.modeling_grasp import GraspConfig
+from grasp.core.layers.modeling_grasp import FORMAT_VERSION, GraspConfig
 from grasp.core.layers.structure_grasp import structure_of
 from grasp.core.linalg import pivoted
 from grasp.errors import CheckpointError, GraspError
@@ -539,4 +539,4 @@ def test_the_tables_of_older_checkpoints_are_one_record():
     assert GraspConfig(
         **{k: v for k, v in older.to_dict().items() if k != "quant_method"}
     ).to_dict()
-    assert older.to_dict()["version"] == 4
+    assert older.to_dict()["version"] == FORMAT_VERSION

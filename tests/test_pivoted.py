@@ -22,7 +22,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize
 from grasp.core.layers.low_rank_grasp import LowRankLinear
-from grasp.core.layers.modeling_grasp import GraspConfig
+from grasp.core.layers.modeling_grasp import FORMAT_VERSION, GraspConfig
 from grasp.core.linalg import balanced, pivoted
 from grasp.errors import CheckpointError
 from grasp.stages.budget import pivoted_parameters
@@ -331,7 +331,7 @@ def test_the_config_says_how_each_matrix_is_stored(storage, calibration, tmp_pat
         data=calibration,
     )
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert written["version"] == 4
+    assert written["version"] == FORMAT_VERSION
     assert {one.get("pivoted", False) for one in written["structure"].values()} == {
         storage == "pivoted"
     }
@@ -342,16 +342,18 @@ def test_a_format_from_the_future_is_refused(saved, tmp_path):
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["version"] = 5
+    config["quantization_config"]["version"] = FORMAT_VERSION + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
+    future = f"grasp format {FORMAT_VERSION + 1}"
     with pytest.raises(
-        ValueError, match=r"grasp format 5.*reads up to 4.*pip install -U grasp-llm"
+        ValueError,
+        match=rf"{future}.*reads up to {FORMAT_VERSION}.*pip install -U grasp-llm",
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="grasp format 5"):
+    with pytest.raises(CheckpointError, match=future):
         grasp.load(tmp_path)
-    with pytest.raises(ValueError, match="reads up to 4"):
-        GraspConfig({}, version=5)
+    with pytest.raises(ValueError, match=f"reads up to {FORMAT_VERSION}"):
+        GraspConfig({}, version=FORMAT_VERSION + 1)
 
 
 def test_pivoted_and_plain_pairs_in_one_model(calibration, tmp_path):

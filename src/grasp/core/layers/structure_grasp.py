@@ -83,8 +83,8 @@ def place(model: nn.Module, structure: dict[str, Record]) -> dict[str, str]:
     # experts first: other records may be of linears inside them
     for path in sorted(structure, key=lambda path: structure[path]["kind"] != "experts"):
         record = structure[path]
-        if record.get("part") == HEAD and not _has_head(model):
-            continue
+        if (record["kind"], record.get("part")) == ("quantized", HEAD) and not _has_head(model):
+            continue  # a sliced head is more than a head: a body without it would be another
         here = places[path] = own_path(model, path, _stands_for(record))
         model.set_submodule(here, made(path, model.get_submodule(here), record))
     tie(model)
