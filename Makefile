@@ -4,7 +4,8 @@
 # make test-export   those that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server
 # make test-serving  those that need vLLM, in an environment of its own (.venv-serving)
 # make test-extras   every extra in an environment that holds it and nothing else (.venv-extra)
-# make test-numerics what of `make test` computes; .ci/run tries it on other processors and Pythons
+# make test-numerics what of `make test` computes, the shapes that the code names checked too;
+#                    .ci/run tries it on other processors and Pythons
 # They make .venv and install what they need from constraints.txt. PYTHON, VENV and PIP_FLAGS can be
 # set.
 
@@ -36,7 +37,7 @@ NOT_NUMERICS = bench checkpoint cli compare destination directory documents exam
   recovery report report_size results seal serving sharing smollm2 strict structure structure_parts tasks \
   terminal text_and_tokens time_budget wrappers writing
 test-numerics: $(VENV)/test
-	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
+	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
 
 test-tasks: $(VENV)/tasks
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py tests/test_perplexity_mode.py tests/test_longbench.py tests/test_kronfluence.py

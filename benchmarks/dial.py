@@ -41,9 +41,9 @@ from grasp.data.calibration import calibrate
 from grasp.methods import make
 from grasp.methods.components import Problem
 from grasp.methods.costs import INDEX
-from grasp.methods.low_rank import fixed
+from grasp.methods.low_rank import staying
 from grasp.methods.rounding import roundings
-from grasp.stages.budget import All
+from grasp.stages.options import All
 from grasp.stages.rounding import Width
 from grasp.stages.sensitivity import Sensitivities
 
@@ -154,7 +154,8 @@ def bits_alone(bench: Benchmark, method: Any, decoder: Decoder) -> Iterable[Step
     linears = method.linears(decoder, decoder.kept)
     costs = method.costs(decoder)
     parts = {
-        linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None)) for linear in linears
+        linear.path: staying(linear, costs.of(linear.path)(linear.shape, None))
+        for linear in linears
     }
     names = tuple(parts)
     problem = Problem(parts, All(names), names, names)

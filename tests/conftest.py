@@ -13,15 +13,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
-# The files that name shapes are checked while they run. In all files it took two thirds of the
-# time, most of it for functions that are made anew in every call.
+# With GRASP_CHECK_SHAPES the files that name shapes are checked while they run, as `make
+# test-numerics` asks: it doubles the time.
 SOURCE = Path(__file__).parents[1] / "src"
 SHAPED = [
     ".".join(path.relative_to(SOURCE).with_suffix("").parts)
     for path in SOURCE.rglob("*.py")
     if "from jaxtyping" in path.read_text(encoding="utf-8")
 ]
-jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
+if os.environ.get("GRASP_CHECK_SHAPES"):
+    jaxtyping.install_import_hook(SHAPED, "beartype.beartype")
 
 import pytest
 import torch

@@ -17,8 +17,8 @@ from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.runner import Resident
 from grasp.errors import NumericsError, RecipeError
 from grasp.methods import make
-from grasp.stages import budget as budgets
 from grasp.stages.input_norms import InputMeans
+from grasp.stages.options import options, parameters, pivoted_parameters
 from grasp.stages.truncation import KEPT, cut, to_try, truncatable
 from grasp.verbs.run_time import work
 
@@ -177,11 +177,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_undone(calibration):
 # --- the search
 
 
-def of_shapes(shapes, cost=budgets.parameters, multiple=1):
+def of_shapes(shapes, cost=parameters, multiple=1):
     return {
-        path: truncatable(
-            budgets.options(shape, torch.zeros(min(shape) + 1), cost, multiple=multiple)
-        )
+        path: truncatable(options(shape, torch.zeros(min(shape) + 1), cost, multiple=multiple))
         for path, shape in shapes.items()
     }
 
@@ -259,7 +257,7 @@ def test_the_search_is_that_of_losses_measured_anew(name, storage, calibration):
     matrices = [one for layer in (0, 2) for one in Decoder(build(name)).linears(layer, ("mlp",))]
     inputs, dense = means(build(name), calibration), dense_weights(build(name))
     losses, shapes = {}, {}
-    numbers = budgets.pivoted_parameters if storage == "pivoted" else budgets.parameters
+    numbers = pivoted_parameters if storage == "pivoted" else parameters
     for one in matrices:
         weight, scale = dense[one.path], inputs[one.path] ** 0.5 + 1e-6
         m, n = shapes[one.path] = one.shape
@@ -277,7 +275,7 @@ def test_the_search_is_that_of_losses_measured_anew(name, storage, calibration):
     total = build(name).num_parameters()
     result = run(calibration, name, ratio=0.1, storage=storage, **STRS, **chosen)
     offers = {
-        path: truncatable(budgets.options(shape, torch.zeros(min(shape) + 1), numbers))
+        path: truncatable(options(shape, torch.zeros(min(shape) + 1), numbers))
         for path, shape in shapes.items()
     }
     budget = sum(m * n for m, n in shapes.values()) - 0.1 * total

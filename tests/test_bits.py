@@ -9,7 +9,8 @@ from grasp.core.records import Allocation
 from grasp.methods.bits import Offered, in_file, in_widths, of_matrix, of_part
 from grasp.methods.components import Component, Problem, never
 from grasp.methods.costs import INDEX
-from grasp.stages.budget import All, OneOf, Options, allocate, fixed, options, total_loss
+from grasp.stages.budget import allocate, total_loss
+from grasp.stages.options import All, OneOf, Options, fixed, options
 from grasp.stages.rounding import Width, pair_bytes, pair_loss
 
 WIDTHS = (None, Width("int8", 32), Width("int4", 64), Width("int3", 32))

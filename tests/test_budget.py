@@ -7,21 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp.stages.budget import (
+from grasp.stages.budget import allocate, cheapest, in_shares, total_loss
+from grasp.stages.options import (
     All,
     OneOf,
     Options,
-    allocate,
-    cheapest,
     fixed,
     gone,
-    in_shares,
     parameters,
     pivoted_parameters,
     tails,
-    total_loss,
 )
-from grasp.stages.budget import options as options_of
+from grasp.stages.options import options as options_of
 
 SHAPES = [(5, 4), (3, 6), (4, 4), (2, 9), (7, 3)]
 COSTS = {"pair": parameters, "pivoted": pivoted_parameters}

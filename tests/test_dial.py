@@ -15,8 +15,10 @@ from grasp.core.edits import Quantize
 from grasp.errors import RecipeError
 from grasp.verbs.compress import predict
 
-QUICK = ("llama", "gpt2", "phi3", "gemma2", "opt")
+QUICK = ("gpt2", "phi3")
 """Families that differ in what is stored; the others take their time."""
+FEW = {"bits": (16, 8, 4), "group_sizes": (32,)}
+"""Of every width once: what every one of them costs, is tried in `tests/test_rounding.py`."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def in_16_bits(model) -> int:
 def run(data, name="llama", out=None, model=None, share=0.5, **fields):
     """Compressed to a share of what the model takes in 16 bits."""
     model = build(name) if model is None else model
-    options = {"width_multiple": 8, "size": f"{int(share * in_16_bits(model))}B"} | fields
+    options = {"width_multiple": 8, "size": f"{int(share * in_16_bits(model))}B"} | FEW | fields
     return grasp.compress(model, out, method="grasp-fisher", data=data, **options)
 
 
@@ -86,7 +88,8 @@ def test_the_manifest_says_where_the_bytes_are(data, tmp_path):
 def test_the_more_bytes_the_less_is_lost(data):
     """What is expected of text that was not seen, and the more bits."""
     rises = [
-        run(data, share=share).manifest["prediction"]["loss_rise"] for share in (0.35, 0.5, 0.8)
+        run(data, share=share, bits=(16, 8, 6, 5, 4, 3)).manifest["prediction"]["loss_rise"]
+        for share in (0.35, 0.5, 0.8)
     ]
     assert rises[0] > rises[1] > rises[2] >= 0
 
@@ -109,7 +112,7 @@ def test_group_sizes_can_be_restricted(data):
 
 def test_a_share_of_the_bytes_with_bits(data):
     """`--ratio 0.5 --budget bytes --bits ...` is `--size` of half the bytes."""
-    by_share = run(data, size=None, ratio=0.5, budget="bytes", bits=(16, 8, 6, 5, 4, 3))
+    by_share = run(data, size=None, ratio=0.5, budget="bytes")
     whole = in_16_bits(build("llama"))
     assert 0.35 * whole < by_share.decoder.num_bytes() < 0.53 * whole  # the file's index is extra
     assert widths(by_share)
@@ -118,7 +121,7 @@ def test_a_share_of_the_bytes_with_bits(data):
 def test_one_round_and_two(data):
     one, two = run(data, rounds=1, share=0.3), run(data, rounds=2, share=0.3)
     sizes = [result.decoder.num_bytes() for result in (one, two)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.2)  # few widths leave gaps
     assert widths(one) and widths(two)
 
 
@@ -129,7 +132,7 @@ def test_what_is_left_out_keeps_16_bits(data):
 
 
 def test_it_says_what_to_expect_at_several_ratios(data):
-    fields = {"budget": "bytes", "bits": (16, 8, 4, 3), "ratio": 0.5, "width_multiple": 8}
+    fields = {"budget": "bytes", "ratio": 0.5, "width_multiple": 8} | FEW
     told = predict(build("llama"), [0.3, 0.5], method="grasp-fisher", data=data, **fields)
     assert 0 <= told.rises[0.3] < told.rises[0.5]
 

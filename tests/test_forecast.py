@@ -14,18 +14,11 @@ from grasp.core.runner import Resident
 from grasp.core.scratch import Scratch
 from grasp.methods import make
 from grasp.stages.basis import groups, judged, suffix_sums
-from grasp.stages.budget import (
-    allocate,
-    in_shares,
-    options,
-    pivoted_parameters,
-    tails,
-    total_loss,
-    total_seen,
-)
+from grasp.stages.budget import allocate, in_shares, total_loss, total_seen
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import Halves, expectation, forecast, halves, interval, stated
 from grasp.stages.narrowing import AXES, Turn, narrowing, place
+from grasp.stages.options import options, pivoted_parameters, tails
 from grasp.stages.surgeon import Metric, refit
 
 SHAPES = {"tall": (14, 9), "wide": (9, 14), "square": (8, 8)}

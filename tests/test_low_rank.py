@@ -12,8 +12,9 @@ from grasp.core.linalg import metric_groups
 from grasp.core.runner import Resident
 from grasp.methods.low_rank import LowRank
 from grasp.stages.basis import Groups
-from grasp.stages.budget import options, rounded_down
+from grasp.stages.budget import rounded_down
 from grasp.stages.input_norms import InputNorms
+from grasp.stages.options import options
 
 
 @dataclass(frozen=True, kw_only=True)

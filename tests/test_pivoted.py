@@ -25,7 +25,7 @@ from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.modeling_grasp import FORMAT_VERSION, GraspConfig
 from grasp.core.linalg import balanced, pivoted
 from grasp.errors import CheckpointError
-from grasp.stages.budget import pivoted_parameters
+from grasp.stages.options import pivoted_parameters
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):

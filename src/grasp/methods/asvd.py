@@ -45,9 +45,9 @@ from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.costs import Costs
 from grasp.methods.low_rank import LowRank, carried_out
-from grasp.stages import budget as budgets
 from grasp.stages.basis import Groups, scaled_groups
 from grasp.stages.input_norms import InputMeans
+from grasp.stages.options import options
 from grasp.stages.truncation import KEPT, cut, to_try, truncatable
 
 UNIFORM, STRS = "uniform", "strs"
@@ -132,7 +132,7 @@ class ASVD(LowRank):
         offers = []
         for linear in linears:
             nothing, cost = torch.zeros(min(linear.shape) + 1), costs.of(linear.path)
-            offer = budgets.options(linear.shape, nothing, cost, self.rank_multiple)
+            offer = options(linear.shape, nothing, cost, self.rank_multiple)
             offers.append(truncatable(offer))
         return sum((offer.dense - float(offer.costs[0]) for offer in offers), 0.0)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from grasp.core.records import Allocation
 from grasp.methods.components import Component, Problem, never
 from grasp.methods.costs import INDEX
-from grasp.stages.budget import All, Options, fixed
+from grasp.stages.options import All, Options, fixed
 from grasp.stages.rounding import Width, pair_bytes, pair_loss
 
 Shape = tuple[int, int]

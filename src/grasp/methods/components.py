@@ -9,8 +9,8 @@ from functools import cached_property
 from grasp.core.edits import Step
 from grasp.core.records import Allocation
 from grasp.stages import budget as budgets
-from grasp.stages.budget import Choice, Options
 from grasp.stages.forecast import stated
+from grasp.stages.options import Choice, Options
 
 
 @dataclass(frozen=True)

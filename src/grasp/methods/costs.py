@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grasp.core.decoder import Decoder
-from grasp.stages import budget as budgets
-from grasp.stages.budget import Cost, Costs
 from grasp.stages.latency import Latency
+from grasp.stages.options import Cost, Costs, parameters, pivoted_parameters
 
 __all__ = ["BUDGETS", "Costs", "Storage", "Time", "numbers_of"]
 
@@ -86,4 +85,4 @@ class Time:
 
 def numbers_of(pivoted: bool) -> Cost:
     """How many numbers a matrix takes at a rank."""
-    return budgets.pivoted_parameters if pivoted else budgets.parameters
+    return pivoted_parameters if pivoted else parameters

@@ -42,11 +42,12 @@ from grasp.methods.components import Component, Problem, never
 from grasp.methods.costs import Costs, numbers_of
 from grasp.methods.scope import Scope
 from grasp.methods.size import Size
-from grasp.stages import budget as budgets
 from grasp.stages import operations
 from grasp.stages.basis import Groups
+from grasp.stages.budget import rounded_down
 from grasp.stages.forecast import stated
 from grasp.stages.operations import Operations, total
+from grasp.stages.options import All, fixed, options, tails
 from grasp.stages.statistics import Similarity
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class LowRank(Scope, Size):
         it; under --ratio what rounding leaves over buys single ranks, at most one a matrix.
         """
         if self.retain_ratio is not None:
-            return budgets.rounded_down(problem.offers, self.retain_ratio)
+            return rounded_down(problem.offers, self.retain_ratio)
         return problem.solve("uniform", spend)
 
     def planned_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
@@ -122,7 +123,7 @@ class LowRank(Scope, Size):
             return self.most_parameters(decoder, linears)
         costs, numbers = self.costs(decoder), numbers_of(self.storage == "pivoted")
         offers = {
-            linear.path: budgets.options(
+            linear.path: options(
                 linear.shape,
                 torch.zeros(min(linear.shape) + 1),
                 costs.of(linear.path),
@@ -130,7 +131,7 @@ class LowRank(Scope, Size):
             )
             for linear in linears
         }
-        ranks = budgets.rounded_down(offers, self.retain_ratio).sizes
+        ranks = rounded_down(offers, self.retain_ratio).sizes
         saved = sum(
             numbers(linear.shape, None) - numbers(linear.shape, ranks[linear.path])
             for linear in linears
@@ -243,8 +244,8 @@ class LowRank(Scope, Size):
         layers: dict[int, list[str]] = {}
         for linear in linears:
             layers.setdefault(linear.layer, []).append(linear.path)
-        per_layer = tuple(budgets.All(tuple(paths)) for paths in layers.values())
-        return Problem(ranks, budgets.All(per_layer), per_layer, tuple(ranks))
+        per_layer = tuple(All(tuple(paths)) for paths in layers.values())
+        return Problem(ranks, All(per_layer), per_layer, tuple(ranks))
 
     def decomposed(
         self, runner: Runner, stats: Statistics, linears: Sequence[Linear], costs: Costs
@@ -260,7 +261,7 @@ class LowRank(Scope, Size):
             with runner.holding(linear.layer):
                 found = self.groups(linear, stats, scratch)
                 lost = self.losses(linear, found, stats, runner.data.seed)
-                seen = budgets.tails(lost.sort(descending=True).values)
+                seen = tails(lost.sort(descending=True).values)
                 expected = self.expected(linear, seen, stats)
                 return found.squares, found.expand, found.contract, lost, expected
 
@@ -268,7 +269,7 @@ class LowRank(Scope, Size):
             return made if made.dim() < 2 else scratch.hold(made)
 
         components = {
-            linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None))
+            linear.path: staying(linear, costs.of(linear.path)(linear.shape, None))
             for linear in linears
         }
         linears = self.well_seen(linears, stats)
@@ -276,9 +277,9 @@ class LowRank(Scope, Size):
         made = runner.each(decompose, linears, keep)
         for done, (linear, tensors) in enumerate(zip(linears, made, strict=True), 1):
             found, (lost, expected) = Groups(*tensors[:3]), tensors[3:]
-            seen = budgets.tails(lost.sort(descending=True).values)
+            seen = tails(lost.sort(descending=True).values)
             cost = costs.of(linear.path)
-            offer = budgets.options(
+            offer = options(
                 linear.shape, expected, cost, self.rank_multiple, seen, self.least_saving
             )
             replace = partial(self.replacement, linear, found, lost, expected)
@@ -336,9 +337,9 @@ class LowRank(Scope, Size):
         return decoder.scratch(groups_bytes(linears), self.scratch)
 
 
-def fixed(linear: Linear, cost: float) -> Component:
+def staying(linear: Linear, cost: float) -> Component:
     """A matrix that stays as it is."""
-    return Component(linear.layer, budgets.fixed(cost), never, matrices=(linear.path,))
+    return Component(linear.layer, fixed(cost), never, matrices=(linear.path,))
 
 
 def carried_out(

@@ -21,8 +21,8 @@ from grasp.core.records import Allocation, Statistics
 from grasp.errors import ModelError, RecipeError
 from grasp.methods.components import Component, Problem, never
 from grasp.stages import budget as budgets
-from grasp.stages.budget import All, Choice, Costs, OneOf
 from grasp.stages.narrowing import AXES
+from grasp.stages.options import All, Choice, Costs, OneOf, fixed, gone, only
 from grasp.stages.routing import ExpertLosses
 from grasp.stages.sublayers import ATTENTION, MLP, LayerLosses
 
@@ -39,7 +39,7 @@ it better done by ranks.
 def beyond(costs: Costs, linears: Sequence[Linear]) -> dict[str, Component]:
     """What layers cost beside their matrices, which goes only with them."""
     return {
-        f"{layer} rest": Component(layer, budgets.fixed(costs.layer(layer)), never)
+        f"{layer} rest": Component(layer, fixed(costs.layer(layer)), never)
         for layer in dict.fromkeys(linear.layer for linear in linears)
     }
 
@@ -63,14 +63,14 @@ def leaving(
         if whole and layer != needed and can_go(decoder, layer):
             loss = losses[str(layer)]
             make = partial(dropped, layer, loss)
-            found[f"{layer} gone"] = Component(layer, budgets.gone(loss), make)
+            found[f"{layer} gone"] = Component(layer, gone(loss), make)
         for name, members in sublayers(decoder, own).items() if pairs else ():
             if f"{layer} {name}" in losses:
                 for linear in members:
                     loss = losses[f"{layer} {name}"] if linear is members[-1] else 0.0
                     cost = costs.of(linear.path)(linear.shape, 0)
                     make = partial(emptied, linear, loss)
-                    offer = budgets.gone(loss, cost)
+                    offer = gone(loss, cost)
                     found[f"{linear.path} gone"] = Component(
                         layer, offer, make, matrices=(linear.path,)
                     )
@@ -89,7 +89,7 @@ def experts_gone(
         for linear in members:
             known = losses[f"{linear.layer} {name}"]
             loss, cost = known if linear is members[-1] else 0.0, costs.of(linear.path)
-            offer = budgets.gone(loss, cost(linear.shape, 0))
+            offer = gone(loss, cost(linear.shape, 0))
             make = partial(emptied, linear, loss)
             found[f"{linear.path} gone"] = Component(
                 linear.layer, offer, make, matrices=(linear.path,)
@@ -154,7 +154,7 @@ def one_width(problem: Problem, spend: float) -> Allocation:
     shared = set.intersection(*(set(offers[name].sizes.tolist()) for name in names))
     found = []
     for width in sorted(shared):
-        at = {**offers, **{name: budgets.only(offers[name], width) for name in names}}
+        at = {**offers, **{name: only(offers[name], width) for name in names}}
         if budgets.cheapest(at, problem.choice) <= spend:
             found.append(budgets.allocate(at, spend, problem.choice))
     if not found:
@@ -207,11 +207,11 @@ def choices(
         taken |= dict.fromkeys(paths, OneOf((name, All(others))))
     together = (*sublayers(decoder, linears).values(), *by_expert(linears).values())
     for members in together:
-        gone = tuple(f"{linear.path} gone" for linear in members)
-        if all(name in components for name in gone):
+        left_out = tuple(f"{linear.path} gone" for linear in members)
+        if all(name in components for name in left_out):
             names = [linear.name for linear in members]
             others = tuple(dict.fromkeys(taken[name] for name in names))
-            taken |= dict.fromkeys(names, OneOf((All(gone), All(others))))
+            taken |= dict.fromkeys(names, OneOf((All(left_out), All(others))))
     parts = tuple(dict.fromkeys(taken.values()))
     if f"{layer} rest" in components:
         parts = (*parts, f"{layer} rest")

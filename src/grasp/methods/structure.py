@@ -29,7 +29,7 @@ from grasp.methods.base import Plan
 from grasp.methods.components import Component, Problem
 from grasp.methods.costs import Costs
 from grasp.methods.dial import Dial
-from grasp.methods.low_rank import carried_out, decomposing_bytes, fixed
+from grasp.methods.low_rank import carried_out, decomposing_bytes, staying
 from grasp.methods.parts import (
     DEFAULT,
     DENSE,
@@ -46,11 +46,11 @@ from grasp.methods.parts import (
     settled,
 )
 from grasp.stages import operations
-from grasp.stages.budget import All
 from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import halves
 from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
 from grasp.stages.operations import Operations, total
+from grasp.stages.options import All
 from grasp.stages.routing import ExpertLosses
 from grasp.stages.sensitivity import Sensitivities
 from grasp.stages.statistics import Similarity
@@ -346,7 +346,7 @@ class Structure(Dial):
             components |= experts_gone(stats, linears, costs) if EXPERTS in parts else {}
         else:
             components |= {
-                linear.path: fixed(linear, costs.of(linear.path)(linear.shape, None))
+                linear.path: staying(linear, costs.of(linear.path)(linear.shape, None))
                 for linear in linears
             }
         layers: dict[int, list[Linear]] = {}

@@ -29,10 +29,10 @@ from grasp.core.clock import Clock, clock_of
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import low_rank_like
 from grasp.core.layers.narrow_grasp import narrow_like
-from grasp.stages.budget import Cost
 from grasp.stages.in_place import ENDS, Times, prompt_length, quiet, time_in_place
 from grasp.stages.layer_kinds import Kind, Matrix, Shape, kinds_of, share_of
 from grasp.stages.measuring import Curve, Variant, shares
+from grasp.stages.options import Cost
 
 POINTS = 5
 """Ranks at which a pair is timed, beside 1."""

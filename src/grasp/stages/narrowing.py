@@ -26,8 +26,8 @@ from grasp.core.edits.cuts import CHANNELS, KV_GROUPS, VALUE_DIMS, cuts, sizes_o
 from grasp.core.layer import Linear
 from grasp.core.linalg import metric_groups
 from grasp.errors import GraspError
-from grasp.stages.budget import Costs, Options
 from grasp.stages.forecast import Halves, falling, forecast, stated
+from grasp.stages.options import Costs, Options
 from grasp.stages.surgeon import Metric, prices, refit, removal
 
 AXES = {"channels": CHANNELS, "values": VALUE_DIMS, "groups": KV_GROUPS}

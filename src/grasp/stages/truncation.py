@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from grasp.core.records import Allocation
-from grasp.stages.budget import Options, rounded_down
+from grasp.stages.budget import rounded_down
+from grasp.stages.options import Options
 
 KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Shares of what a matrix takes dense, in numbers or bytes."""

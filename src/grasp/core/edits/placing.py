@@ -85,11 +85,11 @@ def remember(decoder: Decoder) -> Undo:
     configs = [model.config, *([] if decoder.config is model.config else [decoder.config])]
     values = [dict(vars(config)) for config in configs]
     indices = [
-        (module, name, getattr(module, name))
+        (module, name, value)
         for layer in layers
         for module in layer.modules()
         for name in (*INDEX, *WIDTHS)
-        if isinstance(getattr(module, name, None), int)
+        if isinstance(value := vars(module).get(name), int)
     ]
     narrow = [
         (layer, path, module)
@@ -121,7 +121,7 @@ def renumber(decoder: Decoder) -> None:
     for index, layer in enumerate(decoder.stack):
         for module in layer.modules():
             for name in INDEX:
-                if isinstance(getattr(module, name, None), int):
+                if isinstance(vars(module).get(name), int):
                     setattr(module, name, index)
 
 
