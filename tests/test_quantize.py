@@ -168,6 +168,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
         ("int4", "pairs", "import grasp", ""),
         ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
         ("int3", "pairs", NO_GRASP, ", trust_remote_code=True"),
+        ("int8-dynamic", "pairs", NO_GRASP, ", trust_remote_code=True"),
         ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
     ],
 )
