@@ -54,7 +54,7 @@ class Offered:
     def dense_losses(self) -> Float[Tensor, "widths"]:
         """What each width costs a matrix that is no pair, its inputs included."""
         both = [width is not None and width.rounds_activations for width in self.widths]
-        return self.losses + self.activations * torch.tensor(both)
+        return self.losses + self.activations * torch.tensor(both).to(self.losses)
 
 
 @dataclass(frozen=True)
