@@ -120,11 +120,12 @@ def test_8_bits_may_be_of_activations_too(name, data, tmp_path):
     assert close(logits(loaded, data.ids), logits(result.model, data.ids))
 
 
-def test_the_dial_weighs_what_activations_cost(data, monkeypatch):
-    """Where they cost much, weights take other widths."""
+def test_the_dial_weighs_what_activations_cost(data, monkeypatch, caplog):
+    """Where they cost much, weights take other widths, and it says so."""
     monkeypatch.setattr(Sensitivity, "loss_of_activations", 100.0)
     schemes = widths(run(data, bits=(8, 6), share=0.5, rounds=1, activations="int8"))
     assert "int6" in schemes and "int8-dynamic" not in schemes
+    assert "--activations int8: none is, since weights in other widths cost less" in caplog.text
 
 
 def test_group_sizes_can_be_restricted(data):

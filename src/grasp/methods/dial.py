@@ -14,6 +14,7 @@ multiplier chooses among all of them (`grasp.methods.bits`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ from grasp.stages.narrowing import AXES
 from grasp.stages.operations import Operations, total
 from grasp.stages.rounding import GROUPS, PIVOTED_BITS, ROWS, widths
 from grasp.stages.sensitivity import Sensitivities, Sensitivity
+
+logger = logging.getLogger(__name__)
 
 BITS = (16, 8, 6, 5, 4, 3)
 
@@ -206,6 +209,13 @@ class Dial(LowRank):
     ) -> Iterator[Step]:
         """The edits of all that becomes smaller, then those that round."""
         rounded = offer.rounded(chosen)
+        found = [how.width.rounds_activations for how in rounded.values()]
+        if self.rounds_activations and not any(found):
+            logger.warning(
+                "--activations %s: none is, since weights in other widths cost less; --bits 16,8"
+                " leaves no other width",
+                self.activations,
+            )
         plain = {path for path, how in rounded.items() if how.width.bits < PIVOTED_BITS}
         yield from carried_out(runner, offer.of, offer.sizes(chosen), plain)
         if rounded:
