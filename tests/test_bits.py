@@ -109,6 +109,35 @@ def test_what_was_chosen_falls_apart_into_sizes_and_widths():
         assert wide.rounded(chosen) == variant.rounded
 
 
+def test_activations_are_rounded_where_there_is_no_pair():
+    """A dense matrix pays for its inputs; a pair in 8 bits keeps them and pays for its weights."""
+    widths = (Width("int8-dynamic", 32), Width("int4", 64))
+    some = Offered(SHAPE, widths, LOSSES[1:3], activations=0.01)
+    assert some.dense_losses.tolist() == pytest.approx([0.011, 0.05])
+    variants, found = of_matrix("a", matrix(), some, pivoted=False)
+    seen = set()
+    for variant, cost, loss in zip(variants, found.costs, found.losses, strict=True):
+        how = variant.rounded["a"]
+        seen.add((how.width.scheme, variant.size is None))
+        if variant.size is None:
+            assert float(cost) == in_file(SHAPE, how.width)
+            assert float(loss) == pytest.approx(0.011 if how.width.bits == 8 else 0.05)
+        elif how.width.bits == 8:
+            rank = torch.tensor([variant.size])
+            assert how.loss == pytest.approx(float(pair_loss(how.width, 0.001, rank, False)))
+    assert {("int8", False), ("int8-dynamic", True)} <= seen
+    assert ("int8", True) not in seen and ("int8-dynamic", False) not in seen
+
+
+def test_a_narrower_part_pays_for_its_share_of_the_inputs():
+    some = {"up": Offered((64, 24), (Width("int8-dynamic", 32),), LOSSES[1:2], activations=0.01)}
+    costs = torch.tensor([2.0 * 24 * 16 + INDEX]).double()
+    offer = Options(torch.tensor([16]), torch.zeros(1).double(), costs, 0.0, torch.zeros(1))
+    [variant], found = of_part(offer, some, lambda size: {"up": (size, 24)})
+    assert variant.rounded["up"].width.rounds_activations
+    assert float(found.losses) == pytest.approx(0.011 / 4)
+
+
 def test_a_narrower_part_is_rounded_by_its_share_of_the_numbers():
     """Channels of an MLP of three matrices, each in every width."""
     whole, sizes = 64, torch.tensor([16, 32, 48])

@@ -7,12 +7,14 @@ import pytest
 import torch
 from closeness import close
 from conftest import WITHOUT_EXPERTS, build
+from test_cli import command
 from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Quantize
 from grasp.errors import RecipeError
+from grasp.stages.sensitivity import Sensitivity
 from grasp.verbs.compress import predict
 
 QUICK = ("gpt2", "phi3")
@@ -101,6 +103,34 @@ def test_bits_can_be_restricted(data):
     assert without.ratio > 0.05  # then only fewer numbers make it smaller
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_8_bits_may_be_of_activations_too(name, data, tmp_path):
+    """Of dense matrices; pairs and the embedding keep their inputs."""
+    result = run(data, name, tmp_path / "small", bits=(16, 8), rounds=1, activations="int8")
+    edits = [step.edit for step in result.log if isinstance(step.edit, Quantize)]
+    inside = {edit.path: edit.scheme for edit in edits if edit.layers}
+    assert "int8-dynamic" in inside.values()
+    assert {edit.scheme for edit in edits if not edit.layers} <= {"int8"}
+    for path, scheme in inside.items():
+        is_pair = result.model.get_submodule(path).rank is not None
+        assert scheme == ("int8" if is_pair else "int8-dynamic")
+    told = json.loads((tmp_path / "small" / "grasp.json").read_text())
+    assert told["method"]["activations"] == told["recipe"]["activations"] == "int8"
+    assert "8 bits, activations too" in {one["stored"] for one in told["bytes"]}
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "| 8 bits, activations too |" in card and "--activations int8" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
+
+
+def test_the_dial_weighs_what_activations_cost(data, monkeypatch, caplog):
+    """Where they cost much, weights take other widths, and it says so."""
+    monkeypatch.setattr(Sensitivity, "loss_of_activations", 100.0)
+    schemes = widths(run(data, bits=(8, 6), share=0.5, rounds=1, activations="int8"))
+    assert "int6" in schemes and "int8-dynamic" not in schemes
+    assert "--activations int8: none is, since weights in other widths cost less" in caplog.text
+
+
 def test_group_sizes_can_be_restricted(data):
     result = run(data, group_sizes=(128,))
     edits = [step.edit for step in result.log if isinstance(step.edit, Quantize)]
@@ -151,6 +181,9 @@ def test_it_says_what_to_expect_at_several_ratios(data):
             {"size": "1MB", "group_sizes": (48,)},
             "--group-sizes 48: must be one of 32, 64, 128, 256",
         ),
+        ({"size": "1MB", "bits": (4,), "activations": "int8"}, "8 bits; allow them in --bits"),
+        ({"ratio": 0.2, "activations": "int8"}, "--activations int8: goes with weights in 8 bits"),
+        ({"size": "1MB", "activations": "8"}, "--activations 8: unknown; allowed: float, int8"),
         ({"size": "1MB", "uniform": True}, "--size 1MB: not together with --uniform"),
         ({"size": "1MB", "score": "random", "parts": ("ranks",)}, "scores that are not losses"),
     ],
@@ -166,6 +199,15 @@ def test_a_size_that_cannot_be_reached_names_the_smallest(data):
         run(data, size="100B")
     smallest = str(error.value).partition("reachable is ")[2].partition(" ")[0]
     assert run(data, size=smallest).decoder.num_bytes() > 0
+
+
+def test_the_command_line(model_directory, tmp_path):
+    (tmp_path / "own.txt").write_text("A dial has one hand. " * 300)
+    words = [model_directory, tmp_path / "out", "--size", "45kB", "--rounds", "1", "--bits", "16,8"]
+    more = ["--activations", "int8", "--data", tmp_path / "own.txt", "--quiet", "--json"]
+    done = command("compress", *words, *more, "--num-samples", "2", "--seq-len", "32")
+    assert done.json["path"] == str(tmp_path / "out")
+    assert "8 bits, activations too" in done.err
 
 
 def test_with_the_layers_on_the_disk_it_says_what_to_do(data, model_directory, tmp_path):

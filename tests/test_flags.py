@@ -86,6 +86,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--size": Flag(("x", "0", "-1GB", "8XB"), recipe=True),
         "--bits": Flag(("7", "8,,4", "8,8", ",", "x"), "--size 1MB", recipe=True),
         "--group-sizes": Flag(("48", "64,64", ",", "x"), "--size 1MB", recipe=True),
+        "--activations": word("--size 1MB", recipe=True),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
@@ -118,7 +119,8 @@ FLAGS: dict[str, dict[str, Flag]] = {
     },
     "quantize": {
         **ALL, **LOADING, "model": FREE, "out": FREE, "--dtype": DTYPE,
-        "--bits": Flag(("0", "2", "7", "-8", HUGE, "1.5", "nan")), "--scheme": word(),
+        "--bits": Flag(("0", "2", "7", "-8", HUGE, "1.5", "nan")),
+        "--activations": word(),
         "--group-size": Flag(("0", "-32", "48", HUGE, "nan"), "--bits 4"),
         "--embeddings": Flag(("0", "5", "32", "-8", HUGE, "nan")),
     },

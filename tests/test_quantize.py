@@ -28,7 +28,7 @@ from grasp.core.rounding import rounded
 IDS = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(2))
 SCHEMES = {
     "int8": {"bits": 8},
-    "int8-dynamic": {"bits": 8, "scheme": "dynamic"},
+    "int8-dynamic": {"bits": 8, "activations": "int8"},
     **{f"int{bits}": {"bits": bits} for bits in (6, 5, 4, 3)},
 }
 LOSES = {"int8": 0.05, "int8-dynamic": 0.05, "int6": 0.15, "int5": 0.3, "int4": 0.5, "int3": 0.9}
@@ -168,6 +168,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
         ("int4", "pairs", "import grasp", ""),
         ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
         ("int3", "pairs", NO_GRASP, ", trust_remote_code=True"),
+        ("int8-dynamic", "pairs", NO_GRASP, ", trust_remote_code=True"),
         ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
     ],
 )
@@ -295,8 +296,8 @@ def test_a_format_that_cannot_be_read_here_is_one_clear_line(model_directory, tm
     ("options", "message"),
     [
         ({"bits": 7}, "--bits 7: must be one of 8, 6, 5, 4, 3"),
-        ({"bits": 4, "scheme": "dynamic"}, "needs --bits 8"),
-        ({"bits": 8, "scheme": "x"}, "--scheme x"),
+        ({"bits": 4, "activations": "int8"}, "--activations int8: needs --bits 8, not --bits 4"),
+        ({"bits": 8, "activations": "x"}, "--activations x: unknown; allowed: float, int8"),
         ({"bits": 4, "group_size": 48}, "--group-size 48: must be one of 32"),
     ],
 )

@@ -32,6 +32,7 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize, Narrow
 from grasp.core.edits.cuts import sizes_of
+from grasp.core.layer import is_quantized
 from grasp.core.linalg import pivoted
 from grasp.core.models import embedded_model
 
@@ -294,6 +295,53 @@ def test_few_bits_are_multiplied_as_stored(tiny, tmp_path, made, bits, size):
             expected, served(llm, PROMPTS, 12), strict=True
         ):
             assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, AS_STORED], ids=["dequantised", "as stored"])
+def test_activations_of_8_bits_are_served_as_they_are(tmp_path, tokenizer, options):
+    """A checkpoint of the dial: dense matrices whose inputs vLLM does not round, pairs, narrowed
+    matrices, an embedding in 8 bits that rounds none. What vLLM dequantises is in bfloat16 first,
+    as the file is.
+    """
+    blocks = grasp.Calibration(
+        torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1)), "random"
+    )
+    model = narrowed(build_wide("llama"))
+    size = f"{int(1.1 * Decoder(model).num_parameters())}B"
+    dial = {"size": size, "bits": (16, 8), "activations": "int8", "rounds": 1}
+    grasp.compress(model, tmp_path / "out", data=blocks, tokenizer=tokenizer, **dial)
+    model, found = grasp.load(tmp_path / "out").model.float(), []
+    for one in filter(is_quantized, model.modules()):
+        found.append(one.scheme)
+        one.scheme = "int8"
+    assert set(found) == {"int8", "int8-dynamic"} and model.get_input_embeddings().scheme == "int8"
+    with engine(tmp_path / "out", **options) as llm:
+        assert bool(llm.apply_model(as_stored)[0]) == bool(options)
+        for (tokens, logs), (ours, our_logs) in zip(
+            greedy(model, PROMPTS, 12), served(llm, PROMPTS, 12), strict=True
+        ):
+            assert ours == tokens and our_logs == pytest.approx(logs, abs=5e-3)
+
+
+ABLE = getattr(torch.cpu, "get_capabilities", dict)()
+
+
+@pytest.mark.skipif(
+    not (ABLE.get("avx512_f") or ABLE.get("amx_tile")),
+    reason="vLLM's 8-bit KV cache on CPU needs a processor with AVX-512 or AMX",
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kv_cache_in_8_bits(tiny, method):
+    """vLLM's own flag, on our checkpoints: close to transformers, whose cache is not rounded."""
+    path, _ = tiny("llama", method)
+    model = grasp.load(path).model
+    with engine(path, kv_cache_dtype="fp8") as llm:
+        assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
+        for prompt, (ours, our_logs) in zip(PROMPTS, served(llm, PROMPTS, 6), strict=True):
+            with torch.no_grad():
+                found = model(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+            logs = found.float().log_softmax(-1).gather(1, torch.tensor(ours)[:, None])[:, 0]
+            assert our_logs == pytest.approx(logs.tolist(), abs=0.1)
 
 
 @pytest.mark.parametrize("eager", [True, False])

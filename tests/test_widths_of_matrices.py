@@ -95,7 +95,10 @@ def test_with_nothing_in_common_they_do_not():
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("width", widths((8, 6, 5, 4, 3)), ids=str)
+EVERY = (*widths((8, 6, 5, 4, 3)), *widths((8,), activations=True))
+
+
+@pytest.mark.parametrize("width", EVERY, ids=str)
 @pytest.mark.parametrize("columns", [1, 33, 64, 70])
 def test_bytes_are_those_of_the_file(width, columns):
     tensors = to_width("weight", random(24, columns), width, KEPT)
@@ -104,6 +107,13 @@ def test_bytes_are_those_of_the_file(width, columns):
     assert len(tensors) == width.tensors
     named = {f"model.layers.10.mlp.down_proj.{name}": one for name, one in tensors.items()}
     assert len(save(named)) == pytest.approx(size + width.tensors * INDEX, abs=100)
+
+
+def test_only_8_bits_round_activations():
+    some = widths((16, 8, 4), (64,), activations=True)
+    assert [str(width) for width in some] == ["8 bits, activations too", "4 bits/64"]
+    assert [width.rounds_activations for width in some] == [True, False]
+    assert [str(width.in_pairs) for width in some] == ["8 bits", "4 bits/64"]
 
 
 def test_bytes_of_pairs():

@@ -55,12 +55,15 @@ def inventory(decoder: Decoder) -> list[Holding]:
 
 
 def stored_as(module: Any) -> str:
-    """In words: "4 bits, groups of 64", "16 bits", with "pair" where it is one."""
+    """In words: "4 bits, groups of 64", "8 bits, activations too", "16 bits", with "pair" where it
+    is one.
+    """
     pair = ", pair" if getattr(module, "rank", None) is not None or is_low_rank(module) else ""
     if is_quantized(module):
         bits = int("".join(filter(str.isdigit, module.scheme)))
         groups = f", groups of {module.group_size}" if bits < 8 else ""
-        return f"{bits} bits{groups}{pair}"
+        too = ", activations too" if module.scheme == "int8-dynamic" else ""
+        return f"{bits} bits{groups}{too}{pair}"
     return f"{8 * module.weight.element_size()} bits{pair}"
 
 

@@ -117,6 +117,7 @@ class _Quantization(Struct):
     command: str
     group_size: Number | None = None
     embeddings: Number = 16
+    activations: str = "float"
 
 
 Shape = Annotated[list[Number], Meta(min_length=2, max_length=2)]

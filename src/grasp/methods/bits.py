@@ -42,12 +42,19 @@ def in_file(shape: Shape, width: Width | None) -> float:
 @dataclass(frozen=True)
 class Offered:
     """In which widths a matrix of `shape` may be stored, and what each costs it in nats a token;
-    None: as it is, at no loss.
+    None: as it is, at no loss. `activations`: what rounding its inputs adds, in widths that do.
     """
 
     shape: Shape
     widths: tuple[Width | None, ...]
     losses: Float[Tensor, "widths"]
+    activations: float = 0.0
+
+    @property
+    def dense_losses(self) -> Float[Tensor, "widths"]:
+        """What each width costs a matrix that is no pair, its inputs included."""
+        both = [width is not None and width.rounds_activations for width in self.widths]
+        return self.losses + self.activations * torch.tensor(both).to(self.losses)
 
 
 @dataclass(frozen=True)
@@ -146,21 +153,24 @@ def in_widths(
 def of_matrix(
     path: str, offer: Options, offered: Offered, pivoted: bool
 ) -> tuple[list[Variant], Options]:
-    """The ranks of a matrix, and the matrix as it is, in every width."""
+    """The ranks of a matrix, and the matrix as it is, in every width. The inputs of pairs are not
+    rounded: what the second product would read is not known before there is a pair.
+    """
     ranks, lost, seen = offer.sizes, offer.losses, offer.seen
     sizes: list[int | None] = ranks.tolist()
     stays = math.isfinite(offer.dense)
     if stays:
         sizes, lost, seen = [*sizes, None], _and(lost, 0.0), _and(seen, 0.0)
     costs, losses, on_seen, added = [], [], [], []
-    for width, loss in zip(offered.widths, offered.losses.tolist(), strict=True):
+    each = zip(offered.widths, offered.losses.tolist(), offered.dense_losses.tolist(), strict=True)
+    for width, loss, loss_dense in each:
         cost, rounding, dense = offer.costs, torch.zeros(len(ranks)).double(), offer.dense
         if width is not None:
             cost = pair_bytes(width, offered.shape, ranks, pivoted) + 2 * width.tensors * INDEX
             rounding = pair_loss(width, loss, ranks, pivoted)
             dense = in_file(offered.shape, width)
         costs.append(_and(cost, dense) if stays else cost)
-        rounding = _and(rounding, loss) if stays else rounding
+        rounding = _and(rounding, loss_dense) if stays else rounding
         added.append(rounding)
         losses.append(lost + rounding)
         on_seen.append(seen + rounding)
@@ -168,7 +178,10 @@ def of_matrix(
     def variant(number: int) -> Variant:
         place, size = divmod(number, len(sizes))
         width, lost = offered.widths[place], float(added[place][size])
-        return Variant(sizes[size], {} if width is None else {path: Rounding(width, lost)})
+        if width is None:
+            return Variant(sizes[size], {})
+        width = width if sizes[size] is None else width.in_pairs
+        return Variant(sizes[size], {path: Rounding(width, lost)})
 
     return _best(torch.cat(costs), torch.cat(losses), torch.cat(on_seen), variant)
 
@@ -188,7 +201,7 @@ def of_part(
             cost, rounding = float(offer.costs[place]), 0.0
             for path, number in zip(paths, chosen, strict=True):
                 width, shape = offered[path].widths[number], at[path]
-                rounding += shares[path] * float(offered[path].losses[number])
+                rounding += shares[path] * float(offered[path].dense_losses[number])
                 cost += in_file(shape, width) - in_file(shape, None)
             costs.append(cost)
             losses.append(float(offer.losses[place]) + rounding)
@@ -198,7 +211,7 @@ def of_part(
         place, chosen = divmod(number, len(together))
         rounded = {}
         for path, one in zip(paths, together[chosen], strict=True):
-            width, loss = offered[path].widths[one], float(offered[path].losses[one])
+            width, loss = offered[path].widths[one], float(offered[path].dense_losses[one])
             if width is not None:
                 rounded[path] = Rounding(width, loss)
         return Variant(int(offer.sizes[place]), rounded)
@@ -232,7 +245,7 @@ def _hull(offered: Sequence[Offered]) -> list[tuple[int, ...]]:
     each = []
     for one in offered:
         costs = [in_file(one.shape, width) for width in one.widths]
-        each.append(list(zip(costs, one.losses.tolist(), strict=True)))
+        each.append(list(zip(costs, one.dense_losses.tolist(), strict=True)))
     points = []
     for chosen in itertools.product(*(range(len(one)) for one in each)):
         at = [one[number] for one, number in zip(each, chosen, strict=True)]

@@ -4,6 +4,8 @@
     --ratio 0.5 --budget bytes --bits 16,8,4
                                  the same as a share of the bytes, with these bits
     --size 90MB --bits 16        no rounding: fewer numbers until they fit
+    --size 90MB --activations int8
+                                 8 bits are of activations too, and cost what rounding these does
 
 A rounded matrix costs nats like a dropped singular group (`grasp.stages.sensitivity`), so one
 multiplier chooses among all of them (`grasp.methods.bits`).
@@ -12,6 +14,7 @@ multiplier chooses among all of them (`grasp.methods.bits`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +38,8 @@ from grasp.stages.narrowing import AXES
 from grasp.stages.operations import Operations, total
 from grasp.stages.rounding import GROUPS, PIVOTED_BITS, ROWS, widths
 from grasp.stages.sensitivity import Sensitivities, Sensitivity
+
+logger = logging.getLogger(__name__)
 
 BITS = (16, 8, 6, 5, 4, 3)
 
@@ -62,6 +67,12 @@ class Dial(LowRank):
         words=(32, 64, 128, 256),
         metavar="SIZE,...",
     )
+    activations: str = flag(
+        "float",
+        "float (as they are), or int8: where a dense matrix has 8 bits, its inputs too, with one"
+        " scale a token; not those of fewer bits, of pairs, of embedding and head.",
+        words=("float", "int8"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +85,12 @@ class Dial(LowRank):
             )
         if self.size is not None and self.budget == "latency":
             raise RecipeError(f"--size {self.size}: is in bytes; leave --budget {self.budget} out")
+        if self.rounds_activations and 8 not in self.offered_bits:
+            way = "allow them in --bits" if self.bits is not None else "give --size"
+            raise RecipeError(
+                f"--activations {self.activations}: goes with weights in 8 bits; {way}, or leave"
+                " --activations out"
+            )
         if self.bits is None:
             return
         if not self.bits or len(set(self.bits)) < len(self.bits):
@@ -99,6 +116,11 @@ class Dial(LowRank):
     @property
     def rounds_weights(self) -> bool:
         return any(bits < 16 for bits in self.offered_bits)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether 8 bits are of activations too."""
+        return self.activations == "int8"
 
     @property
     def asked_sizes(self) -> dict[str, object]:
@@ -145,6 +167,12 @@ class Dial(LowRank):
 
     # --- bits
 
+    def of_sensitivities(self, linears: Sequence[Linear]) -> Operations:
+        """What the prices of rounding these matrices take in a sweep, a token."""
+        if not self.rounds_weights:
+            return {}
+        return operations.sensitivities(linears, self.rounds_activations)
+
     def of_rounding(self, linears: Sequence[Linear]) -> Operations:
         """What pricing and rounding these matrices once takes."""
         if not self.rounds_weights:
@@ -169,7 +197,9 @@ class Dial(LowRank):
         if not self.rounds_weights:
             return InWidths(problem, problem)
         found: Mapping[str, Sensitivity] = stats[Sensitivities.name]
-        offered = offered_inside(decoder, found, self.offered_bits, self.group_sizes)
+        offered = offered_inside(
+            decoder, found, self.offered_bits, self.group_sizes, self.rounds_activations
+        )
         names = [name for name in problem.components if name.rpartition(" ")[2] in AXES]
         narrower = {name: partial(shapes_at, decoder, name) for name in names}
         return in_widths(problem, offered, narrower, self.storage == "pivoted", outside)
@@ -179,6 +209,13 @@ class Dial(LowRank):
     ) -> Iterator[Step]:
         """The edits of all that becomes smaller, then those that round."""
         rounded = offer.rounded(chosen)
+        found = [how.width.rounds_activations for how in rounded.values()]
+        if self.rounds_activations and not any(found):
+            logger.warning(
+                "--activations %s: none is, since weights in other widths cost less; --bits 16,8"
+                " leaves no other width",
+                self.activations,
+            )
         plain = {path for path, how in rounded.items() if how.width.bits < PIVOTED_BITS}
         yield from carried_out(runner, offer.of, offer.sizes(chosen), plain)
         if rounded:

@@ -31,25 +31,34 @@ def offered_inside(
     found: Mapping[str, Sensitivity],
     bits: Sequence[int],
     groups: Sequence[int],
+    activations: bool,
 ) -> dict[str, Offered]:
-    """The widths of the matrices of the layers, and what each costs."""
-    some, offered = widths(bits, groups), {}
+    """The widths of the matrices of the layers, and what each costs. `activations`: 8 bits are of
+    their inputs too.
+    """
+    some, offered = widths(bits, groups, activations), {}
     for layer in decoder.layers():
         for linear in layer.linears.values():
             if linear.path in found:
                 with decoder.holding(linear.parameter):
                     losses = prices(linear.weight, found[linear.path], some)
-                offered[linear.path] = _offered(linear.shape, some, losses, bits)
+                lost = found[linear.path].loss_of_activations
+                offered[linear.path] = _offered(linear.shape, some, losses, bits, lost)
     return offered
 
 
 def _offered(
-    shape: tuple[int, int], some: Sequence[Width], losses: Tensor, bits: Sequence[int]
+    shape: tuple[int, int],
+    some: Sequence[Width],
+    losses: Tensor,
+    bits: Sequence[int],
+    activations: float = 0.0,
 ) -> Offered:
     """These widths, and none where 16 bits are allowed."""
     if 16 not in bits:
-        return Offered(shape, tuple(some), losses)
-    return Offered(shape, (None, *some), torch.cat([losses.new_zeros(1), losses]))
+        return Offered(shape, tuple(some), losses, activations)
+    losses = torch.cat([losses.new_zeros(1), losses])
+    return Offered(shape, (None, *some), losses, activations)
 
 
 def offered_outside(

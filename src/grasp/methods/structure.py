@@ -196,7 +196,7 @@ class Structure(Dial):
         channels = [one.count for one in places]
         narrowing = decomposing_bytes([(count, count) for count in channels])
         again = [operations.sums(decoder, linears, backward=True)] if self.again else []
-        again += [operations.weighted_inputs(linears)] if self.again and self.rounds_weights else []
+        again += [self.of_sensitivities(linears)] if self.again else []
         ranks = [plan.once] * rounds if RANKS in self.kinds else []
         narrower = [operations.narrowing(one.reader.shape) for one in places]
         refits = [operations.refit(one.reader.shape) for one in places]
@@ -212,8 +212,7 @@ class Structure(Dial):
     def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
         readers = [one.reader.path for one in self.places(decoder, linears, self.more)]
         found = operations.sums(decoder, linears, readers, backward=True)
-        own = operations.weighted_inputs(linears) if self.rounds_weights else {}
-        return total([found, own])
+        return total([found, self.of_sensitivities(linears)])
 
     def operations_once(self, linear: Linear) -> Operations:
         found = super().operations_once(linear)
@@ -241,7 +240,7 @@ class Structure(Dial):
         whole += [ExpertLosses(decoder.family)] if EXPERTS in parts else []
         if self.rounds_weights:
             own = [one.path for one in linears if not is_of_expert(one)]
-            whole.append(Sensitivities(own, scratch))
+            whole.append(Sensitivities(own, scratch, self.rounds_activations))
         return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *whole]
 
     def places(

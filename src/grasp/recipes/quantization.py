@@ -21,10 +21,11 @@ class QuantizationRecipe(Part):
         " row; not pivoted pairs), for every linear of the decoder layers, dense or low-rank.",
         words=(8, 6, 5, 4, 3),
     )
-    scheme: str = flag(
-        "weight-only",
-        "weight-only, or dynamic: activations in 8 bits too, one scale a token (--bits 8).",
-        words=("weight-only", "dynamic"),
+    activations: str = flag(
+        "float",
+        "float (as they are), or int8: what each product reads in 8 bits too, with one scale a"
+        " token (--bits 8).",
+        words=("float", "int8"),
     )
     group_size: int = flag(
         32,

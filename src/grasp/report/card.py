@@ -72,6 +72,8 @@ def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
     grouped = told["scheme"] not in ("int8", "int8-dynamic")
     groups = f", groups of {told.get('group_size')}" if grouped else ", one scale a row"
+    if told.get("activations") == "int8":
+        groups += ", activations too with one a token"
     bits = told.get("embeddings", 16)
     ends = (
         f"embeddings and output layer in {bits} bits; not the norms, biases"

@@ -104,9 +104,12 @@ def kept_gradients(linears: Sequence[Linear]) -> Operations:
     return {"touch": 2.0 * sum(out * width for out, width in _shapes(linears))}
 
 
-def weighted_inputs(linears: Sequence[Linear]) -> Operations:
-    """Of `grasp.stages.sensitivity`: a sum of outer products of inputs for every matrix."""
-    return {"sum": 2.0 * sum(width**2 for _, width in _shapes(linears))}
+def sensitivities(linears: Sequence[Linear], activations: bool) -> Operations:
+    """Of `grasp.stages.sensitivity`: a sum of outer products of inputs for every matrix; with
+    `activations` also a product with it.
+    """
+    found: Operations = {"sum": 2.0 * sum(width**2 for _, width in _shapes(linears))}
+    return total([found, *([gradients(linears)] if activations else [])])
 
 
 # --- once

@@ -31,6 +31,8 @@ from grasp.core.rounding import grouped, in_slices, meaning, nearest, rounded, s
 from grasp.stages.obs_columns import Replace, inverse_factor, replaced
 from grasp.stages.sensitivity import Sensitivity
 
+DYNAMIC = "int8-dynamic"
+"""Weights in 8 bits, and what they multiply too."""
 GROUPS = (32, 64, 128)
 """Columns that share a scale."""
 KEPT = torch.bfloat16
@@ -78,20 +80,33 @@ class Width:
         return rows * (num_bytes(self.scheme, columns) + scales + zeros)
 
     @property
+    def rounds_activations(self) -> bool:
+        """Whether what the matrix multiplies is rounded to 8 bits too."""
+        return self.scheme == DYNAMIC
+
+    @property
+    def in_pairs(self) -> Width:
+        """How the factors of a pair are stored: their activations are not rounded."""
+        return dataclasses.replace(self, scheme="int8") if self.rounds_activations else self
+
+    @property
     def tensors(self) -> int:
         """In how many a matrix is stored."""
         return 3 if is_grouped(self.scheme) else 2
 
     def __str__(self) -> str:
-        return f"{self.bits} bits" + (f"/{self.group_size}" if is_grouped(self.scheme) else "")
+        group = f"/{self.group_size}" if is_grouped(self.scheme) else ""
+        return f"{self.bits} bits{group}{', activations too' if self.rounds_activations else ''}"
 
 
-def widths(bits: Sequence[int], groups: Sequence[int] = GROUPS) -> tuple[Width, ...]:
+def widths(
+    bits: Sequence[int], groups: Sequence[int] = GROUPS, activations: bool = False
+) -> tuple[Width, ...]:
     """All ways to store a matrix in one of these numbers of bits, in groups of these sizes; 16 is
-    no rounding.
+    no rounding. `activations`: in 8 bits, what it multiplies is rounded too.
     """
     return tuple(
-        Width(f"int{one}", size)
+        Width(DYNAMIC if activations and one == 8 else f"int{one}", size)
         for one in bits
         if one < 16
         for size in (groups if one < 8 else groups[:1])

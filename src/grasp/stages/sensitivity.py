@@ -15,6 +15,15 @@ sinks: inputs of `v` and `down`).
 The columns come with what they have in common, `E[|d|^2 xx']`: the inputs' covariance, in which a
 token counts as much as its gradient. Where the columns of a matrix make up for one another's
 rounding, they do so in it.
+
+Where the inputs of a product are rounded too, to 8 bits with one scale a token, x_t becomes x_t +
+e_t, which has no direction of its own either:
+
+    1/2 E_t[ sum_j (W'd_t)_j^2 e_tj^2 ]      nats a token
+
+with the e_t that rounding leaves of this x_t. Uniform noise in its place, s_t^2 / 12 for every
+number, would be nine times too high for `down`: where one number of a token is a hundred times all
+others, as at attention sinks, these become zeros and lose no more than they were (docs/log.md).
 """
 
 from __future__ import annotations
@@ -31,6 +40,7 @@ from torch import Tensor, nn
 
 from grasp.core.collector import Collector, ask_for_gradients_at
 from grasp.core.layer import Layer, Linear
+from grasp.core.layers.quantized_grasp import whole_tokens
 from grasp.core.linalg import wide
 from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
@@ -39,13 +49,15 @@ from grasp.errors import NumericsError
 @dataclass(frozen=True)
 class Sensitivity:
     """Of a matrix (out, in), sums over `tokens`: `rows` of d^2 |x|^2 (out,), `inputs` of |d|^2 xx'
-    (in, in), `whole` of |d|^2 |x|^2, its trace.
+    (in, in), `whole` of |d|^2 |x|^2, its trace; `activations` of (W'd)^2 e^2, where they are to be
+    rounded.
     """
 
     rows: Float[Tensor, "out"]
     inputs: Float[Tensor, "in in"]
     whole: float
     tokens: int
+    activations: float = 0.0
 
     @property
     def columns(self) -> Float[Tensor, "in"]:
@@ -69,16 +81,35 @@ class Sensitivity:
         outputs = ((change @ self.inputs) * change).sum(1).double()
         return float(self.rows @ outputs) / self.whole / self.tokens / 2
 
+    @property
+    def loss_of_activations(self) -> float:
+        """What rounding the inputs to 8 bits costs, in nats a token."""
+        return self.activations / self.tokens / 2
+
+
+def input_losses(
+    x: Float[Tensor, "tokens in"], gradient: Float[Tensor, "tokens in"]
+) -> Float[Tensor, "tokens"]:
+    """Twice what rounding each token x to 8 bits costs in nats, `sum_j g_j^2 e_j^2`, where the loss
+    has the gradient g at it.
+    """
+    numbers, scale = whole_tokens(x)
+    return (gradient * (numbers * scale - x)).square().sum(1)
+
 
 class Sensitivities(Collector):
-    """Table: matrix path -> `Sensitivity`. Sums: "rows.PATH", "inputs.PATH" and "tokens.PATH"."""
+    """Table: matrix path -> `Sensitivity`. Sums: "rows.PATH", "inputs.PATH" and "tokens.PATH"; with
+    `activations` also "activations.PATH", which takes one more product with every matrix.
+    """
 
     name: ClassVar[str] = "sensitivity"
     backward: ClassVar[bool] = True
 
-    def __init__(self, paths: Iterable[str], scratch: Scratch | None = None):
+    def __init__(
+        self, paths: Iterable[str], scratch: Scratch | None = None, activations: bool = False
+    ):
         super().__init__()
-        self.paths, self.scratch = tuple(paths), scratch
+        self.paths, self.scratch, self.activations = tuple(paths), scratch, activations
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
         own = [linear for linear in layer.linears.values() if linear.path in self.paths]
@@ -94,19 +125,22 @@ class Sensitivities(Collector):
             x = self._tokens(inputs[0])
 
             def backward(grad: Tensor) -> None:
-                self._see(linear.path, wide(x), wide(self._tokens(grad)))
+                self._see(linear, wide(x), wide(self._tokens(grad)))
 
             output.register_hook(backward)
 
         return forward
 
-    def _see(self, path: str, x: Tensor, d: Tensor) -> None:
+    def _see(self, linear: Linear, x: Tensor, d: Tensor) -> None:
         """Add tokens with inputs x (tokens, in) and gradients d (tokens, out)."""
-        squares = d.square()
+        path, squares = linear.path, d.square()
         self._add(f"rows.{path}", (x.square().sum(1) @ squares).double())
         weighted = x * squares.sum(1, keepdim=True).sqrt()
         self._add(f"inputs.{path}", weighted.mT @ weighted)
         self._add(f"tokens.{path}", torch.tensor(len(x)))
+        if self.activations:
+            lost = input_losses(x, d @ linear.weight.to(d))
+            self._add(f"activations.{path}", lost.double().sum())
 
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Sensitivity]:
         found = {}
@@ -115,10 +149,10 @@ class Sensitivities(Collector):
             if tokens is None:
                 raise NumericsError(f"the sensitivity of '{path}' is missing; no token reached it")
             rows, inputs = (sums[f"{name}.{path}"].cpu() for name in ("rows", "inputs"))
-            whole = float(rows.sum())
-            if not math.isfinite(whole) or not bool(torch.isfinite(inputs).all()):
+            whole, lost = float(rows.sum()), float(sums.get(f"activations.{path}", 0.0))
+            if not math.isfinite(whole + lost) or not bool(torch.isfinite(inputs).all()):
                 raise NumericsError(
                     f"the statistics of '{path}' are not finite; try --dtype float32"
                 )
-            found[path] = Sensitivity(rows, inputs, whole, int(tokens))
+            found[path] = Sensitivity(rows, inputs, whole, int(tokens), lost)
         return found

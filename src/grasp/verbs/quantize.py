@@ -98,6 +98,7 @@ def quantize(
     manifest["quantization"] = {
         "scheme": kind,
         "bits": recipe.bits,
+        "activations": recipe.activations,
         "group_size": recipe.group_size if min(recipe.bits, recipe.embeddings) < 8 else None,
         "embeddings": recipe.embeddings,
         "matrices": len(errors),
@@ -119,12 +120,12 @@ def quantize(
 
 def _kind(recipe: QuantizationRecipe) -> str:
     """The name of what is asked for. Raises `RecipeError` for a combination that there is not."""
-    if recipe.scheme == "weight-only":
+    if recipe.activations == "float":
         return f"int{recipe.bits}"
     if recipe.bits != 8:
         raise RecipeError(
-            f"--scheme {recipe.scheme}: needs --bits 8, not --bits {recipe.bits}; use --scheme"
-            " weight-only"
+            f"--activations {recipe.activations}: needs --bits 8, not --bits {recipe.bits}; give"
+            " that, or leave --activations out"
         )
     return "int8-dynamic"
 
@@ -146,10 +147,10 @@ def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
             " pivoted, and rounding them so coarsely leaves noise; use --bits 8, or `grasp compress"
             " --storage pair` first"
         )
-    if pivoted and recipe.scheme == "dynamic":
+    if pivoted and recipe.activations == "int8":
         logger.warning(
             "%d pairs are pivoted and lose far more by rounded activations than plain pairs do;"
-            " better --scheme weight-only, or `grasp compress --storage pair` first",
+            " better leave --activations out, or `grasp compress --storage pair` first",
             pivoted,
         )
 
@@ -160,7 +161,8 @@ def _command(
     """The command line that does this again."""
     words = ["grasp", "quantize", Path(decoder.source).name, name_of(Path(out or "OUT"))]
     words += ["--bits", str(recipe.bits)]
-    words += ["--scheme", recipe.scheme] if recipe.scheme != "weight-only" else []
+    rounds_both = recipe.activations != "float"
+    words += ["--activations", recipe.activations] if rounds_both else []
     grouped = min(recipe.bits, recipe.embeddings) < 8
     words += ["--group-size", str(recipe.group_size)] if grouped else []
     words += ["--embeddings", str(recipe.embeddings)] if recipe.embeddings < 16 else []

@@ -208,12 +208,7 @@ class QuantizedLinear(nn.Linear):
         """
         (rows, columns), qdata = self.shapes[name], getattr(self, f"{name}_qdata")
         flat = input.reshape(-1, columns).float()
-        peak = (
-            flat.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
-            if columns
-            else flat.new_zeros(len(flat), 1)
-        )
-        whole = (flat / peak).round()
+        whole, scale = whole_tokens(flat)
         # what torch's kernels take; on CPU (2.13) they sum a single column wrongly
         fits = (flat.is_cpu and columns > 1) or (
             flat.is_cuda and len(flat) > 16 and columns % 8 == rows % 8 == 0
@@ -224,7 +219,7 @@ class QuantizedLinear(nn.Linear):
             else whole @ qdata.float().t()
         )
         return (
-            (sums * peak * getattr(self, name).flatten().float())
+            (sums * scale * getattr(self, name).flatten().float())
             .to(input.dtype)
             .reshape(*input.shape[:-1], rows)
         )
@@ -273,6 +268,16 @@ class QuantizedLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
             f" scheme={self.scheme}, group_size={self.group_size}"
         )
+
+
+def whole_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x (tokens, columns) as x = scale q: (q, -127 ... 127 as floats; scales (tokens, 1), of
+    each token its largest number / 127).
+    """
+    if not x.shape[1]:
+        return x, x.new_zeros(len(x), 1)
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / scale).round(), scale
 
 
 def stored_rows(

@@ -29,6 +29,7 @@ def show(model: str, out: Path, options: dict[str, Any], as_json: bool, quiet: b
             if told["embeddings"] < 16
             else []
         ),
+        *([("activations", "8 bits, one scale a token")] if told["activations"] == "int8" else []),
         (
             "not quantized",
             "norms, biases"
