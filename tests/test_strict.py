@@ -285,7 +285,7 @@ def test_the_server_checks_the_same_contents(name, tensor, said):
 def test_the_server_checks_numbers_in_few_bits(qdata):
     part = Part("a.b", 8, 5, [range(8)], range(5), scheme="int8", group_size=32)
     part.load("weight", torch.ones(8, 1), torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="do not fit the quantization"):
+    with pytest.raises(ValueError, match="does not fit the quantization"):
         part.load("weight_qdata", qdata, torch.device("cpu"), torch.float32)
 
 
