@@ -233,12 +233,14 @@ OF_EXPERTS = ("mixtral", "deepseek_v3")
 BIASED = [name for name in WITHOUT_EXPERTS if FAMILY_ROWS[name].biased]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changed: object
+) -> PreTrainedModel:
     """A tiny random model of the real Hugging Face class. Biases and norms are random too, or a
-    lost one would not show.
+    lost one would not show. `changed`: entries of its config.
     """
     row = FAMILY_ROWS[name]
-    config = getattr(transformers, row.config)(**_IDS, **row.arguments)
+    config = getattr(transformers, row.config)(**_IDS, **{**row.arguments, **changed})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

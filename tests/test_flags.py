@@ -120,7 +120,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         **ALL, **LOADING, "model": FREE, "out": FREE, "--dtype": DTYPE,
         "--bits": Flag(("0", "2", "7", "-8", HUGE, "1.5", "nan")), "--scheme": word(),
         "--group-size": Flag(("0", "-32", "48", HUGE, "nan"), "--bits 4"),
-        "--embeddings": Flag(("0", "5", "32", "-8", HUGE, "nan")),
+        "--embeddings": Flag(("0", "5", "32", "-8", HUGE, "nan")), "--layout": word(),
     },
     "eval": {
         **ALL, **LOADING, **TEXT, "model": FREE, "--against": FREE, "--dtype": DTYPE,
