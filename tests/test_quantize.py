@@ -328,10 +328,15 @@ def test_for_servers_four_bits_have_no_minima(tmp_path):
 
 @pytest.mark.parametrize(
     ("made", "said"),
-    [("pairs", "is a low-rank pair"), ("narrow", "is narrower"), ("gpt2", "Conv1D")],
+    [
+        ("pairs", "is a low-rank pair"),
+        ("narrow", "is narrower"),
+        ("gpt2", "Conv1D"),
+        ("mixtral", "experts"),
+    ],
 )
 def test_for_servers_a_model_must_be_ordinary(made, said, low_rank):
-    model = build("gpt2") if made == "gpt2" else grasp.load(low_rank / "pairs").model
+    model = build(made) if made in ("gpt2", "mixtral") else grasp.load(low_rank / "pairs").model
     if made == "narrow":
         model = build("llama")
         Narrow(0, "channels", torch.arange(32)).apply(Decoder(model))

@@ -5,6 +5,7 @@ These are no edits: they belong to opening and exporting a model, and nothing is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -122,6 +123,16 @@ def dequantize(decoder: Decoder) -> None:
         decoder.model.set_submodule(path, new.eval())
     fuse(decoder.model)
     sync(decoder)
+
+
+def hold(decoder: Decoder, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules that only hold what is written in the place of linears in few bits, by path. What
+    else is in few bits is dequantised, and the model bears no mark of ours.
+    """
+    for path, module in modules.items():
+        decoder.model.set_submodule(path, module)
+    dequantize(decoder)
+    strip_quantization_marks(decoder.model)
 
 
 def _empty(module: QuantizedLinear) -> Any:
