@@ -17,6 +17,7 @@ import grasp
 from grasp.core.compressed_tensors import alike
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Quantize
+from grasp.core.layers.packing_grasp import packed
 from grasp.core.rounding import rounded
 from grasp.serving.compressed_tensors import in_words
 
@@ -88,7 +89,7 @@ def test_the_written_numbers_stand_for_ours(scheme, tmp_path):
 @pytest.mark.parametrize("columns", [1, 7, 32, 70])
 def test_words_hold_the_first_number_lowest(bits, columns):
     numbers = torch.randint(0, 2**bits, (3, columns), generator=torch.Generator().manual_seed(1))
-    words = in_words(numbers, bits)
+    words = in_words(in_bytes(numbers, bits))
     assert words.dtype == torch.int32 and words.shape == (3, -(-columns * bits // 32))
     for column in range(columns):
         word, place = divmod(column, 32 // bits)
@@ -105,8 +106,13 @@ def test_the_package_itself_packs_and_unpacks_so(bits):
 
     numbers = torch.randint(0, 2**bits, (5, 70), generator=torch.Generator().manual_seed(1))
     signed = (numbers - 2 ** (bits - 1)).to(torch.int8)
-    assert torch.equal(in_words(numbers, bits), pack_to_int32(signed, bits))
-    assert torch.equal(unpack_from_int32(in_words(numbers, bits), bits, (5, 70)), signed)
+    words = in_words(in_bytes(numbers, bits))
+    assert torch.equal(words, pack_to_int32(signed, bits))
+    assert torch.equal(unpack_from_int32(words, bits, (5, 70)), signed)
+
+
+def in_bytes(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    return packed(numbers, "int4") if bits == 4 else numbers.to(torch.uint8)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

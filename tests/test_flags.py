@@ -86,6 +86,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--size": Flag(("x", "0", "-1GB", "8XB"), recipe=True),
         "--bits": Flag(("7", "8,,4", "8,8", ",", "x"), "--size 1MB", recipe=True),
         "--group-sizes": Flag(("48", "64,64", ",", "x"), "--size 1MB", recipe=True),
+        "--layout": in_a_recipe(word("--size 1MB")),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
@@ -318,6 +319,7 @@ GIVEN = {
     "size": "1MB",
     "bits": [8, 16],
     "group_sizes": [64],
+    "layout": "compressed-tensors",
     "uniform": True,
     "width_multiple": 8,
     "num_samples": 1,

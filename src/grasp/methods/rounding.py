@@ -29,25 +29,29 @@ OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
 def offered_inside(
     decoder: Decoder,
     found: Mapping[str, Sensitivity],
-    bits: Sequence[int],
-    groups: Sequence[int],
+    asked: Sequence[Width],
+    may_stay: bool,
+    whole_groups: bool,
 ) -> dict[str, Offered]:
-    """The widths of the matrices of the layers, and what each costs."""
-    some, offered = widths(bits, groups), {}
+    """The widths of the matrices of the layers, and what each costs. `may_stay`: in 16 bits.
+    `whole_groups`: only those whose groups divide the columns, and 16 bits where there are none.
+    """
+    offered = {}
     for layer in decoder.layers():
         for linear in layer.linears.values():
             if linear.path in found:
+                some = [one for one in asked if not whole_groups or one.divides(linear.shape[1])]
                 with decoder.holding(linear.parameter):
                     losses = prices(linear.weight, found[linear.path], some)
-                offered[linear.path] = _offered(linear.shape, some, losses, bits)
+                offered[linear.path] = _offered(linear.shape, some, losses, may_stay or not some)
     return offered
 
 
 def _offered(
-    shape: tuple[int, int], some: Sequence[Width], losses: Tensor, bits: Sequence[int]
+    shape: tuple[int, int], some: Sequence[Width], losses: Tensor, may_stay: bool
 ) -> Offered:
     """These widths, and none where 16 bits are allowed."""
-    if 16 not in bits:
+    if not may_stay:
         return Offered(shape, tuple(some), losses)
     return Offered(shape, (None, *some), torch.cat([losses.new_zeros(1), losses]))
 
@@ -70,7 +74,7 @@ def offered_outside(
         losses = list(runner.tried(edits, TRIED, "embeddings in fewer bits").values())
         rises = torch.tensor(losses, dtype=torch.float64) - before
         shape = (weight.shape[0], weight.shape[1])
-        found[path] = _offered(shape, some, rises.clamp_min(0.0), bits)
+        found[path] = _offered(shape, some, rises.clamp_min(0.0), 16 in bits)
     return found
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, UInt8
 from torch import Tensor, nn
 
 from grasp.core.checkpoint import MAX_SHARD_SIZE
@@ -29,7 +29,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits.ordinary import hold
 from grasp.core.layer import is_quantized
 from grasp.core.layers.embedding_grasp import QuantizedEmbedding, QuantizedHead
-from grasp.core.layers.packing_grasp import BITS, INTEGERS, SYMMETRIC, has_zeros, unpacked
+from grasp.core.layers.packing_grasp import BITS, INTEGERS, SYMMETRIC, has_zeros
 from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.core.sayable import check_sayable
 from grasp.errors import RecipeError
@@ -97,7 +97,7 @@ def write(decoder: Decoder, folder: Path) -> None:
     """
     linears = _rounded(decoder)
     kinds = {path: _kind(module) for path, module in linears.items()}
-    hold(decoder, {path: Written(module) for path, module in linears.items()})
+    hold(decoder, {path: tensors(module) for path, module in linears.items()})
     model: Any = decoder.model
     dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     model.config.quantization_config = config(kinds, dense)
@@ -108,42 +108,26 @@ def rounds_inputs(decoder: Decoder) -> bool:
     """Whether activations are rounded too in a model that was written. Readers do that with scales
     of their own (compressed-tensors: the largest is 127.5, not 127).
     """
-    modules = decoder.model.modules()
-    return any(module.is_dynamic for module in modules if isinstance(module, Written))
-
-
-class Written(nn.Module):
-    """The tensors that a linear is written as. It cannot be run."""
-
-    def __init__(self, module: QuantizedLinear):
-        super().__init__()
-        self.is_dynamic = module.scheme == "int8-dynamic"
-        for name, tensor in tensors(module).items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.register_parameter("bias", module.bias)
+    return any(parameter.dtype == torch.int8 for parameter in decoder.model.parameters())
 
 
 def tensors(module: QuantizedLinear) -> dict[str, Tensor]:
-    """The tensors that stand for the matrix of a linear, by name."""
+    """The tensors that a linear is written as, by name."""
     found = {"weight_scale": module.weight.detach()}
+    if module.bias is not None:
+        found["bias"] = module.bias.detach()
     stored = getattr(module, "weight" + INTEGERS).detach()
     if module.scheme == "int8-dynamic":
         return found | {"weight": stored}
-    bits = BITS[module.scheme]
-    numbers = unpacked(stored, module.scheme, module.columns).int()
-    numbers = numbers + 128 if bits == 8 else numbers  # in fewer they begin at 0 already
+    whole = stored.view(torch.uint8) ^ 128 if BITS[module.scheme] == 8 else stored
     shape = torch.tensor([module.rows, module.columns])
-    return found | {"weight_packed": in_words(numbers, bits), "weight_shape": shape}
+    return found | {"weight_packed": in_words(whole), "weight_shape": shape}
 
 
-def in_words(numbers: Integer[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Whole numbers from 0 to 2^bits - 1 in words of 32 bits, the first in the lowest bits; `bits`
-    divides 32.
-    """
-    each = 32 // bits
-    room = nn.functional.pad(numbers.long(), (0, -numbers.shape[1] % each))
-    words = (room.unflatten(1, (-1, each)) << torch.arange(0, 32, bits)).sum(-1)
-    return torch.where(words < 2**31, words, words - 2**32).int()
+def in_words(numbers: UInt8[Tensor, "rows bytes"]) -> Int32[Tensor, "rows words"]:
+    """Bytes of whole numbers, the first in the lowest bits, in words of 32 bits likewise."""
+    room = -numbers.shape[1] % 4
+    return nn.functional.pad(numbers, (0, room)).contiguous().view(torch.int32)
 
 
 def config(kinds: Mapping[str, Kind], dense: Iterable[str]) -> dict[str, Any]:

@@ -88,6 +88,10 @@ class Width:
         zeros = scales if has_zeros(self.scheme) else 0
         return rows * (num_bytes(self.scheme, columns) + scales + zeros)
 
+    def divides(self, columns: int) -> bool:
+        """Whether no group of so many columns is shorter than others."""
+        return not is_grouped(self.scheme) or columns % self.group_size == 0
+
     @property
     def tensors(self) -> int:
         """In how many a matrix is stored."""

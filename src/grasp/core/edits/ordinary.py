@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp.core.axes import width_entry
 from grasp.core.decoder import Decoder
@@ -125,12 +125,21 @@ def dequantize(decoder: Decoder) -> None:
     sync(decoder)
 
 
-def hold(decoder: Decoder, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules that only hold what is written in the place of linears in few bits, by path. What
-    else is in few bits is dequantised, and the model bears no mark of ours.
+class Held(nn.Module):
+    """Tensors to be written. It cannot be run."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def hold(decoder: Decoder, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put tensors that are written for them in the place of linears in few bits, {path: {name:
+    tensor}}. What else is in few bits is dequantised, and the model bears no mark of ours.
     """
-    for path, module in modules.items():
-        decoder.model.set_submodule(path, module)
+    for path, tensors in found.items():
+        decoder.model.set_submodule(path, Held(tensors))
     dequantize(decoder)
     strip_quantization_marks(decoder.model)
 
