@@ -16,7 +16,9 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -254,7 +256,9 @@ def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str,
             return
         coarse = compressed_tensors.rounds_inputs(decoder)
         digits = ROUNDED if coarse else digits_of(getattr(torch, kind))
-        compare(said, answer(loaded_again(decoder, folder, out)), digits, out)
+        with contextlib.redirect_stderr(io.StringIO()):  # the package's bars heed no setting
+            heard_again = answer(loaded_again(decoder, folder, out))
+        compare(said, heard_again, digits, out)
         return
     if format == "onnx":
         from grasp.serving import onnx
