@@ -1,7 +1,7 @@
 # make demo          the whole job on an embedded model
 # make test          the tests, under ten minutes on two cores
 # make test-tasks    the tests that need lm-eval, with it
-# make test-export   those that need torchao, onnxruntime, OpenVINO, llama.cpp's converter or a server
+# make test-export   those that need torchao, compressed-tensors, onnxruntime, OpenVINO, llama.cpp's converter or a server
 # make test-serving  those that need vLLM, in an environment of its own (.venv-serving)
 # make test-extras   every extra in an environment that holds it and nothing else (.venv-extra)
 # make test-numerics what of `make test` computes; .ci/run tries it on other processors and Pythons
@@ -32,7 +32,7 @@ test: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
 # All but what reads, prints, loads or starts processes; a new file is in unless it is named here.
-NOT_NUMERICS = bench checkpoint cli compare destination directory documents examples export faults \
+NOT_NUMERICS = bench checkpoint cli compare compressed_tensors destination directory documents examples export faults \
   flags integrations interruption journal kept latency narrowed plugin project_files proof readme \
   recovery report report_size results seal serving sharing smollm2 strict structure structure_parts tasks \
   terminal text_and_tokens time_budget wrappers writing
@@ -51,7 +51,7 @@ test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
 
 test-export: $(VENV)/export
-	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_integrations.py tests/test_quantize.py
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_compressed_tensors.py tests/test_integrations.py tests/test_quantize.py
 
 # cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
 EXTRAS = none data report offload recover tasks onnx openvino
@@ -122,7 +122,7 @@ SERVING = .venv-serving/bin/python -m pip install --quiet --disable-pip-version-
 
 # llama.cpp's converter is part of the source of llama-cpp-python; that is fetched, not built.
 $(VENV)/export: $(VENV)/tasks
-	$(PIP) --editable '.[onnx,openvino]' torchao fastapi uvicorn openai pydantic sentencepiece
+	$(PIP) --editable '.[onnx,openvino]' torchao compressed-tensors fastapi uvicorn openai pydantic sentencepiece
 	rm -rf $(VENV)/llama.cpp $(VENV)/source && mkdir $(VENV)/llama.cpp $(VENV)/source
 	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --dest $(VENV)/source $(PIP_FLAGS) llama-cpp-python==0.3.36
 	tar -xzf $(VENV)/source/*.tar.gz -C $(VENV)/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'

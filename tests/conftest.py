@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jaxtyping
 
-# With GRASP_CHECK_SHAPES the files that name shapes are checked while they run (`make test-shapes`):
+# With GRASP_CHECK_SHAPES (`make test-shapes`) the files that name shapes are checked as they run:
 # it doubles the time.
 SOURCE = Path(__file__).parents[1] / "src"
 SHAPED = [
@@ -243,12 +243,14 @@ def quick(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in DIFFERENT else slow) for name in names]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changed: object
+) -> PreTrainedModel:
     """A tiny random model of the real Hugging Face class. Biases and norms are random too, or a
-    lost one would not show.
+    lost one would not show. `changed`: entries of its config.
     """
     row = FAMILY_ROWS[name]
-    config = getattr(transformers, row.config)(**_IDS, **row.arguments)
+    config = getattr(transformers, row.config)(**_IDS, **{**row.arguments, **changed})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

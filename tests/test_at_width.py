@@ -14,7 +14,7 @@ from grasp.serving.at_width import AtWidth, has_kernel
 from grasp.serving.parts import Part
 from grasp.serving.stored import Stored, columns_of, joined, kind, with_rows
 
-WITH_KERNEL = ["int8", "int8-dynamic", "int4", "int3"]
+WITH_KERNEL = ["int8", "int8-dynamic", "int4", "int4-symmetric", "int3"]
 
 
 def module(scheme, columns, rows, group_size=32, rank=None, pivoted=False, seed=0):
@@ -80,7 +80,7 @@ def test_it_compiles_for_any_number_of_tokens(scheme):
         torch.testing.assert_close(compiled(x), product(x))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int5", "int4", "int3"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int5", "int4", "int4-symmetric", "int3"])
 def test_slices(scheme):
     """Whole groups stay as they are stored; a cut through one is dequantised."""
     matrix = stored(module(scheme, 100, 20))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grasp.core.records import Allocation
-from grasp.methods.bits import Offered, in_file, in_widths, of_matrix, of_part
+from grasp.methods.bits import Offered, in_file, in_widths, of_alike, of_matrix, of_part
 from grasp.methods.components import Component, Problem, never
 from grasp.methods.costs import INDEX
 from grasp.stages.budget import allocate, total_loss
@@ -198,3 +198,20 @@ def test_without_16_bits_all_is_rounded():
     wide = in_widths(problem({"a": fixed(in_file(SHAPE, None))}), {"a": some}, {}, False, {})
     assert all(variant.rounded for variant in wide.variants["a"])
     assert wide.problem.dense == in_file(SHAPE, None)
+
+
+def test_matrices_of_one_width_together():
+    """Costs and losses add up; a width that one of them lacks is none of the choice."""
+    widths = (None, Width("int8", 32), Width("int4", 64))
+    losses = torch.tensor([0.0, 0.1, 0.5], dtype=torch.float64)
+    parts = {"q": Offered((64, 64), widths, losses), "k": Offered((32, 64), widths, 2 * losses)}
+    variants, offer = of_alike(parts)
+    assert offer.losses.tolist() == pytest.approx([1.5, 0.3, 0.0])
+    costs = [sum(in_file(one.shape, width) for one in parts.values()) for width in widths]
+    assert offer.costs.tolist() == costs[::-1]
+    assert {path: how.width for path, how in variants[0].rounded.items()} == dict.fromkeys(
+        parts, widths[2]
+    )
+    assert variants[0].rounded["k"].loss == 1.0 and not variants[2].rounded
+    parts["v"] = Offered((32, 64), widths[:2], losses[:2])
+    assert len(of_alike(parts)[0]) == 2

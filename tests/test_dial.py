@@ -11,9 +11,11 @@ from test_cli import command
 from transformers import AutoModelForCausalLM
 
 import grasp
+from grasp.core.compressed_tensors import alike
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Quantize
 from grasp.errors import RecipeError
+from grasp.methods import make
 from grasp.stages.sensitivity import Sensitivity
 from grasp.verbs.compress import predict
 
@@ -216,3 +218,102 @@ def test_with_the_layers_on_the_disk_it_says_what_to_do(data, model_directory, t
             model_directory, tmp_path / "out", size="40kB", data=data, offload=tmp_path / "layers"
         )
     assert "--max-memory" in str(error.value)
+
+
+# --- for servers: --layout compressed-tensors
+
+CT = "compressed-tensors"
+
+
+def for_servers(data, name="qwen2", out=None, share=0.6, **fields):
+    """Matrices of a tiny model that 32 divides, and a vocabulary that is a small part of it."""
+    model = build(name, hidden_size=64, intermediate_size=128)
+    return run(data, out=out, model=model, share=share, layout=CT, **fields)
+
+
+def kinds_of(result) -> dict[str, tuple[str, int]]:
+    edits = [step.edit for step in result.log if isinstance(step.edit, Quantize)]
+    assert len(edits) == len(result.log)
+    return {edit.path: (edit.scheme, edit.group_size) for edit in edits}
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("qwen2", 0.5),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("qwen2", 0.75), ("opt", 0.5), ("phi3", 0.75))
+        ),
+    ],
+)
+def test_what_servers_fuse_is_alike_and_can_be_exported(name, share, data, tmp_path):
+    result = for_servers(data, name, tmp_path / "small", share)
+    found = kinds_of(result)
+    assert {scheme for scheme, _ in found.values()} <= {"int8", "int4-symmetric"}
+    linears = [one.path for layer in result.decoder.layers() for one in layer.linears.values()]
+    for group in alike([*found, *(path for path in linears if path not in found)]):
+        assert len({found.get(path) for path in group}) == 1
+    assert not any("embed" in path or "head" in path for path in found)
+    assert 0.85 * share < result.decoder.num_bytes() / in_16_bits(dense(name)) <= share
+    loaded = grasp.load(tmp_path / "small").model
+    written = grasp.export(tmp_path / "small", tmp_path / "out", format=CT)
+    assert written.bytes == pytest.approx(on_disk(tmp_path / "small"), rel=0.05)
+    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
+
+
+def dense(name):
+    return build(name, hidden_size=64, intermediate_size=128)
+
+
+def test_for_servers_bits_and_groups_can_be_restricted(data):
+    found = kinds_of(for_servers(data, share=0.55, bits=(16, 4), group_sizes=(64,)))
+    assert set(found.values()) == {("int4-symmetric", 64)}
+
+
+def test_a_share_of_the_bytes_for_servers(data):
+    fields = {"size": None, "ratio": 0.4, "budget": "bytes", "bits": (16, 8, 4)}
+    assert kinds_of(for_servers(data, **fields))
+
+
+def test_for_servers_nothing_else_is_measured(data):
+    """Neither ranks nor widths are priced, so nothing they need is collected."""
+    decoder = Decoder(dense("qwen2"))
+    method = make("grasp-fisher", {"size": "90kB", "layout": CT})
+    names = [type(one).__name__ for one in method.needs(decoder)]
+    assert names == ["Similarity", "Sensitivities"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"size": None, "ratio": 0.2}, f"--layout {CT}: is about bits; give --size"),
+        ({"bits": (8, 6)}, f"--layout {CT} --bits 6: it has 16, 8, 4"),
+        ({"group_sizes": (256,)}, f"--layout {CT} --group-sizes 256: it has 32, 64, 128"),
+        ({"parts": ("ranks",)}, f"--parts ranks: with --layout {CT} only layers may go"),
+        ({"layout": "x"}, f"--layout x: unknown; allowed: grasp, {CT}"),
+    ],
+)
+def test_mistakes_about_the_layout_are_one_line(fields, said, data):
+    options = {"size": "1MB", "layout": CT} | fields
+    with pytest.raises(RecipeError, match=r"^[^\n]+$") as error:
+        grasp.compress(dense("qwen2"), method="grasp-fisher", data=data, **options)
+    assert said in str(error.value)
+
+
+def test_for_servers_a_model_is_an_ordinary_one(data):
+    with pytest.raises(RecipeError, match=r"Conv1D.*leave --layout out"):
+        grasp.compress(build("gpt2"), method="grasp-fisher", size="1MB", layout=CT, data=data)
+
+
+def test_activations_in_a_layout_for_servers(data):
+    """The two together: 8 bits are of activations too, and shards are alike."""
+    model = build("qwen3", hidden_size=64, intermediate_size=96, head_dim=16)
+    result = run(
+        data, model=model, share=0.75, bits=(8,), layout=COMPRESSED_TENSORS, activations="int8"
+    )
+    assert widths(result) == {"int8-dynamic"}
+    losses = result.manifest["prediction"]["loss_rise"]
+    model = build("qwen3", hidden_size=64, intermediate_size=96, head_dim=16)
+    weights_alone = run(data, model=model, share=0.75, bits=(8,), layout=COMPRESSED_TENSORS)
+    assert losses > weights_alone.manifest["prediction"]["loss_rise"] > 0

@@ -87,6 +87,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--bits": Flag(("7", "8,,4", "8,8", ",", "x"), "--size 1MB", recipe=True),
         "--group-sizes": Flag(("48", "64,64", ",", "x"), "--size 1MB", recipe=True),
         "--activations": word("--size 1MB", recipe=True),
+        "--layout": in_a_recipe(word("--size 1MB")),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
     },
     "inspect": {
@@ -122,7 +123,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--bits": Flag(("0", "2", "7", "-8", HUGE, "1.5", "nan")),
         "--activations": word(),
         "--group-size": Flag(("0", "-32", "48", HUGE, "nan"), "--bits 4"),
-        "--embeddings": Flag(("0", "5", "32", "-8", HUGE, "nan")),
+        "--embeddings": Flag(("0", "5", "32", "-8", HUGE, "nan")), "--layout": word(),
     },
     "eval": {
         **ALL, **LOADING, **TEXT, "model": FREE, "--against": FREE, "--dtype": DTYPE,
@@ -320,6 +321,7 @@ GIVEN = {
     "size": "1MB",
     "bits": [8, 16],
     "group_sizes": [64],
+    "layout": "compressed-tensors",
     "uniform": True,
     "width_multiple": 8,
     "num_samples": 1,

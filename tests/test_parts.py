@@ -176,7 +176,7 @@ def test_rank_zero(kind):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int5", "int4", "int3"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int5", "int4", "int4-symmetric", "int3"])
 def test_few_bits_are_dequantised_and_sliced(scheme):
     """The stored numbers of a pair, in any order, give slices of the matrices they stand for."""
     module = QuantizedLinear(IN, 20, False, scheme, 32, rank=6)

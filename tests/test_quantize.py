@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import grasp
 from grasp.core.decoder import Decoder
+from grasp.core.edits import Narrow
 from grasp.core.layers import quantized_grasp
 from grasp.core.layers.low_rank_grasp import LowRankLinear
 from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
@@ -31,6 +32,7 @@ SCHEMES = {
     "int8-dynamic": {"bits": 8, "activations": "int8"},
     **{f"int{bits}": {"bits": bits} for bits in (6, 5, 4, 3)},
 }
+CT = "compressed-tensors"
 LOSES = {"int8": 0.05, "int8-dynamic": 0.05, "int6": 0.15, "int5": 0.3, "int4": 0.5, "int3": 0.9}
 """At most so much of the logits' norm, in tiny random models."""
 
@@ -70,7 +72,7 @@ def low_rank(tmp_path_factory, model_directory):
     return folder
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int4-symmetric"])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 40])
 def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
     """Few tokens in bfloat16 go through the processor's own kernels: as through the stored numbers,
@@ -299,12 +301,48 @@ def test_a_format_that_cannot_be_read_here_is_one_clear_line(model_directory, tm
         ({"bits": 4, "activations": "int8"}, "--activations int8: needs --bits 8, not --bits 4"),
         ({"bits": 8, "activations": "x"}, "--activations x: unknown; allowed: float, int8"),
         ({"bits": 4, "group_size": 48}, "--group-size 48: must be one of 32"),
+        ({"bits": 8, "layout": "x"}, "--layout x: unknown; allowed: grasp, compressed-tensors"),
+        ({"bits": 6, "layout": CT}, "--layout compressed-tensors --bits 6: it has 8 and 4 bits"),
+        ({"bits": 4, "group_size": 256, "layout": CT}, "it has groups of 32, 64, 128"),
+        ({"bits": 8, "embeddings": 8, "layout": CT}, "servers keep these in 16 bits; leave"),
+        ({"bits": 4, "layout": CT}, "down_proj' has 48 columns, which is no multiple; take --bits"),
     ],
 )
 def test_bad_input_is_said_before_any_work(options, message, model_directory, tmp_path):
     with pytest.raises(grasp.GraspError, match=message):
         grasp.quantize(model_directory, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_for_servers_four_bits_have_no_minima(tmp_path):
+    model = build("llama", dtype=torch.bfloat16, intermediate_size=64)
+    before = logits(model)
+    done = grasp.quantize(model, tmp_path / "out", bits=4, layout=CT)
+    after = logits(done.model)
+    assert float((after - before).norm() / before.norm()) < LOSES["int4"]
+    assert close(logits(grasp.load(tmp_path / "out").model), after)
+    told = done.manifest["quantization"]
+    assert told["scheme"] == "int4-symmetric" and "--layout compressed-tensors" in told["command"]
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert not any(key.endswith("_zero") for key in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("pairs", "is a low-rank pair"),
+        ("narrow", "is narrower"),
+        ("gpt2", "Conv1D"),
+        ("mixtral", "experts"),
+    ],
+)
+def test_for_servers_a_model_must_be_ordinary(made, said, low_rank):
+    model = build(made) if made in ("gpt2", "mixtral") else grasp.load(low_rank / "pairs").model
+    if made == "narrow":
+        model = build("llama")
+        Narrow(0, "channels", torch.arange(32)).apply(Decoder(model))
+    with pytest.raises(grasp.GraspError, match=f"--layout compressed-tensors: .*{said}.*leave"):
+        grasp.quantize(model, bits=8, layout=CT)
 
 
 def test_a_layer_may_lack_a_matrix():

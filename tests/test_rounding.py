@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from grasp.core.layers.packing_grasp import (
     BITS,
+    SYMMETRIC,
     dequantized,
+    has_zeros,
     integer_dtype,
     is_grouped,
     layout,
@@ -67,14 +69,13 @@ def test_what_stored_numbers_stand_for(scheme, columns):
     numbers, size = integers(scheme, 6, columns), 32
     groups = num_groups(scheme, columns, size)
     scale = torch.rand(6, groups) + 0.1
-    zero = torch.randn(6, groups) if is_grouped(scheme) else None
+    zero = torch.randn(6, groups) if has_zeros(scheme) else None
     tensors = stored("w", numbers, scale, zero, scheme)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == layout("w", 6, columns, scheme, size)
     group = torch.arange(columns) // size if is_grouped(scheme) else torch.zeros(columns).long()
-    right = scale[:, group] * numbers
-    if zero is not None:
-        right = scale[:, group] * (numbers - 2 ** (BITS[scheme] - 1)) + zero[:, group]
+    middle = 2 ** (BITS[scheme] - 1) if is_grouped(scheme) else 0
+    right = scale[:, group] * (numbers - middle) + (0 if zero is None else zero[:, group])
     found = dequantized(tensors["w_qdata"], scale, zero, scheme, columns, size)
     torch.testing.assert_close(found, right)
     row = dequantized(
@@ -86,7 +87,29 @@ def test_what_stored_numbers_stand_for(scheme, columns):
 
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", BITS)
+def test_without_zeros_it_is_to_the_nearest_of_sixteen_about_zero(columns, dtype):
+    """The number of a group that is furthest from 0 is at the end that has one number more."""
+    weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
+    weight[0] = 0
+    weight = weight.float()
+    found = rounded("w", weight, SYMMETRIC, 32, dtype)
+    assert found.keys() == {"w", "w_qdata"} and found["w"].dtype == dtype
+    scale = found["w"].float().repeat_interleave(32, dim=1)[:, :columns]
+    for start in range(0, columns, 32):
+        group = weight[:, start : start + 32]
+        end = group.gather(1, group.abs().argmax(1, keepdim=True))
+        step = scale[:, start : start + 1]
+        torch.testing.assert_close(-8 * step[1:], end[1:], rtol=2**-8, atol=0)
+        choices = step[..., None] * torch.arange(-8, 8)
+        nearest = (choices - group[..., None]).abs().amin(-1)
+        theirs = dequantized(found["w_qdata"], found["w"], None, SYMMETRIC, columns, 32).float()
+        error = (theirs[:, start : start + 32] - group).abs()
+        assert bool((error <= nearest + group.abs() * 2**-7 + 1e-6).all())
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [scheme for scheme in BITS if scheme != SYMMETRIC])
 def test_rounding_is_to_the_nearest(scheme, columns, dtype):
     """Against the formulas written down again: no number is further away than half a step (and what
     the dtype of the scales costs).

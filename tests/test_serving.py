@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import FAMILY_ROWS, build
 from safetensors.torch import load_file, save_file
+from test_compressed_tensors import mixed
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -509,6 +510,85 @@ doc_to_target: answer
                 )
                 < 1e-3
             )
+
+
+# --- compressed-tensors: vLLM reads these without grasp
+
+
+def by_hand(monkeypatch):
+    """vLLM's kernels on CPU for whole numbers need AVX-512, or have none for 8 bits alone. Here
+    plain products take their place; what is read, and what is fused, is vLLM's all the same.
+    """
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+
+    def of_words(self, layer, x, bias=None):
+        words, scale, _ = self._get_weight_params(layer)
+        bits = self.config.weight_type.size_bits
+        pieces = [words >> place & 2**bits - 1 for place in range(0, 32, bits)]
+        numbers = torch.stack(pieces, -1).flatten(1) - 2 ** (bits - 1)
+        matrix = (numbers.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        return linear(x, matrix.to(x.dtype), bias)
+
+    def of_bytes(self, layer, x, bias=None):
+        numbers, scale = self._get_layer_params(layer)[:2]
+        peak = x.abs().amax(-1, keepdim=True) / 127
+        return linear((x / peak).round() * peak, numbers * scale, bias)
+
+    takes_all = staticmethod(lambda config: (True, None))
+    monkeypatch.setattr(CPUWNA16LinearKernel, "can_implement", takes_all)
+    for kernel, product in (
+        (CPUWNA16LinearKernel, of_words),
+        (CPUInt8ScaledMMLinearKernel, of_bytes),
+    ):
+        monkeypatch.setattr(kernel, "process_weights_after_loading", lambda self, layer: None)
+        monkeypatch.setattr(kernel, "apply_weights", product)
+
+
+def test_a_compressed_tensors_export_is_read_as_it_is_meant(tmp_path, tokenizer, monkeypatch):
+    """Every kind of number in one model with biases, and a dense layer: the text is that of the
+    checkpoint in transformers.
+    """
+    tokenizer.save_pretrained(tmp_path / "ours")
+    decoder, kinds = mixed(build_wide("qwen2"), tmp_path / "ours", embedding=False)
+    assert len(kinds) == 4
+    expected = greedy(decoder.model, PROMPTS, 12)
+    path = grasp.export(tmp_path / "ours", tmp_path / "theirs", format="compressed-tensors").path
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    by_hand(monkeypatch)
+    for (tokens, logs), (ours, our_logs) in zip(expected, served_alone(path), strict=True):
+        assert ours == tokens and our_logs == pytest.approx(logs, abs=1e-3)
+
+
+def without_a_kernel(scheme):
+    """Why vLLM cannot multiply so on this processor; "" where it can."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    able = torch.cpu.get_capabilities()
+    if scheme == "int4-symmetric" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return "vLLM's cpu_gemm_wna16 needs AVX-512"
+    if scheme == "int8-dynamic" and not (able.get("avx512_vnni") or able.get("avx_vnni")):
+        return "without VNNI, oneDNN's products of 8 bits overflow their 16-bit sums"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("int4-symmetric", {"bits": 4}), ("int8-dynamic", {"bits": 8, "activations": "int8"})],
+)
+def test_vllm_serves_a_compressed_tensors_export_with_its_own_kernel(
+    scheme, options, tmp_path, tokenizer
+):
+    if reason := without_a_kernel(scheme):
+        pytest.skip(reason)
+    decoder = Decoder(build_wide("qwen2").bfloat16(), tokenizer)
+    grasp.quantize(decoder, tmp_path / "ours", layout="compressed-tensors", **options)
+    path = grasp.export(tmp_path / "ours", tmp_path / "theirs", format="compressed-tensors").path
+    [(tokens, logs)] = greedy(AutoModelForCausalLM.from_pretrained(path), PROMPTS[:1], 4)
+    with engine(path, dtype="bfloat16") as llm:
+        [(ours, our_logs)] = served(llm, PROMPTS[:1], 4)
+    assert ours[0] == tokens[0] and our_logs[0] == pytest.approx(logs[0], abs=0.1)
 
 
 # --- real servers

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "report": "core data report errors",
     "serving": "core data serving errors",
     "compensation": "core data compensation errors",
-    "recipes": "core.fields core.sizes recipes errors",
+    "recipes": "core.compressed_tensors core.fields core.sizes recipes errors",
     "recipes/cell": "core.fields methods recipes errors",
     "recipes/experiment": "core methods compensation.recipe recipes errors",
     "verbs": "core data stages methods evaluation compensation serving report recipes verbs errors",

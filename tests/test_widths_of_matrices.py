@@ -44,10 +44,10 @@ def nearest(matrix, width):
     return values("weight", tensors, width, matrix.shape[1])
 
 
-@pytest.mark.parametrize("bits", [3, 4, 5, 6])
-def test_fitted_scales_lose_less_than_the_range_does(bits):
+@pytest.mark.parametrize("scheme", ["int3", "int4", "int4-symmetric", "int5", "int6"])
+def test_fitted_scales_lose_less_than_the_range_does(scheme):
     matrix, weights = random(16, 96), random(96, seed=2).square()
-    width = Width(f"int{bits}", 32)
+    width = Width(scheme, 32)
 
     def lost(new):
         return float((weights * (new - matrix).square()).sum())
@@ -76,9 +76,34 @@ def test_fitted_is_near_the_best_that_there_is():
         assert lost < 1.35 * best + 1e-9
 
 
+def test_fitted_about_zero_is_near_the_best_that_there_is():
+    """One group of 32 numbers in 4 bits: every scale of either sign on a fine grid."""
+    width = Width("int4-symmetric", 32)
+    for seed in range(5):
+        group, weights = random(1, 32, seed=seed), random(32, seed=seed + 9).square() + 0.1
+        found = back(group, fitted(group, width, torch.float32, weights), width)
+        lost = float((weights * (found - group).square()).sum())
+        most = float(group.abs().max())
+        best = min(
+            float((weights * (new - group).square()).sum())
+            for scale in torch.linspace(0.08, 0.2, 601) * most
+            for step in (scale, -scale)
+            for new in [(group / step).round().clamp(-8, 7) * step]
+        )
+        assert lost < 1.02 * best
+
+
+def test_a_group_of_zeros_has_a_scale():
+    for scheme in ("int4", "int4-symmetric"):
+        width = Width(scheme, 32)
+        found = back(torch.zeros(2, 40), fitted(torch.zeros(2, 40), width, KEPT), width)
+        assert torch.equal(found, torch.zeros(2, 40))
+
+
+@pytest.mark.parametrize("scheme", ["int3", "int4-symmetric"])
 @pytest.mark.parametrize("columns", [64, 70])
-def test_columns_make_up_for_one_another(columns):
-    matrix, inputs, width = random(24, columns), covariance(columns), Width("int3", 32)
+def test_columns_make_up_for_one_another(columns, scheme):
+    matrix, inputs, width = random(24, columns), covariance(columns), Width(scheme, 32)
     alone = back(matrix, fitted(matrix, width, KEPT, inputs.diagonal()), width) - matrix
     together = back(matrix, fed_back(matrix, width, KEPT, inputs), width) - matrix
 
@@ -95,10 +120,14 @@ def test_with_nothing_in_common_they_do_not():
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-EVERY = (*widths((8, 6, 5, 4, 3)), *widths((8,), activations=True))
+EVERY = (
+    *widths((8, 6, 5, 4, 3)),
+    *widths((4,), symmetric=True),
+    *widths((8,), activations=True),
+)
 
 
-@pytest.mark.parametrize("width", EVERY, ids=str)
+@pytest.mark.parametrize("width", EVERY, ids=repr)
 @pytest.mark.parametrize("columns", [1, 33, 64, 70])
 def test_bytes_are_those_of_the_file(width, columns):
     tensors = to_width("weight", random(24, columns), width, KEPT)

@@ -183,16 +183,17 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
 @click.option(
     "--format",
     required=True,
-    metavar="dense|onnx|openvino",
+    metavar="dense|onnx|openvino|compressed-tensors",
     help=(
         "dense: ordinary checkpoint, low-rank matrices multiplied out, no smaller; onnx: for"
-        " onnxruntime; openvino: for openvino-genai."
+        " onnxruntime; openvino: for openvino-genai; compressed-tensors: a model rounded with"
+        " --layout compressed-tensors, for servers' own kernels."
     ),
 )
 @click.option(
     "--dtype",
     help=(
-        "Of the export. dense: float32, bfloat16, float16; default: as stored. Others: float32"
+        "Of the export. dense: float32, bfloat16, float16; default: as stored. Graphs: float32"
         " (default) or float16."
     ),
 )

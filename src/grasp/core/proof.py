@@ -108,9 +108,18 @@ def prove(decoder: Decoder, said: Tensor, written: Path, out: Path) -> None:
 
     `said`: what `answer` gave before it was written.
     """
+    again = loaded_again(decoder, written, out)
+    differs = next(_differences(decoder, again), None)
+    if differs is not None:
+        raise _not_the_model(out, differs)
+    compare(said, answer(again), _digits(again), out)
+
+
+def loaded_again(decoder: Decoder, written: Path, out: Path) -> Decoder:
+    """The checkpoint in the folder `written`, meant for `out`. Raises `CheckpointError`."""
     try:
         with _quiet():
-            again = load_model(
+            return load_model(
                 str(written),
                 device=_device(decoder),
                 trust_remote_code=_runs_own_code(decoder),
@@ -122,10 +131,6 @@ def prove(decoder: Decoder, said: Tensor, written: Path, out: Path) -> None:
             f"OUT {out}: the model was written, but does not load again ({reason}); nothing was"
             " left behind"
         ) from failure
-    differs = next(_differences(decoder, again), None)
-    if differs is not None:
-        raise _not_the_model(out, differs)
-    compare(said, answer(again), _digits(again), out)
 
 
 @contextmanager

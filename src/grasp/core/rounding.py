@@ -1,8 +1,11 @@
 """A matrix to whole numbers of few bits, each to the nearest. In 8 bits symmetric, a scale a row;
 in fewer a scale and a minimum for every group of columns, over the range of its numbers (min-max).
 
-    8 bits:  scale = max |W| / 127.5             q = round(W / scale), -128 ... 127
-    fewer:   scale = (max - min) / (2^bits - 1)  q = round((W - min) / scale), 0 ... 2^bits - 1
+    8 bits:    scale = max |W| / 127.5             q = round(W / scale), -128 ... 127
+    fewer:     scale = (max - min) / (2^bits - 1)  q = round((W - min) / scale), 0 ... 2^bits - 1
+    symmetric: scale = -w / 2^(bits - 1)           q = round(W / scale) + 2^(bits - 1), at most
+               2^bits - 1; w is the number furthest from 0, so that it becomes 0, of which there is
+               one more than above the middle (llama.cpp's Q4_0 rounds so)
 
 What is rounded is divided by the scale as stored, in the dtype of the model. `stored` lays numbers
 out, these or better ones, as `grasp.core.layers.packing_grasp` says. A low-rank pair is rounded as
@@ -20,7 +23,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from grasp.core.layer import is_low_rank
-from grasp.core.layers.packing_grasp import BITS, INTEGERS, ZEROS, is_grouped, packed
+from grasp.core.layers.packing_grasp import (
+    BITS,
+    INTEGERS,
+    ZEROS,
+    has_zeros,
+    is_grouped,
+    packed,
+)
 from grasp.core.layers.quantized_grasp import SLICE
 
 
@@ -56,7 +66,8 @@ def _rounded(
 ) -> dict[str, Tensor]:
     """`rounded`, of rows in float32."""
     if is_grouped(scheme):
-        numbers, scale, zero = _min_max(matrix, BITS[scheme], group_size, dtype)
+        how = (matrix, BITS[scheme], group_size, dtype)
+        numbers, scale, zero = _min_max(*how) if has_zeros(scheme) else _symmetric(*how)
         return stored(name, numbers, scale, zero, scheme)
     most = matrix.abs().amax(dim=1, keepdim=True)
     scale = (most / 127.5).clamp_min(torch.finfo(dtype).tiny).to(dtype)
@@ -72,7 +83,8 @@ def stored(
     scheme: str,
 ) -> dict[str, Tensor]:
     """The stored tensors of the matrix `name` that has these whole numbers, -128 ... 127 in 8 bits
-    (`zero` is None) and 0 ... 2^bits - 1 in fewer: W = scale (q - 2^(bits - 1)) + zero.
+    and 0 ... 2^bits - 1 in fewer: W = scale (q - 2^(bits - 1)) + zero; `zero` is None where the
+    scheme has none.
 
     Raises `ValueError` for numbers that the scheme does not have.
     """
@@ -81,8 +93,8 @@ def stored(
     high = low + 2**bits - 1
     if numbers.numel() and not low <= int(numbers.min()) <= int(numbers.max()) <= high:
         raise ValueError(f"'{name}' holds numbers outside {low} ... {high}, those of {scheme}")
-    if (zero is not None) != is_grouped(scheme):
-        needs = "needs" if is_grouped(scheme) else "takes no"
+    if (zero is not None) != has_zeros(scheme):
+        needs = "needs" if has_zeros(scheme) else "takes no"
         raise ValueError(f"'{name}': {scheme} {needs} zeros beside the scales")
     found = {name: scale.contiguous(), name + INTEGERS: packed(numbers, scheme)}
     return found if zero is None else found | {name + ZEROS: zero.contiguous()}
@@ -100,6 +112,27 @@ def _min_max(
     scale, zero = step.to(dtype), (low + step * 2 ** (bits - 1)).to(dtype)
     numbers = nearest(x, scale, zero, bits).to(torch.uint8)
     return numbers.flatten(1)[:, : matrix.shape[1]], scale[..., 0], zero[..., 0]
+
+
+def _symmetric(
+    matrix: Float[Tensor, "rows columns"], bits: int, group_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, None]:
+    """(q (rows, columns), scales (rows, groups), None)."""
+    x = grouped(matrix, group_size)
+    scale = not_zero((furthest(x) / -(2 ** (bits - 1))).to(dtype))
+    numbers = nearest(x, scale, torch.zeros_like(scale), bits).to(torch.uint8)
+    return numbers.flatten(1)[:, : matrix.shape[1]], scale[..., 0], None
+
+
+def furthest(x: Float[Tensor, "rows groups size"]) -> Float[Tensor, "rows groups 1"]:
+    """The number of each group that is furthest from 0."""
+    return x.gather(-1, x.abs().argmax(-1, keepdim=True))
+
+
+def not_zero(scale: Tensor) -> Tensor:
+    """Scales of either sign, of which none is too small to divide by."""
+    tiny = torch.finfo(scale.dtype).tiny
+    return torch.where(scale.abs() < tiny, tiny, scale)
 
 
 def grouped(

@@ -117,15 +117,26 @@ def in_widths(
     narrower: Mapping[str, Callable[[int], Shapes]],
     pivoted: bool,
     outside: Mapping[str, Offered],
+    alike: Sequence[tuple[str, ...]] = (),
 ) -> InWidths:
     """A problem in bytes, with widths for the matrices in `offered`.
 
     `narrower`: the component of a narrower part -> the shapes of its matrices at a size.
     `pivoted`: how pairs are stored in 16 bits. `outside`: matrices that no component is about.
+    `alike`: matrices of one width together; they are in `offered`, and have no ranks.
     """
     components, variants = dict(problem.components), {}
     whole = problem.dense
+    joint = {path for paths in alike for path in paths}
+    for paths in alike:
+        # the first is about all of them, the others cost nothing
+        variants[paths[0]], offer = of_alike({path: offered[path] for path in paths})
+        layer = components[paths[0]].layer
+        components |= {path: Component(layer, fixed(0.0), never) for path in paths[1:]}
+        components[paths[0]] = Component(layer, offer, never, matrices=paths)
     for name, one in problem.components.items():
+        if name in joint:
+            continue
         if name in offered:
             found = of_matrix(name, one.offer, offered[name], pivoted)
         elif name in narrower and all(path in offered for path in one.matrices):
@@ -184,6 +195,26 @@ def of_matrix(
         return Variant(sizes[size], {path: Rounding(width, lost)})
 
     return _best(torch.cat(costs), torch.cat(losses), torch.cat(on_seen), variant)
+
+
+def of_alike(offered: Mapping[str, Offered]) -> tuple[list[Variant], Options]:
+    """Matrices without ranks, all in one of the widths that each of them has."""
+    several = list(offered.values())
+    common = [one for one in several[0].widths if all(one in other.widths for other in several)]
+    losses = [
+        [float(one.dense_losses[one.widths.index(width)]) for one in several] for width in common
+    ]
+    costs = [sum(in_file(one.shape, width) for one in several) for width in common]
+
+    def variant(number: int) -> Variant:
+        width = common[number]
+        if width is None:
+            return Variant(None, {})
+        each = zip(offered, losses[number], strict=True)
+        return Variant(None, {path: Rounding(width, loss) for path, loss in each})
+
+    together = torch.tensor([sum(one) for one in losses], dtype=torch.float64)
+    return _best(torch.tensor(costs, dtype=torch.float64), together, together, variant)
 
 
 def of_part(

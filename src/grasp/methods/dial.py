@@ -6,6 +6,8 @@
     --size 90MB --bits 16        no rounding: fewer numbers until they fit
     --size 90MB --activations int8
                                  8 bits are of activations too, and cost what rounding these does
+    --size 90MB --layout compressed-tensors
+                                 bits alone, as the format compressed-tensors can say them
 
 A rounded matrix costs nats like a dropped singular group (`grasp.stages.sensitivity`), so one
 multiplier chooses among all of them (`grasp.methods.bits`).
@@ -20,12 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+from grasp.core import compressed_tensors
+from grasp.core.compressed_tensors import COMPRESSED_TENSORS, GRASP, LAYOUTS, alike
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Step
 from grasp.core.fields import flag, shortened
 from grasp.core.layer import Linear
 from grasp.core.records import Allocation, Statistics
 from grasp.core.runner import Runner
+from grasp.core.sayable import check_sayable
 from grasp.core.sizes import at_least, bytes_of
 from grasp.errors import RecipeError
 from grasp.methods.bits import InWidths, Offered, in_widths
@@ -36,7 +41,7 @@ from grasp.methods.rounding import offered_inside, offered_outside, roundings, s
 from grasp.stages import operations
 from grasp.stages.narrowing import AXES
 from grasp.stages.operations import Operations, total
-from grasp.stages.rounding import GROUPS, PIVOTED_BITS, ROWS, widths
+from grasp.stages.rounding import GROUPS, PIVOTED_BITS, ROWS, Width, widths
 from grasp.stages.sensitivity import Sensitivities, Sensitivity
 
 logger = logging.getLogger(__name__)
@@ -73,6 +78,12 @@ class Dial(LowRank):
         " scale a token; not those of fewer bits, of pairs, of embedding and head.",
         words=("float", "int8"),
     )
+    layout: str = flag(
+        GRASP,
+        f"{COMPRESSED_TENSORS}: bits alone, and only those that `grasp export --format"
+        f" {COMPRESSED_TENSORS}` writes, for servers' own kernels: 16, 8, 4 without minima.",
+        words=LAYOUTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +102,8 @@ class Dial(LowRank):
                 f"--activations {self.activations}: goes with weights in 8 bits; {way}, or leave"
                 " --activations out"
             )
+        if self.for_servers:
+            self._check_layout()
         if self.bits is None:
             return
         if not self.bits or len(set(self.bits)) < len(self.bits):
@@ -100,6 +113,27 @@ class Dial(LowRank):
             raise RecipeError(
                 f"{self.said_bits}: bits are weighed in bytes; give --size, or --budget bytes"
             )
+
+    def _check_layout(self) -> None:
+        """Raise `RecipeError` for what --layout compressed-tensors has no words for."""
+        said, bits = f"--layout {self.layout}", compressed_tensors.BITS
+        groups = compressed_tensors.GROUPS
+        if not self.rounds_weights:
+            raise RecipeError(f"{said}: is about bits; give --size, or --budget bytes and --bits")
+        if odd := [one for one in self.offered_bits if one not in bits]:
+            raise RecipeError(
+                f"{said} --bits {odd[0]}: it has {', '.join(map(str, bits))}; take some of these"
+            )
+        if odd := [size for size in self.group_sizes if size not in groups]:
+            raise RecipeError(
+                f"{said} --group-sizes {odd[0]}: it has {', '.join(map(str, groups))}; take some"
+                " of these"
+            )
+
+    @property
+    def for_servers(self) -> bool:
+        """Whether the result is one that `grasp export --format compressed-tensors` can write."""
+        return self.layout == COMPRESSED_TENSORS
 
     @property
     def said_bits(self) -> str:
@@ -111,7 +145,16 @@ class Dial(LowRank):
     @property
     def offered_bits(self) -> tuple[int, ...]:
         """Bits that weights may have."""
-        return self.bits or (BITS if self.size is not None else (16,))
+        if self.bits is not None or self.size is None:
+            return self.bits or (16,)
+        return compressed_tensors.BITS if self.for_servers else BITS
+
+    @property
+    def offered_widths(self) -> tuple[Width, ...]:
+        """Ways to store a matrix that is rounded."""
+        return widths(
+            self.offered_bits, self.group_sizes, self.for_servers, self.rounds_activations
+        )
 
     @property
     def rounds_weights(self) -> bool:
@@ -133,6 +176,11 @@ class Dial(LowRank):
     @property
     def asked_bytes(self) -> int | None:
         return None if self.size is None else bytes_of(self.size)
+
+    def check(self, decoder: Decoder) -> None:
+        super().check(decoder)
+        if self.for_servers:
+            check_sayable(decoder, f"--layout {self.layout}", "leave --layout out")
 
     def most_parameters(self, decoder: Decoder, linears: Sequence[Linear]) -> int | None:
         return None if self.in_16_bits else super().most_parameters(decoder, linears)
@@ -177,12 +225,12 @@ class Dial(LowRank):
         """What pricing and rounding these matrices once takes."""
         if not self.rounds_weights:
             return {}
-        count = len(widths(self.offered_bits, self.group_sizes))
+        count = len(self.offered_widths)
         return total(operations.rounding(one.shape, ROWS, count) for one in linears)
 
     def outside(self, runner: Runner) -> dict[str, Offered]:
         """The widths of what is outside the layers: the embedding, and a head of its own."""
-        if not self.rounds_weights:
+        if not self.rounds_weights or self.for_servers:
             return {}
         return offered_outside(runner, self.offered_bits, self.group_sizes)
 
@@ -198,11 +246,13 @@ class Dial(LowRank):
             return InWidths(problem, problem)
         found: Mapping[str, Sensitivity] = stats[Sensitivities.name]
         offered = offered_inside(
-            decoder, found, self.offered_bits, self.group_sizes, self.rounds_activations
+            decoder, found, self.offered_widths, 16 in self.offered_bits, self.for_servers
         )
+        together = alike(offered) if self.for_servers else ()
         names = [name for name in problem.components if name.rpartition(" ")[2] in AXES]
         narrower = {name: partial(shapes_at, decoder, name) for name in names}
-        return in_widths(problem, offered, narrower, self.storage == "pivoted", outside)
+        pivoted = self.storage == "pivoted"
+        return in_widths(problem, offered, narrower, pivoted, outside, together)
 
     def carried_out(
         self, runner: Runner, stats: Statistics, offer: InWidths, chosen: Allocation

@@ -53,9 +53,7 @@ def leaving(
     if not linears:
         return {}
     losses: Mapping[str, float] = stats[LayerLosses.name]
-    layers: dict[int, list[Linear]] = {}
-    for linear in linears:
-        layers.setdefault(linear.layer, []).append(linear)
+    layers = by_layer(linears)
     needed = max(layers, key=lambda layer: losses[str(layer)])
     found = {}
     for layer, own in layers.items():
@@ -94,6 +92,24 @@ def experts_gone(
             found[f"{linear.path} gone"] = Component(
                 linear.layer, offer, make, matrices=(linear.path,)
             )
+    return found
+
+
+def most_gone(linears: Sequence[Linear], costs: Costs) -> dict[int, float]:
+    """What layers save that are gone, all but the one that costs most."""
+    saved = {
+        layer: costs.layer(layer) + sum(costs.of(one.path)(one.shape, None) for one in own)
+        for layer, own in by_layer(linears).items()
+    }
+    largest = max(saved, key=lambda layer: saved[layer], default=0)
+    return {layer: cost for layer, cost in saved.items() if layer != largest}
+
+
+def by_layer(linears: Sequence[Linear]) -> dict[int, list[Linear]]:
+    """Matrices by their layer."""
+    found: dict[int, list[Linear]] = {}
+    for linear in linears:
+        found.setdefault(linear.layer, []).append(linear)
     return found
 
 
@@ -218,3 +234,15 @@ def choices(
     if f"{layer} gone" in components:
         return (OneOf((f"{layer} gone", All(parts))),)
     return parts
+
+
+def problem_of(
+    decoder: Decoder, linears: Sequence[Linear], components: dict[str, Component]
+) -> Problem:
+    """What a budget chooses from: these components, of which those of a layer go together as
+    `choices` says.
+    """
+    trees = [choices(decoder, layer, own, components) for layer, own in by_layer(linears).items()]
+    per_layer = tuple(All(tree) if len(tree) > 1 else tree[0] for tree in trees)
+    every = tuple(part for tree in trees for part in tree)
+    return Problem(components, All(per_layer), per_layer, every)

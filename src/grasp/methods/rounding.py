@@ -29,21 +29,23 @@ OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
 def offered_inside(
     decoder: Decoder,
     found: Mapping[str, Sensitivity],
-    bits: Sequence[int],
-    groups: Sequence[int],
-    activations: bool,
+    asked: Sequence[Width],
+    may_stay: bool,
+    whole_groups: bool,
 ) -> dict[str, Offered]:
-    """The widths of the matrices of the layers, and what each costs. `activations`: 8 bits are of
-    their inputs too.
+    """The widths of the matrices of the layers, and what each costs. `may_stay`: in 16 bits.
+    `whole_groups`: only those whose groups divide the columns, and 16 bits where there are none.
     """
-    some, offered = widths(bits, groups, activations), {}
+    offered = {}
     for layer in decoder.layers():
         for linear in layer.linears.values():
             if linear.path in found:
+                some = [one for one in asked if not whole_groups or one.divides(linear.shape[1])]
                 with decoder.holding(linear.parameter):
                     losses = prices(linear.weight, found[linear.path], some)
                 lost = found[linear.path].loss_of_activations
-                offered[linear.path] = _offered(linear.shape, some, losses, bits, lost)
+                may = may_stay or not some
+                offered[linear.path] = _offered(linear.shape, some, losses, may, lost)
     return offered
 
 
@@ -51,11 +53,11 @@ def _offered(
     shape: tuple[int, int],
     some: Sequence[Width],
     losses: Tensor,
-    bits: Sequence[int],
+    may_stay: bool,
     activations: float = 0.0,
 ) -> Offered:
     """These widths, and none where 16 bits are allowed."""
-    if 16 not in bits:
+    if not may_stay:
         return Offered(shape, tuple(some), losses, activations)
     losses = torch.cat([losses.new_zeros(1), losses])
     return Offered(shape, (None, *some), losses, activations)
@@ -79,7 +81,7 @@ def offered_outside(
         losses = list(runner.tried(edits, TRIED, "embeddings in fewer bits").values())
         rises = torch.tensor(losses, dtype=torch.float64) - before
         shape = (weight.shape[0], weight.shape[1])
-        found[path] = _offered(shape, some, rises.clamp_min(0.0), bits)
+        found[path] = _offered(shape, some, rises.clamp_min(0.0), 16 in bits)
     return found
 
 

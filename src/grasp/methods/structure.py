@@ -38,11 +38,12 @@ from grasp.methods.parts import (
     PARTS,
     RANKS,
     beyond,
-    choices,
     experts_gone,
     leaving,
+    most_gone,
     narrower_first,
     one_width,
+    problem_of,
     settled,
 )
 from grasp.stages import operations
@@ -50,7 +51,6 @@ from grasp.stages.curvature import Curvatures
 from grasp.stages.forecast import halves
 from grasp.stages.narrowing import AXES, Narrowing, Place, cost_at, narrowed, narrowing, place
 from grasp.stages.operations import Operations, total
-from grasp.stages.options import All
 from grasp.stages.routing import ExpertLosses
 from grasp.stages.sensitivity import Sensitivities
 from grasp.stages.statistics import Similarity
@@ -119,6 +119,9 @@ class Structure(Dial):
                 f"{self.said_bits}: not together with {what}; compress first, then round with"
                 " `grasp quantize`"
             )
+        if self.for_servers and set(self.kinds) - {LAYERS}:
+            way = "leave it out, or take layers"
+            raise RecipeError(f"{said}: with --layout {self.layout} only layers may go; {way}")
         if self.is_dense and (odd := [part for part in self.kinds if part in SPREAD]):
             raise RecipeError(
                 f"{said}: {' and '.join(odd)} leave no plain dense matrices; with"
@@ -149,6 +152,8 @@ class Structure(Dial):
         """What may become smaller, in the order of `PARTS`."""
         if self.parts is not None:
             return tuple(part for part in PARTS if part in self.parts)
+        if self.for_servers:
+            return ()
         if self.is_dense:
             return DENSE
         return DEFAULT if self.predicts else (RANKS,)
@@ -157,6 +162,11 @@ class Structure(Dial):
     def more(self) -> tuple[str, ...]:
         """The parts beside ranks."""
         return tuple(part for part in self.kinds if part != RANKS)
+
+    @property
+    def curved(self) -> bool:
+        """Whether ranks or widths are priced, and not bits and layers alone."""
+        return bool(set(self.kinds) - {LAYERS}) or not self.rounds_weights
 
     @property
     def least_saving(self) -> float:
@@ -211,7 +221,7 @@ class Structure(Dial):
 
     def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
         readers = [one.reader.path for one in self.places(decoder, linears, self.more)]
-        found = operations.sums(decoder, linears, readers, backward=True)
+        found = operations.sums(decoder, linears, readers, backward=True) if self.curved else {}
         return total([found, self.of_sensitivities(linears)])
 
     def operations_once(self, linear: Linear) -> Operations:
@@ -241,7 +251,8 @@ class Structure(Dial):
         if self.rounds_weights:
             own = [one.path for one in linears if not is_of_expert(one)]
             whole.append(Sensitivities(own, scratch, self.rounds_activations))
-        return [*(Curvatures(paths, scratch, readers, half) for half in (0, 1)), *whole]
+        text = (0, 1) if self.curved else ()
+        return [*(Curvatures(paths, scratch, readers, half) for half in text), *whole]
 
     def places(
         self, decoder: Decoder, linears: Sequence[Linear], parts: Sequence[str]
@@ -263,12 +274,14 @@ class Structure(Dial):
         places = self.places(decoder, linears, self.more)
         wide = {one.reader.path: one.reader.shape for one in places if not one.reader.is_tall}
         inputs = sum(4 * columns**2 for _, columns in wide.values())
-        halves = 2 if self.predicts else 1
+        halves = (2 if self.predicts else 1) if self.curved else 0
         of_bits = sum(4 * linear.shape[1] ** 2 for linear in linears) if self.rounds_weights else 0
         return halves * (super().sums_bytes(decoder, linears) + inputs) + of_bits
 
     def most_saved(self, decoder: Decoder, linears: Sequence[Linear], costs: Costs) -> float:
-        """At most: where layers may go, all but one are taken for gone."""
+        """At most: where layers may go, all but one are taken for gone; where bits may go, all."""
+        if self.rounds_weights:
+            return costs.whole
         if RANKS in self.kinds:
             return super().most_saved(decoder, linears, costs)
         saved: dict[int, float] = {}
@@ -277,12 +290,7 @@ class Structure(Dial):
             now, then = (cost_at(decoder, where, size, costs) for size in (where.count, least))
             saved[where.layer] = saved.get(where.layer, 0.0) + now - then
         if LAYERS in self.kinds:
-            whole: dict[int, float] = {}
-            for linear in linears:
-                cost = costs.of(linear.path)(linear.shape, None)
-                whole[linear.layer] = whole.get(linear.layer, costs.layer(linear.layer)) + cost
-            largest = max(whole, key=lambda layer: whole[layer], default=0)
-            saved |= {layer: cost for layer, cost in whole.items() if layer != largest}
+            saved |= most_gone(linears, costs)
         return sum(saved.values())
 
     # --- rounds
@@ -348,14 +356,7 @@ class Structure(Dial):
                 linear.path: staying(linear, costs.of(linear.path)(linear.shape, None))
                 for linear in linears
             }
-        layers: dict[int, list[Linear]] = {}
-        for linear in linears:
-            layers.setdefault(linear.layer, []).append(linear)
-        trees = [choices(decoder, layer, own, components) for layer, own in layers.items()]
-        per_layer = tuple(All(tree) if len(tree) > 1 else tree[0] for tree in trees)
-        return Problem(
-            components, All(per_layer), per_layer, tuple(part for tree in trees for part in tree)
-        )
+        return problem_of(decoder, linears, components)
 
     def multiple(self, where: Place) -> int:
         """Of the units of a part that stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from grasp.core.compressed_tensors import COMPRESSED_TENSORS, GRASP, LAYOUTS
 from grasp.core.fields import REQUIRED, flag
 from grasp.recipes.part import Part
 
@@ -37,4 +38,10 @@ class QuantizationRecipe(Part):
         "Bits of the embedding and of the output layer: 16 (as they are), 8 (one scale a row), 6 or"
         " 4 (with groups). Tied ones are stored once.",
         words=(16, 8, 6, 4),
+    )
+    layout: str = flag(
+        GRASP,
+        f"{COMPRESSED_TENSORS}: only what `grasp export --format {COMPRESSED_TENSORS}` writes, for"
+        " servers' own kernels: 8 bits, or 4 without minima; no pairs.",
+        words=LAYOUTS,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from grasp.core.layers.packing_grasp import BITS
+from grasp.core.layers.packing_grasp import BITS, is_grouped
 from grasp.serving.stored import Stored
 
 GROUPS = (32, 64, 128, 256)
@@ -34,8 +34,8 @@ class AtWidth(nn.Module):
         super().__init__()
         self.rows, columns = matrix.shape
         self.group_size = matrix.group_size
-        self.grouped = matrix.zero is not None
-        if matrix.zero is None:
+        self.grouped = is_grouped(matrix.scheme)
+        if not self.grouped:
             # the kernel reads 32 columns at a time
             numbers = pad(matrix.qdata, (0, -columns % 32))
             scales = matrix.scale.flatten()
@@ -46,7 +46,8 @@ class AtWidth(nn.Module):
             up = 8 - 2 ** (BITS[matrix.scheme] - 1)  # from this width's middle to that of 4 bits
             whole = pad(matrix.numbers().int() + up, (0, self.columns - columns, *rows[2:]))
             numbers = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
-            pairs = torch.stack((pad(matrix.scale, rows), pad(matrix.zero, rows)), dim=-1)
+            zero = torch.zeros_like(matrix.scale) if matrix.zero is None else matrix.zero
+            pairs = torch.stack((pad(matrix.scale, rows), pad(zero, rows)), dim=-1)
             scales = pairs.transpose(0, 1)
         self.numbers = nn.Parameter(numbers.contiguous(), requires_grad=False)
         self.scales = nn.Parameter(scales.to(dtype).contiguous(), requires_grad=False)

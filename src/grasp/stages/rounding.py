@@ -20,14 +20,25 @@ from torch import Tensor
 from grasp.core.layers.packing_grasp import (
     BITS,
     INTEGERS,
+    SYMMETRIC,
     ZEROS,
     dequantized,
+    has_zeros,
     is_grouped,
     num_bytes,
     num_groups,
 )
 from grasp.core.layers.quantized_grasp import SLICE
-from grasp.core.rounding import grouped, in_slices, meaning, nearest, rounded, stored
+from grasp.core.rounding import (
+    furthest,
+    grouped,
+    in_slices,
+    meaning,
+    nearest,
+    not_zero,
+    rounded,
+    stored,
+)
 from grasp.stages.obs_columns import Replace, inverse_factor, replaced
 from grasp.stages.sensitivity import Sensitivity
 
@@ -76,8 +87,12 @@ class Width:
     def num_bytes(self, rows: Any, columns: Any) -> Any:
         """What a matrix (rows, columns) takes in the file, numbers alone."""
         scales = num_groups(self.scheme, columns, self.group_size) * SCALE
-        zeros = scales if is_grouped(self.scheme) else 0
+        zeros = scales if has_zeros(self.scheme) else 0
         return rows * (num_bytes(self.scheme, columns) + scales + zeros)
+
+    def divides(self, columns: int) -> bool:
+        """Whether no group of so many columns is shorter than others."""
+        return not is_grouped(self.scheme) or columns % self.group_size == 0
 
     @property
     def rounds_activations(self) -> bool:
@@ -92,7 +107,7 @@ class Width:
     @property
     def tensors(self) -> int:
         """In how many a matrix is stored."""
-        return 3 if is_grouped(self.scheme) else 2
+        return 3 if has_zeros(self.scheme) else 2
 
     def __str__(self) -> str:
         group = f"/{self.group_size}" if is_grouped(self.scheme) else ""
@@ -100,13 +115,18 @@ class Width:
 
 
 def widths(
-    bits: Sequence[int], groups: Sequence[int] = GROUPS, activations: bool = False
+    bits: Sequence[int],
+    groups: Sequence[int] = GROUPS,
+    symmetric: bool = False,
+    activations: bool = False,
 ) -> tuple[Width, ...]:
     """All ways to store a matrix in one of these numbers of bits, in groups of these sizes; 16 is
-    no rounding. `activations`: in 8 bits, what it multiplies is rounded too.
+    no rounding. `symmetric`: 4 bits without a zero. `activations`: in 8 bits, what it multiplies is
+    rounded too.
     """
+    schemes = {8: DYNAMIC if activations else "int8", 4: SYMMETRIC if symmetric else "int4"}
     return tuple(
-        Width(DYNAMIC if activations and one == 8 else f"int{one}", size)
+        Width(schemes.get(one, f"int{one}"), size)
         for one in bits
         if one < 16
         for size in (groups if one < 8 else groups[:1])
@@ -170,7 +190,7 @@ def fed_back(
     width: Width,
     dtype: torch.dtype,
     inputs: Float[Tensor, "columns columns"],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`fitted`, group after group of columns, each as the rounding of those before it has left it:
     GPTQ (arXiv 2210.17323), with the scales of a group fitted when its turn comes.
     """
@@ -181,6 +201,7 @@ def fed_back(
     def choose(first: int, values: Tensor, _pivots: Tensor) -> Replace:
         own = weights[first : first + values.shape[1]]
         _, scale, zero = fitted(values.contiguous(), width, dtype, own)
+        zero = torch.zeros_like(scale) if zero is None else zero
         scales.append(scale)
         zeros.append(zero)
 
@@ -194,7 +215,8 @@ def fed_back(
     found = grouped(replaced(matrix, factor, choose, width.group_size), width.group_size)
     scale, zero = torch.cat(scales, dim=1), torch.cat(zeros, dim=1)
     numbers = nearest(found, scale[..., None], zero[..., None], width.bits).to(torch.uint8)
-    return numbers.flatten(1)[:, : matrix.shape[1]], scale, zero
+    numbers = numbers.flatten(1)[:, : matrix.shape[1]]
+    return numbers, scale, zero if has_zeros(width.scheme) else None
 
 
 def values(
@@ -211,36 +233,40 @@ def fitted(
     width: Width,
     dtype: torch.dtype,
     columns: Float[Tensor, "columns"] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(whole numbers (rows, columns), scales (rows, groups), zeros (rows, groups)).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(whole numbers (rows, columns), scales (rows, groups), zeros (rows, groups) or None where the
+    scheme has none).
 
     From ranges of several sizes about the middle of the group's own, each with its numbers rounded
     and scale and zero fitted to them by least squares, `REFITS` times; the best is taken, in the
-    dtype in which it is stored. (Ranges as llama.cpp's k-quants try them.)
+    dtype in which it is stored. (Ranges as llama.cpp's k-quants try them.) Without zeros a range is
+    about 0, the scale is fitted alone, and its sign says at which end there is one number more.
     """
     most, middle = 2**width.bits - 1, 2 ** (width.bits - 1)
+    shifts = has_zeros(width.scheme)
     x = grouped(matrix, width.group_size)
     weights = torch.ones(matrix.shape[1]) if columns is None else columns.to(matrix).float()
     weights = grouped((weights / weights.mean().clamp_min(1e-30))[None], width.group_size, 0.0)
     # a group that nothing says anything of counts its columns alike
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
     total = weights.sum(-1, keepdim=True)
-    mean = (weights * x).sum(-1, keepdim=True) / total
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    tiny = torch.finfo(dtype).tiny
+    # what the line through q and x goes through: their means, or 0
+    mean = (weights * x).sum(-1, keepdim=True) / total if shifts else torch.zeros_like(low)
+    whole = (high - low) / most if shifts else furthest(x) / -middle
     best: list[Tensor] = []
     for share in RANGES:
-        scale = ((high - low) * share / most).clamp_min(tiny)
-        start = (low + high) / 2 - scale * most / 2
+        scale = not_zero(whole * share)
+        start = (low + high) / 2 - scale * most / 2 if shifts else -scale * middle
         for _ in range(REFITS):
             q = ((x - start) / scale).round_().clamp_(0, most)
-            middle_q = (weights * q).sum(-1, keepdim=True) / total
+            middle_q = (weights * q).sum(-1, keepdim=True) / total if shifts else middle
             apart = q - middle_q
             spread = (weights * apart * apart).sum(-1, keepdim=True)
             slope = (weights * apart * (x - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-30)
-            scale = torch.where(slope > 0, slope, scale).clamp_min(tiny)
+            scale = not_zero(torch.where(slope.sign() == scale.sign(), slope, scale))
             start = mean - scale * middle_q
-        scale, zero = scale.to(dtype), (start + scale * middle).to(dtype)
+        scale, zero = not_zero(scale.to(dtype)), (start + scale * middle).to(dtype)
         q = nearest(x, scale, zero, width.bits)
         lost = meaning(q, scale, zero, width.bits) - x
         error = (weights * lost.square()).sum(-1, keepdim=True)
@@ -251,7 +277,7 @@ def fitted(
         best = found
     _, scale, zero, q = best
     numbers = q.to(torch.uint8).flatten(1)[:, : matrix.shape[1]]
-    return numbers, scale[..., 0], zero[..., 0]
+    return numbers, scale[..., 0], zero[..., 0] if shifts else None
 
 
 def prices(

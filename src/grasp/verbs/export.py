@@ -10,11 +10,15 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
                loads anywhere; no smaller, but by what all MLPs lost
     onnx       one graph with a key-value cache, pairs kept
     openvino   a model with its own cache and tokenizer, pairs kept
+    compressed-tensors
+               safetensors of a rounded model as servers read them, number by number
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp.core.compressed_tensors import COMPRESSED_TENSORS
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits.ordinary import strip_quantization_marks
@@ -33,10 +38,18 @@ from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
-from grasp.core.proof import answer, check_savable, compare, digits_of, prove, question
+from grasp.core.proof import (
+    answer,
+    check_savable,
+    compare,
+    digits_of,
+    loaded_again,
+    prove,
+    question,
+)
 from grasp.core.writing import whole
 from grasp.errors import RecipeError, did_you_mean
-from grasp.serving import dense
+from grasp.serving import compressed_tensors, dense
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +65,11 @@ class Format:
     packages: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is no checkpoint of transformers."""
+        return bool(self.packages)
+
 
 FORMATS = {
     "dense": Format(
@@ -65,6 +83,7 @@ FORMATS = {
         ("openvino", "openvino_tokenizers"),
         ("int8",),
     ),
+    COMPRESSED_TENSORS: Format("for servers' own kernels, 8 and 4 bits kept", (None,)),
 }
 SPARE_GRAPH = 64e6
 """Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
@@ -103,8 +122,9 @@ def export(
         checkpoint: a directory that `compress` or `recover` wrote, or any other MODEL. It is not
             changed.
         out: directory to write; must not exist or be empty.
-        format: "dense", "onnx" or "openvino".
-        dtype: of the export. None: as stored for dense, float32 for the others.
+        format: "dense", "onnx", "openvino" or "compressed-tensors".
+        dtype: of the export. None: as stored for dense, float32 for the graphs. There is no choice
+            for compressed-tensors, which is exact.
         weights: "int8" stores the matrices of an OpenVINO model in 8 bits.
 
     Raises:
@@ -116,23 +136,28 @@ def export(
     kind = dtype or asked.dtypes[0]
     computed = kind if format != "openvino" else "float32"
     decoder = load_model(
-        place, device="cpu", dtype=computed, trust_remote_code=trust_remote_code, dequantize=True
+        place,
+        device="cpu",
+        dtype=computed,
+        trust_remote_code=trust_remote_code,
+        dequantize=format != COMPRESSED_TENSORS,
     )
     decoder.check_finite()
+    if format == COMPRESSED_TENSORS:
+        compressed_tensors.check(decoder)
     check_savable(decoder)
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
     after = dense_parameters(decoder) if format == "dense" else before
-    check_destination(
-        out, after * decoder.model.dtype.itemsize + int(SPARE_GRAPH if format != "dense" else 0)
-    )
+    needed = after * decoder.model.dtype.itemsize
+    check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
     notes = _notes(decoder, format, pairs)
     said = answer(decoder)
     with whole(out) as folder:
         how = _write(decoder, folder, format, "int8" if weights else kind)
         strip_quantization_marks(decoder.model)
-        if format != "dense":
+        if asked.is_graph:
             decoder.config.dtype = kind
             decoder.model.config.save_pretrained(folder)
             decoder.model.generation_config.save_pretrained(folder)
@@ -194,6 +219,9 @@ def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
     if format == "dense":
         dense.write(decoder, folder)
         return dense.HOW_TO_RUN
+    if format == COMPRESSED_TENSORS:
+        compressed_tensors.write(decoder, folder)
+        return compressed_tensors.HOW_TO_RUN
     if format == "onnx":
         from grasp.serving import onnx
 
@@ -206,8 +234,8 @@ def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
 
 
 ROUNDED = 0.2
-"""The part of the largest logit that an export whose matrices were rounded to 8 bits may be off: it
-is not the model, but close to it.
+"""The part of the largest logit that an export may be off whose runtime rounds to 8 bits, matrices
+or activations: it is not the model, but close to it.
 """
 
 
@@ -217,6 +245,20 @@ def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str,
     """
     if format == "dense":
         prove(decoder, said, folder, out)
+        return
+    if format == COMPRESSED_TENSORS:
+        if importlib.util.find_spec("compressed_tensors") is None:
+            logger.warning(
+                "--format %s: not tried, since the package that reads it is not installed; `pip"
+                " install compressed-tensors` lets the export be tried",
+                format,
+            )
+            return
+        coarse = compressed_tensors.rounds_inputs(decoder)
+        digits = ROUNDED if coarse else digits_of(getattr(torch, kind))
+        with contextlib.redirect_stderr(io.StringIO()):  # the package's bars heed no setting
+            heard_again = answer(loaded_again(decoder, folder, out))
+        compare(said, heard_again, digits, out)
         return
     if format == "onnx":
         from grasp.serving import onnx
@@ -237,6 +279,8 @@ def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str,
 
 
 def _notes(decoder: Decoder, format: str, pairs: int) -> tuple[str, ...]:
+    if format == COMPRESSED_TENSORS:
+        return compressed_tensors.notes(decoder)
     if format == "dense" and (found := dense.notes(decoder)):
         return found
     if not pairs:
@@ -277,7 +321,7 @@ def _card(
     )
     head = [
         "---",
-        f"library_name: {'transformers' if format == 'dense' else format}",
+        f"library_name: {format if FORMATS[format].is_graph else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [grasp]",
         "---",

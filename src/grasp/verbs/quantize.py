@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from grasp.core.checkpoint import save
 from grasp.core.classes import settle_class
+from grasp.core.compressed_tensors import BITS, COMPRESSED_TENSORS, GROUPS, divisors
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits import Quantize
@@ -28,6 +29,7 @@ from grasp.core.edits.placing import vocabulary
 from grasp.core.fields import PathLike
 from grasp.core.layer import is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
+from grasp.core.layers.packing_grasp import SYMMETRIC
 from grasp.core.layers.quantized_grasp import SLICE
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
@@ -35,6 +37,7 @@ from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, describe_model, versions
 from grasp.core.rounding import matrices_of, rounded
+from grasp.core.sayable import check_sayable
 from grasp.core.seal import SEAL
 from grasp.errors import RecipeError
 from grasp.recipes.keywords import keywords
@@ -120,14 +123,48 @@ def quantize(
 
 def _kind(recipe: QuantizationRecipe) -> str:
     """The name of what is asked for. Raises `RecipeError` for a combination that there is not."""
+    if recipe.layout == COMPRESSED_TENSORS:
+        _check_layout(recipe)
     if recipe.activations == "float":
-        return f"int{recipe.bits}"
+        symmetric = recipe.layout == COMPRESSED_TENSORS and recipe.bits == 4
+        return SYMMETRIC if symmetric else f"int{recipe.bits}"
     if recipe.bits != 8:
         raise RecipeError(
             f"--activations {recipe.activations}: needs --bits 8, not --bits {recipe.bits}; give"
             " that, or leave --activations out"
         )
     return "int8-dynamic"
+
+
+def _check_layout(recipe: QuantizationRecipe) -> None:
+    """Raise `RecipeError` for what --layout compressed-tensors has no words for."""
+    flag = f"--layout {recipe.layout}"
+    if recipe.bits not in BITS:
+        raise RecipeError(f"{flag} --bits {recipe.bits}: it has 8 and 4 bits; take one of these")
+    if recipe.bits < 8 and recipe.group_size not in GROUPS:
+        allowed = ", ".join(map(str, GROUPS))
+        raise RecipeError(f"{flag} --group-size {recipe.group_size}: it has groups of {allowed}")
+    if recipe.embeddings < 16:
+        raise RecipeError(
+            f"{flag} --embeddings {recipe.embeddings}: servers keep these in 16 bits; leave"
+            " --embeddings out"
+        )
+
+
+def _check_groups(decoder: Decoder, recipe: QuantizationRecipe) -> None:
+    """Raise `RecipeError` for a matrix that --layout compressed-tensors cannot cut into whole
+    groups.
+    """
+    for layer in decoder.layers():
+        for linear in layer.linears.values():
+            columns = linear.shape[1]
+            if columns % recipe.group_size:
+                fit = ", ".join(map(str, divisors(columns)))
+                raise RecipeError(
+                    f"--layout {recipe.layout} --group-size {recipe.group_size}: '{linear.path}'"
+                    f" has {columns} columns, which is no multiple;"
+                    f" {f'take one of {fit}' if fit else 'take --bits 8'}"
+                )
 
 
 def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
@@ -140,6 +177,10 @@ def _check_model(decoder: Decoder, recipe: QuantizationRecipe) -> None:
         raise RecipeError(
             f"MODEL {decoder.source}: is quantized already; give the model it was made from"
         )
+    if recipe.layout == COMPRESSED_TENSORS:
+        check_sayable(decoder, f"--layout {recipe.layout}", "leave --layout out")
+        if recipe.bits < 8:
+            _check_groups(decoder, recipe)
     pivoted = sum(bool(getattr(module, "pivoted", False)) for module in decoder.model.modules())
     if pivoted and recipe.bits < 8:
         raise RecipeError(
@@ -166,6 +207,7 @@ def _command(
     grouped = min(recipe.bits, recipe.embeddings) < 8
     words += ["--group-size", str(recipe.group_size)] if grouped else []
     words += ["--embeddings", str(recipe.embeddings)] if recipe.embeddings < 16 else []
+    words += ["--layout", recipe.layout] if recipe.layout == COMPRESSED_TENSORS else []
     return shlex.join([*words, *(["--dtype", dtype] if dtype else [])])
 
 

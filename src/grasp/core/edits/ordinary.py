@@ -5,10 +5,11 @@ These are no edits: they belong to opening and exporting a model, and nothing is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grasp.core.axes import width_entry
 from grasp.core.decoder import Decoder
@@ -122,6 +123,25 @@ def dequantize(decoder: Decoder) -> None:
         decoder.model.set_submodule(path, new.eval())
     fuse(decoder.model)
     sync(decoder)
+
+
+class Held(nn.Module):
+    """Tensors to be written. It cannot be run."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def hold(decoder: Decoder, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put tensors that are written for them in the place of linears in few bits, {path: {name:
+    tensor}}. What else is in few bits is dequantised, and the model bears no mark of ours.
+    """
+    for path, tensors in found.items():
+        decoder.model.set_submodule(path, Held(tensors))
+    dequantize(decoder)
+    strip_quantization_marks(decoder.model)
 
 
 def _empty(module: QuantizedLinear) -> Any:

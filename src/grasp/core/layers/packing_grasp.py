@@ -6,10 +6,11 @@ A file that a checkpoint carries: it needs torch and nothing else. A matrix W (r
     name          scales, float (rows, groups): a row is one group in 8 bits, `group_size` columns
                   are one in fewer; the last may be shorter
     name_qdata    the whole numbers q: int8 (rows, columns) in 8 bits, else uint8 (rows, bytes)
-    name_zero     fewer than 8 bits only: float (rows, groups)
+    name_zero     fewer than 8 bits only, and not where symmetric: float (rows, groups)
 
-    8 bits: W = scale q, q in -128 ... 127
-    fewer:  W = scale (q - 2^(bits - 1)) + zero, q in 0 ... 2^bits - 1
+    8 bits:    W = scale q, q in -128 ... 127
+    fewer:     W = scale (q - 2^(bits - 1)) + zero, q in 0 ... 2^bits - 1
+    symmetric: W = scale (q - 2^(bits - 1)); a scale may be negative
 
 The bytes of a row. 4 bits: column 2j in the low half of byte j, 2j + 1 in the high. Other widths
 are cut into pieces of 4, 2 and 1 bits, which divide a byte (`PIECES`, the lowest bits first), each
@@ -30,7 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-BITS = {"int8": 8, "int8-dynamic": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
+SYMMETRIC = "int4-symmetric"
+"""4 bits without a zero."""
+BITS = {
+    **{"int8": 8, "int8-dynamic": 8},
+    **{"int6": 6, "int5": 5, "int4": 4, SYMMETRIC: 4, "int3": 3},
+}
 """Scheme -> bits a weight. "int8-dynamic" also rounds the input of each product to 8 bits."""
 PIECES = {6: (4, 2), 5: (4, 1), 3: (2, 1)}
 """Bits -> the pieces that a number is stored in."""
@@ -39,8 +45,13 @@ SCALES, INTEGERS, ZEROS = "", "_qdata", "_zero"
 
 
 def is_grouped(scheme: str) -> bool:
-    """Whether the scheme has a scale and a minimum for every group of columns."""
+    """Whether the scheme has a scale for every group of columns."""
     return BITS[scheme] < 8
+
+
+def has_zeros(scheme: str) -> bool:
+    """Whether the scheme has a zero beside every scale."""
+    return is_grouped(scheme) and scheme != SYMMETRIC
 
 
 def num_groups(scheme: str, columns: int, group_size: int) -> int:
@@ -60,7 +71,7 @@ def layout(
     """Shapes of the stored tensors of a matrix (rows, columns)."""
     groups = num_groups(scheme, columns, group_size)
     found = {name: (rows, groups), name + INTEGERS: (rows, num_bytes(scheme, columns))}
-    return found | ({name + ZEROS: (rows, groups)} if is_grouped(scheme) else {})
+    return found | ({name + ZEROS: (rows, groups)} if has_zeros(scheme) else {})
 
 
 def integer_dtype(scheme: str) -> torch.dtype:
@@ -115,15 +126,16 @@ def dequantized(
     qdata: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, columns: int, group_size: int
 ) -> Tensor:
     """The matrix (rows, columns) that the stored numbers stand for, in the dtype of the scales;
-    `zero` is None in 8 bits.
+    `zero` is None where the scheme has none.
     """
-    if zero is None:
+    if not is_grouped(scheme):
         return (qdata.float() * scale.float()).to(scale.dtype)
     whole = unpacked(qdata, scheme, columns).float() - 2 ** (BITS[scheme] - 1)
     groups = scale.shape[1]
     room = groups * group_size - columns
     grouped = (pad(whole, (0, room)) if room else whole).unflatten(1, (groups, group_size))
-    wide = grouped * scale.float()[..., None] + zero.float()[..., None]
+    wide = grouped * scale.float()[..., None]
+    wide = wide if zero is None else wide + zero.float()[..., None]
     return wide.flatten(1)[:, :columns].to(scale.dtype)
 
 

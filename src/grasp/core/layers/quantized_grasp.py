@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 from .narrow_grasp import scattered
 from .packing_grasp import (
     INTEGERS,
+    SYMMETRIC,
     ZEROS,
     check_stored,
     dequantized,
@@ -142,7 +143,11 @@ class QuantizedLinear(nn.Linear):
             return self._dense(name, input)
         if self.scheme == "int8-dynamic":
             return self._dynamic(name, input)
-        kernel = {"int8": self._int8_product, "int4": self._int4_product}.get(self.scheme)
+        kernel = {
+            "int8": self._int8_product,
+            "int4": self._int4_product,
+            SYMMETRIC: self._int4_product,
+        }.get(self.scheme)
         rows, columns = self.shapes[name]
         fast = (
             input.numel()
@@ -191,9 +196,10 @@ class QuantizedLinear(nn.Linear):
                 (0, groups * self.group_size - columns, *room[2:]),
                 value=8,
             )
-            scales = torch.stack(
-                (pad(getattr(self, name), room), pad(getattr(self, f"{name}_zero"), room)), dim=-1
-            )
+            scale = getattr(self, name)
+            zero = getattr(self, name + ZEROS, None)
+            zero = torch.zeros_like(scale) if zero is None else zero
+            scales = torch.stack((pad(scale, room), pad(zero, room)), dim=-1)
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.contiguous(), 1)
             self.packed[name] = (order, scales.transpose(0, 1).contiguous())
         order, scales = self.packed[name]
@@ -283,7 +289,7 @@ def whole_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def stored_rows(
     module: Any, name: str, rows: slice | Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(whole numbers, scales, minima or None) of these rows of the matrix `name` of a module."""
+    """(whole numbers, scales, zeros or None) of these rows of the matrix `name` of a module."""
     zero = getattr(module, name + ZEROS, None)
     qdata, scale = getattr(module, name + INTEGERS)[rows], getattr(module, name)[rows]
     return qdata, scale, None if zero is None else zero[rows]
