@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Factorize
+from grasp.core.layers import modeling_grasp
 from grasp.core.layers.low_rank_grasp import LowRankLinear
+from grasp.core.manifest import FORMAT_VERSION
 
 
 def compressed(out: Path, model: str, **fields: object) -> Path:
@@ -163,7 +165,7 @@ def test_the_directory_holds_what_was_promised(checkpoint):
     } <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".pth")) for name in names)
     manifest = json.loads((checkpoint / "grasp.json").read_text())
-    assert manifest["format_version"] == 5
+    assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["redundancy"]["bi"].keys() == {"0", "1", "2", "3"}
     edit = manifest["edits"][0]
     note = edit["note"]
@@ -382,7 +384,4 @@ def test_the_manifest_can_be_read_by_anyone(either):
 
 
 def test_both_files_that_know_the_format_say_the_same_version():
-    from grasp.core import manifest
-    from grasp.core.layers import modeling_grasp
-
-    assert manifest.FORMAT_VERSION == modeling_grasp.FORMAT_VERSION
+    assert FORMAT_VERSION == modeling_grasp.FORMAT_VERSION

@@ -11,7 +11,7 @@ from test_cli import command
 from transformers import AutoModelForCausalLM
 
 import grasp
-from grasp.core.compressed_tensors import alike
+from grasp.core.compressed_tensors import COMPRESSED_TENSORS, alike
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Quantize
 from grasp.errors import RecipeError

@@ -23,6 +23,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits import Narrow
 from grasp.core.layers import quantized_grasp
 from grasp.core.layers.low_rank_grasp import LowRankLinear
+from grasp.core.layers.modeling_grasp import FORMAT_VERSION
 from grasp.core.layers.quantized_grasp import QuantizedLinear, quantized_like
 from grasp.core.rounding import rounded
 
@@ -148,7 +149,7 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
     assert close(logits(grasp.load(tmp_path / "out").model), after)
     manifest = json.loads((tmp_path / "out" / "grasp.json").read_text())
     assert (
-        manifest["format_version"] == 5
+        manifest["format_version"] == FORMAT_VERSION
         and manifest["edits"]
         and manifest["quantization"]["scheme"] == scheme
     )
@@ -167,10 +168,14 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
 @pytest.mark.parametrize(
     ("scheme", "made", "before", "flag"),
     [
-        ("int4", "pairs", "import grasp", ""),
+        pytest.param("int4", "pairs", "import grasp", "", marks=pytest.mark.slow),
         ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
-        ("int3", "pairs", NO_GRASP, ", trust_remote_code=True"),
-        ("int8-dynamic", "pairs", NO_GRASP, ", trust_remote_code=True"),
+        *(
+            pytest.param(
+                scheme, "pairs", NO_GRASP, ", trust_remote_code=True", marks=pytest.mark.slow
+            )
+            for scheme in ("int3", "int8-dynamic")
+        ),
         ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
     ],
 )

@@ -34,7 +34,7 @@ from .structure_grasp import Record, check_structure, converted, place
 FORMAT_VERSION = 5
 """Highest version of the checkpoint layout that this reads; a higher one is refused. 1: low-rank
 pairs. 2: pivoted pairs too. 3: quantized linears too. 4: one record of the structure for all kinds.
-5: 3, 5 and 6 bits, embeddings and heads in few bits.
+5: 3, 5 and 6 bits, 4 without minima, embeddings and heads in few bits.
 """
 NAMES = ("grasp-llm", "grasp")
 """`quant_method` of our checkpoints, and of earlier ones. What cannot read it shows it in its
