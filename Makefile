@@ -41,8 +41,8 @@ test-numerics: $(VENV)/test
 
 # Every method on two families, and the statistics that they need.
 test-shapes: $(VENV)/test
-	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 -k 'llama or gpt2' \
-	  $(patsubst %,tests/test_%.py,contract collectors curvature narrowing rounding sensitivity)
+	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 -k 'llama or gpt2 or shapes' \
+	  $(patsubst %,tests/test_%.py,contract collectors curvature linalg narrowing rounding sensitivity)
 
 test-tasks: $(VENV)/tasks
 	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_tasks.py tests/test_perplexity.py tests/test_perplexity_mode.py tests/test_longbench.py tests/test_kronfluence.py

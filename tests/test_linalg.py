@@ -1,5 +1,7 @@
 """Properties of singular groups, checked on random matrices."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,8 +75,9 @@ def test_a_pair_never_exceeds_its_share(m: int, n: int, r: float) -> None:
     assert rank_for_ratio(m, n, r) <= break_even_rank(m, n) + 1e-6
 
 
+@pytest.mark.skipif("GRASP_CHECK_SHAPES" not in os.environ, reason="make test-shapes asks for it")
 def test_shapes_are_checked_at_run_time() -> None:
-    """The shape annotations are live under test: a matrix where a vector belongs is refused."""
+    """The shape annotations are live: a matrix where a vector belongs is refused."""
     u, s, vh = svd(matrix(4, 4, 0))
     with pytest.raises(Exception, match="type"):
         factors(u, s[:, None], vh, torch.arange(2))

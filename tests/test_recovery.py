@@ -25,6 +25,8 @@ from grasp.errors import CheckpointError, DataError, GraspError, NumericsError, 
 from grasp.report.anatomy import recovery as curve_of
 from grasp.report.reading import Checkpoint
 
+SLOW = pytest.mark.slow
+
 SMALL = {
     "max_steps": 6,
     "batch_size": 4,
@@ -173,11 +175,12 @@ def loss_on(path: str | Path, text_file: str) -> float:
 @pytest.mark.parametrize(
     ("name", "storage"),
     [
-        ("llama", "pair"),
         ("llama", "pivoted"),
         ("gpt2", "pair"),
-        ("opt", "pivoted"),
-        ("phi3", "pair"),
+        *(
+            pytest.param(*one, marks=SLOW)
+            for one in (("llama", "pair"), ("opt", "pivoted"), ("phi3", "pair"))
+        ),
     ],
 )
 def test_factors_are_updated_one_after_the_other(name, storage, tokenizer, text_file, tmp_path):
@@ -275,7 +278,10 @@ def test_an_adapter_can_be_kept(checkpoints, alpaca, tmp_path):
     assert done.best["held_out_loss"] < done.curve[0]["held_out_loss"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "gemma2", "gpt_neox"])
+OTHER = ("gpt2", *(pytest.param(n, marks=SLOW) for n in ("opt", "phi3", "gemma2", "gpt_neox")))
+
+
+@pytest.mark.parametrize("name", OTHER)
 def test_other_families(name, tokenizer, text_file, tmp_path):
     model = build(name)
     model.save_pretrained(tmp_path / "dense")
@@ -670,16 +676,16 @@ def command(*words: str, processes: int = 0) -> list[str]:
     return [sys.executable, *start, "recover", *words, "--quiet", "--device", "cpu"]
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     ("way", "train"),
     [
         ("ddp", "lora"),
         ("fsdp", "factors"),
-        pytest.param("ddp", "factors", marks=pytest.mark.slow),
-        pytest.param("fsdp", "lora", marks=pytest.mark.slow),
-        pytest.param("ddp", "input-factors", marks=pytest.mark.slow),
-        pytest.param("fsdp", "output-factors", marks=pytest.mark.slow),
+        pytest.param("ddp", "factors", marks=SLOW),
+        pytest.param("fsdp", "lora", marks=SLOW),
+        pytest.param("ddp", "input-factors", marks=SLOW),
+        pytest.param("fsdp", "output-factors", marks=SLOW),
     ],
 )
 def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, train):
@@ -724,7 +730,7 @@ def test_two_processes_train_what_one_does(checkpoints, alpaca, tmp_path, way, t
     assert not list(tmp_path.glob("*.recovery"))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(
     checkpoints, alpaca, tmp_path
 ):
@@ -766,7 +772,7 @@ def test_a_killed_command_leaves_a_state_that_another_recipe_cannot_take(
     )
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_command_as_a_user_calls_it(checkpoints, alpaca, tmp_path):
     flags = [
         "--data",

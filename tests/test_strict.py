@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import _GATED, _IDS, FAMILY_ROWS, build
+from conftest import _GATED, _IDS, DIFFERENT, FAMILY_ROWS, build
 from safetensors.torch import load_file, save_file
 from test_checkpoint import NO_GRASP
 from test_cli import SMALL, command
@@ -408,14 +408,19 @@ def test_a_model_with_code_of_its_own(tmp_path, calibration, monkeypatch):
         grasp.load(tmp_path / "out")
 
 
-def test_all_of_it_without_grasp(tmp_path, calibration):
-    """In one process that has no grasp: the body of every family, a classifier, a multimodal model,
+@pytest.mark.parametrize(
+    "families",
+    [DIFFERENT[:2], pytest.param(tuple(FAMILY_ROWS), marks=pytest.mark.slow)],
+    ids=["two", "all"],
+)
+def test_all_of_it_without_grasp(families, tmp_path, calibration):
+    """In one process that has no grasp: the body of each family, a classifier, a multimodal model,
     and one with code of its own.
     """
     from test_wrappers import saved
 
     cases = []
-    for name in FAMILY_ROWS:
+    for name in families:
         model = factorised(name, tmp_path / name)
         cases.append((name, "AutoModel", body(model, calibration.ids)))
     model = factorised("llama", tmp_path / "classifier")

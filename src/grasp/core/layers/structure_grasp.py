@@ -83,18 +83,22 @@ def place(model: nn.Module, structure: dict[str, Record]) -> dict[str, str]:
     # experts first: other records may be of linears inside them
     for path in sorted(structure, key=lambda path: structure[path]["kind"] != "experts"):
         record = structure[path]
-        if (record["kind"], record.get("part")) == ("quantized", HEAD) and not _has_head(model):
-            continue  # a sliced head is more than a head: a body without it would be another
+        if record.get("part") == HEAD and _may_lack_head(model, record):
+            continue
         here = places[path] = own_path(model, path, _stands_for(record))
         model.set_submodule(here, made(path, model.get_submodule(here), record))
     tie(model)
     return places
 
 
-def _has_head(model: Any) -> bool:
+def _may_lack_head(model: Any, record: Record) -> bool:
+    """Whether this is a body alone, or a classifier of a model whose head is in few bits and no
+    more; what a classifier of a sliced model reads is of another width than its own head's.
+    """
+    if getattr(model, "base_model", None) is model:
+        return True
     asked = getattr(model, "get_output_embeddings", None)
-    is_body = getattr(model, "base_model", None) is model
-    return not is_body and (asked is None or asked() is not None)
+    return record["kind"] == "quantized" and asked is not None and asked() is None
 
 
 def made(path: str, old: nn.Module, record: Record) -> nn.Module:
