@@ -41,7 +41,7 @@ test-numerics: $(VENV)/test
 
 # Every method on two families, and the statistics that they need.
 test-shapes: $(VENV)/test
-	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 -k 'llama or gpt2 or shapes' \
+	GRASP_CHECK_SHAPES=1 $(VENV)/bin/python -m pytest --numprocesses 2 -k 'llama or gpt2 or shapes or test_rounding or test_sensitivity' \
 	  $(patsubst %,tests/test_%.py,contract collectors curvature linalg narrowing rounding sensitivity)
 
 test-tasks: $(VENV)/tasks
