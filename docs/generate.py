@@ -278,7 +278,7 @@ def _dial() -> str:
             priced = row["section"] in ("dial", "bits")
             expected = f"{row['expected_rise']:.3f}" if priced else ""
             yield (
-                f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.1f} | {row['ptb']:.1f} |"
+                f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.2f} | {row['ptb']:.2f} |"
                 f" {expected} | {math.log(row['wikitext2'] / dense):.3f} |"
             )
 
