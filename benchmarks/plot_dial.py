@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from panels import by_logarithm, finish
 
 TEXTS = {"wikitext2": "WikiText-2 test", "ptb": "PTB valid"}
 LINES = {
@@ -24,6 +25,7 @@ LINES = {
 }
 """Section of results/dial.json -> colour and name."""
 GREY = "#8a8a8a"
+TICKS = (30, 40, 50, 60, 80, 100, 150, 200, 300)
 MOST = 400.0
 """A perplexity beyond this is left out."""
 
@@ -54,23 +56,10 @@ def draw(dial: dict[str, Any], others: dict[str, Any], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4.5)
         axes.axhline(dense[text], color="#2e2e2e", linewidth=0.9, linestyle=":")
-        axes.set_yscale("log")
-        ticks = (30, 40, 50, 60, 80, 100, 150, 200, 300)
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.yaxis.minorticks_off()
+        by_logarithm(axes, TICKS, [str(tick) for tick in TICKS], title)
         axes.set_xlabel(f"megabytes (as it was: {dense['megabytes']:.0f})")
-        axes.set_title(title, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("perplexity (dotted: as it was)")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=2,
-        frameon=False,
-        fontsize=8,
-    )
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    finish(figure, panels, path, 2)
 
 
 def is_own(row: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from panels import by_logarithm, finish
 
 from grasp.core.results import Result, Results
 
@@ -72,23 +73,11 @@ def sizes(rows: list[Result], path: Path) -> None:
             )
             axes.plot(*zip(*own, strict=True), "o-", color=color, label=name, markersize=4.5)
         axes.axhline(values(dense)[number], color="#2e2e2e", linewidth=0.9, linestyle=":")
-        axes.set_yscale("log")
         ticks = (30, 50, 100, 200, 500, 1000, 3000, FAR)
-        axes.set_yticks(ticks, [*(f"{tick:,}" for tick in ticks[:-1]), "beyond"])
-        axes.yaxis.minorticks_off()
+        by_logarithm(axes, ticks, [*(f"{tick:,}" for tick in ticks[:-1]), "beyond"], text)
         axes.set_xlabel("share of all parameters removed")
-        axes.set_title(text, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("perplexity (dotted: dense)")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=6,
-        frameon=False,
-        fontsize=8,
-    )
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    finish(figure, panels, path, 6)
 
 
 PICTURES = {"training-free": methods, "paper-table-3": sizes, "paper-table-3-trained": sizes}
