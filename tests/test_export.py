@@ -31,7 +31,7 @@ from grasp.core.edits import Narrow, read_log
 from grasp.core.edits.ordinary import multiply_out
 from grasp.core.layer import is_low_rank
 from grasp.core.models import embedded_model
-from grasp.verbs import export as exporting
+from grasp.serving import dense
 
 NO_GRASP = "import sys\n" + BLOCK_GRASP
 PROMPT = "The capital of France is"
@@ -571,7 +571,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.dense, "write", full)
+    monkeypatch.setattr(dense, "write", full)
     with pytest.raises(grasp.GraspError, match="nothing was left behind"):
         grasp.export(made.path, tmp_path / "out", format="dense")
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from torch import nn
 from grasp.core.decoder import Decoder
 from grasp.core.edits.placing import vocabulary_paths
 from grasp.core.layer import is_low_rank, is_quantized
+from grasp.core.layers.packing_grasp import DYNAMIC
 
 REST = "everything else"
 
@@ -62,7 +63,7 @@ def stored_as(module: Any) -> str:
     if is_quantized(module):
         bits = int("".join(filter(str.isdigit, module.scheme)))
         groups = f", groups of {module.group_size}" if bits < 8 else ""
-        too = ", activations too" if module.scheme == "int8-dynamic" else ""
+        too = ", activations too" if module.scheme == DYNAMIC else ""
         return f"{bits} bits{groups}{too}{pair}"
     return f"{8 * module.weight.element_size()} bits{pair}"
 

@@ -20,6 +20,7 @@ layers.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import logging
 import tempfile
 import textwrap
@@ -33,8 +34,11 @@ from transformers import AutoConfig
 
 from grasp.core.building import layers_differ
 from grasp.core.decoder import Decoder
+from grasp.core.layers.packing_grasp import DYNAMIC
 from grasp.core.models import load_model
 from grasp.errors import CheckpointError, GraspError, ModelError
+
+logger = logging.getLogger(__name__)
 
 ROWS, TOKENS = 2, 16
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -198,6 +202,24 @@ def _same(here: Tensor, there: Tensor) -> bool:
     return torch.equal(here.to(there.device), there)
 
 
+ROUNDED = 0.2
+"""The part of the largest logit that an export may be off whose runtime rounds to 8 bits, matrices
+or activations: it is not the model, but close to it.
+"""
+
+
+def can_try(format: str, package: str) -> bool:
+    """Whether the package that runs an export is installed; if not, a warning says so."""
+    if importlib.util.find_spec(package) is not None:
+        return True
+    logger.warning(
+        "--format %s: not tried, since %s is not installed; `pip install %s` lets the export be"
+        " tried",
+        *(format, package, package.replace("_", "-")),
+    )
+    return False
+
+
 def digits_of(dtype: torch.dtype) -> float:
     """The part of the largest logit that may be lost to the order of sums: a third of the digits of
     the weights' dtype.
@@ -209,9 +231,7 @@ def _digits(decoder: Decoder) -> float:
     """As `digits_of` the model's dtype; where activations are rounded to 8 bits, no more than
     theirs.
     """
-    coarse = any(
-        getattr(module, "scheme", "") == "int8-dynamic" for module in decoder.model.modules()
-    )
+    coarse = any(getattr(module, "scheme", "") == DYNAMIC for module in decoder.model.modules())
     return max(digits_of(decoder.model.dtype), digits_of(torch.bfloat16) if coarse else 0.0)
 
 

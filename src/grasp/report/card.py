@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.edits import read_log
+from grasp.core.layers.packing_grasp import DYNAMIC
 from grasp.core.seal import PICTURE
 from grasp.report import svg
 from grasp.report.kept import Kept
@@ -70,7 +71,7 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
 
 def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
-    grouped = told["scheme"] not in ("int8", "int8-dynamic")
+    grouped = told["scheme"] not in ("int8", DYNAMIC)
     groups = f", groups of {told.get('group_size')}" if grouped else ", one scale a row"
     if told.get("activations") == "int8":
         groups += ", activations too with one a token"

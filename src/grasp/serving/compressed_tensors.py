@@ -15,6 +15,8 @@ and W = scale q. Embedding and head are dense.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits.ordinary import hold
 from grasp.core.layer import is_quantized
 from grasp.core.layers.embedding_grasp import QuantizedEmbedding, QuantizedHead
-from grasp.core.layers.packing_grasp import BITS, INTEGERS, SYMMETRIC, has_zeros
+from grasp.core.layers.packing_grasp import BITS, DYNAMIC, INTEGERS, SYMMETRIC, has_zeros
 from grasp.core.layers.quantized_grasp import QuantizedLinear
+from grasp.core.proof import ROUNDED, answer, can_try, compare, digits_of, loaded_again
 from grasp.core.sayable import check_sayable
 from grasp.errors import RecipeError
 
@@ -52,7 +55,7 @@ def check(decoder: Decoder) -> None:
         _check_matrix(path, module)
     names = [path for path, one in decoder.model.named_modules() if isinstance(one, nn.Linear)]
     for group in alike(names):
-        kinds = {path: str(_kind(linears[path])) for path in group if path in linears}
+        kinds = {path: str(_kind_of(linears[path])) for path in group if path in linears}
         if len({kinds.get(path, "") for path in group}) > 1:
             first, other = group[0], next(p for p in group if kinds.get(p) != kinds.get(group[0]))
             raise RecipeError(
@@ -91,12 +94,12 @@ def notes(decoder: Decoder) -> tuple[str, ...]:
     return tuple(found)
 
 
-def write(decoder: Decoder, folder: Path) -> None:
+def write(decoder: Decoder, folder: Path, _kind: str) -> None:
     """Write config and safetensors to `folder`, as `check` allows. The modules in memory then hold
     the written tensors.
     """
     linears = _rounded(decoder)
-    kinds = {path: _kind(module) for path, module in linears.items()}
+    kinds = {path: _kind_of(module) for path, module in linears.items()}
     hold(decoder, {path: tensors(module) for path, module in linears.items()})
     model: Any = decoder.model
     dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -104,11 +107,17 @@ def write(decoder: Decoder, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
 
 
-def rounds_inputs(decoder: Decoder) -> bool:
-    """Whether activations are rounded too in a model that was written. Readers do that with scales
-    of their own (compressed-tensors: the largest is 127.5, not 127).
+def prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, kind: str) -> None:
+    """Raise `CheckpointError` where what was written, read again where the package is installed, is
+    not the model. Where activations are rounded too, readers do that with scales of their own
+    (compressed-tensors: the largest is 127.5, not 127).
     """
-    return any(parameter.dtype == torch.int8 for parameter in decoder.model.parameters())
+    if not can_try(COMPRESSED_TENSORS, "compressed_tensors"):
+        return
+    rounds_inputs = any(one.dtype == torch.int8 for one in decoder.model.parameters())
+    with contextlib.redirect_stderr(io.StringIO()):  # the package's bars heed no setting
+        heard = answer(loaded_again(decoder, folder, out))
+    compare(said, heard, ROUNDED if rounds_inputs else digits_of(getattr(torch, kind)), out)
 
 
 def tensors(module: QuantizedLinear) -> dict[str, Tensor]:
@@ -117,7 +126,7 @@ def tensors(module: QuantizedLinear) -> dict[str, Tensor]:
     if module.bias is not None:
         found["bias"] = module.bias.detach()
     stored = getattr(module, "weight" + INTEGERS).detach()
-    if module.scheme == "int8-dynamic":
+    if module.scheme == DYNAMIC:
         return found | {"weight": stored}
     whole = stored.view(torch.uint8) ^ 128 if BITS[module.scheme] == 8 else stored
     shape = torch.tensor([module.rows, module.columns])
@@ -150,7 +159,7 @@ def _group(kind: Kind, targets: list[str]) -> dict[str, Any]:
     scheme, size = kind
     grouped = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
     number = {"type": "int", "symmetric": True}
-    dynamic = scheme == "int8-dynamic"
+    dynamic = scheme == DYNAMIC
     inputs = {"num_bits": 8, **number, "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
@@ -172,11 +181,13 @@ def _rounded(decoder: Decoder) -> dict[str, QuantizedLinear]:
     }
 
 
-def _kind(module: QuantizedLinear) -> Kind:
+def _kind_of(module: QuantizedLinear) -> Kind:
     return module.scheme, module.group_size if module.scheme == SYMMETRIC else 0
 
 
-HOW_TO_RUN = """
+def how_to_run(_kind: str) -> str:
+    """For the README beside the model: `str.format` with `out`."""
+    return """
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,4 +201,3 @@ It needs `pip install compressed-tensors`, and nothing of grasp. vLLM serves it 
 vllm serve {out}
 ```
 """
-"""For the README beside the model: `str.format` with `out`."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from grasp.core.axes import Sizes
 from grasp.core.checkpoint import MAX_SHARD_SIZE
 from grasp.core.decoder import Decoder
@@ -14,7 +16,9 @@ from grasp.core.edits.ordinary import multiply_out
 from grasp.core.edits.widening import is_narrowed, widest, widths
 from grasp.core.layer import is_low_rank
 from grasp.core.layers.structure_grasp import structure_of
+from grasp.core.proof import prove as prove_checkpoint
 
+NO_PAIR = "the model has no low-rank matrix: the dense export is a copy"
 NO_SMALLER = (
     "the low-rank matrices are multiplied out, so they are as large as in the model before"
     " compression (layers that were removed stay removed)"
@@ -26,7 +30,7 @@ def notes(decoder: Decoder) -> tuple[str, ...]:
     pairs = any(is_low_rank(module) for module in decoder.model.modules())
     found, layers = ([NO_SMALLER] if pairs else []), widths(decoder)
     if not layers:
-        return tuple(found)
+        return tuple(found) or (NO_PAIR,)
     there, own = widest(decoder, layers), Sizes.of(decoder.config)
     channels = {sizes.channels for sizes in layers.values()}
     if len(channels) > 1:
@@ -56,13 +60,22 @@ def _lost_heads(decoder: Decoder) -> bool:
     )
 
 
-def write(decoder: Decoder, folder: Path) -> None:
-    """Write config and safetensors to `folder`. The model in memory is then dense too."""
+def write(decoder: Decoder, folder: Path, _kind: str) -> None:
+    """Write config and safetensors to `folder`, in the model's dtype. The model in memory is then
+    dense too.
+    """
     multiply_out(decoder)
     decoder.model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
 
 
-HOW_TO_RUN = """
+def prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, _kind: str) -> None:
+    """Raise `CheckpointError` where what was written is not the model."""
+    prove_checkpoint(decoder, said, folder, out)
+
+
+def how_to_run(_kind: str) -> str:
+    """For the README beside the model: `str.format` with `out`."""
+    return """
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,4 +85,3 @@ tokenizer = AutoTokenizer.from_pretrained("{out}")
 
 Nothing of grasp is needed to load it.
 """
-"""For the README beside the model: `str.format` with `out`."""

@@ -9,7 +9,6 @@ model has them) and `past_key_values.N.key/value` in, `logits` and `present.N.ke
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,16 @@ from torch import Tensor
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from grasp.core.decoder import Decoder
-from grasp.serving.tracing import exporting, prefill, sample_inputs
+from grasp.core.proof import can_try, question
+from grasp.serving.tracing import compare_graph, exporting, notes, prefill, sample_inputs
+
+__all__ = ["how_to_run", "notes", "prove", "write"]
 
 FILE = "model.onnx"
 CACHE = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s")
 
 
-def write(decoder: Decoder, folder: Path) -> None:
+def write(decoder: Decoder, folder: Path, _kind: str) -> None:
     """Write `model.onnx` and its weights `model.onnx.data` to `folder`, in the model's dtype."""
     with exporting(decoder, "ONNX"):
         inputs, free = sample_inputs(decoder)
@@ -36,12 +38,16 @@ def write(decoder: Decoder, folder: Path) -> None:
         OnnxExporter.save_program(exported.program, folder / FILE)
 
 
-def answer(folder: Path, ids: Tensor) -> Tensor | None:
-    """The logits (rows, tokens, vocabulary) that onnxruntime computes for `ids`; None where it is
-    not installed.
+def prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, kind: str) -> None:
+    """Raise `CheckpointError` where the graph, run where onnxruntime is installed, is not the
+    model.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
-        return None
+    if can_try("onnx", "onnxruntime"):
+        compare_graph(said, answer(folder, question(decoder)), kind, out)
+
+
+def answer(folder: Path, ids: Tensor) -> Tensor:
+    """The logits (rows, tokens, vocabulary) that onnxruntime computes for `ids`."""
     onnxruntime: Any = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -70,7 +76,9 @@ def rename(graph: Any) -> None:
             port.name = f"{'past_key_values' if way == 'input' else 'present'}.{layer}.{kind}"
 
 
-HOW_TO_RUN = """
+def how_to_run(_kind: str) -> str:
+    """For the README beside the model: `str.format` with `out`."""
+    return """
 ```python
 import numpy as np
 import onnxruntime
@@ -98,4 +106,3 @@ print(tokenizer.decode(ids[0]))
 `pip install onnxruntime transformers`. The first call reads the whole prompt with an empty cache, \
 the later ones one token each.
 """
-"""For the README beside the model: `str.format` with `out`."""

@@ -24,25 +24,28 @@ from transformers.exporters import (
 )
 
 from grasp.core.decoder import Decoder
-from grasp.serving.tracing import exporting, prefill, sample_inputs
+from grasp.core.proof import question
+from grasp.serving.tracing import compare_graph, exporting, notes, prefill, sample_inputs
+
+__all__ = ["how_to_run", "notes", "prove", "write"]
 
 FILE = "openvino_model.xml"
 
 
-def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
+def write(decoder: Decoder, folder: Path, kind: str) -> None:
     """Write `openvino_model.xml` and `.bin`, and the tokenizer and detokenizer as OpenVINO models,
     to `folder`.
 
-    A float32 model is traced; `weights` "float16" or "int8" is how its matrices are stored.
+    A float32 model is traced; `kind` "float16" or "int8" is how its matrices are stored.
     """
-    quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if weights == "int8" else None
+    quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if kind == "int8" else None
     with exporting(decoder, "OpenVINO"):
         inputs, free = sample_inputs(decoder)
         config = OpenVINOConfig(
             dynamic_shapes=free,
             prefer_deferred_runtime_asserts_over_guards=True,
             quantizer=quantizer,
-            compress_to_fp16=weights == "float16",
+            compress_to_fp16=kind == "float16",
         )
         exported = OpenVINOExporter().export(decoder.model, inputs, config)
         OpenVINOExporter.save_program(exported.program, folder / FILE)
@@ -50,6 +53,11 @@ def write(decoder: Decoder, folder: Path, weights: str | None) -> None:
             models = openvino_tokenizers.convert_tokenizer(decoder.tokenizer, with_detokenizer=True)
             for name, model in zip(("tokenizer", "detokenizer"), models, strict=True):
                 openvino.save_model(model, folder / f"openvino_{name}.xml")
+
+
+def prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, kind: str) -> None:
+    """Raise `CheckpointError` where the graph, run by OpenVINO, is not the model."""
+    compare_graph(said, answer(folder, question(decoder)), kind, out)
 
 
 def answer(folder: Path, ids: Tensor) -> Tensor:
@@ -67,9 +75,9 @@ def answer(folder: Path, ids: Tensor) -> Tensor:
     return torch.tensor(found["logits"]).float()
 
 
-def how_to_run(weights: str | None) -> str:
+def how_to_run(kind: str) -> str:
     """For the README beside the model: `str.format` with `out`."""
-    option = ', DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' if weights == "int8" else ""
+    option = ', DYNAMIC_QUANTIZATION_GROUP_SIZE="0"' if kind == "int8" else ""
     why = (
         "By that option only the weights are rounded, not the activations as well.\n\n"
         if option

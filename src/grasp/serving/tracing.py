@@ -1,5 +1,5 @@
-"""What the graph exporters share: inputs to trace a decoder with, and the silence of what they
-print.
+"""What the graph exporters share: inputs to trace a decoder with, how near a graph must come, and
+the silence of what they print.
 
 One graph serves prefill and decoding: it reads new tokens after a cache of earlier ones, and both
 lengths, the batch and the cache's, are free. With an empty cache it is a prefill. (Two graphs, as
@@ -15,6 +15,7 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.export import Dim
 
 from grasp.core.cache import full_cache
 from grasp.core.decoder import Decoder
+from grasp.core.layer import is_low_rank
+from grasp.core.proof import ROUNDED, compare, digits_of
 from grasp.errors import GraspError, ModelError
 
 BATCH, PAST, NEW = 2, 3, 4
@@ -66,6 +69,19 @@ def sample_inputs(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Any]]:
     inputs["past_key_values"] = past
     free["past_key_values"] = [{0: batch, 2: earlier} for _ in range(2 * len(past.layers))]
     return inputs, free
+
+
+def notes(decoder: Decoder) -> tuple[str, ...]:
+    """What becomes of the pairs, for people."""
+    if any(is_low_rank(module) for module in decoder.model.modules()):
+        return ()
+    return ("the model has no low-rank matrix: the export is as large as the model",)
+
+
+def compare_graph(said: Tensor, heard: Tensor, kind: str, out: Path) -> None:
+    """`compare` what a graph says, whose numbers are of this `kind` ("int8", or a dtype)."""
+    digits = ROUNDED if kind == "int8" else 10 * digits_of(getattr(torch, kind))
+    compare(said, heard, digits, out)
 
 
 def prefill(ids: Tensor) -> dict[str, Any]:

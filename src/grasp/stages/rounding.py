@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grasp.core.layers.packing_grasp import (
     BITS,
+    DYNAMIC,
     INTEGERS,
     SYMMETRIC,
     ZEROS,
@@ -42,8 +43,6 @@ from grasp.core.rounding import (
 from grasp.stages.obs_columns import Replace, inverse_factor, replaced
 from grasp.stages.sensitivity import Sensitivity
 
-DYNAMIC = "int8-dynamic"
-"""Weights in 8 bits, and what they multiply too."""
 GROUPS = (32, 64, 128)
 """Columns that share a scale."""
 KEPT = torch.bfloat16

@@ -16,20 +16,14 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from grasp.core.compressed_tensors import COMPRESSED_TENSORS
-from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
 from grasp.core.edits.ordinary import strip_quantization_marks
 from grasp.core.edits.widening import dense_parameters
@@ -38,18 +32,9 @@ from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
-from grasp.core.proof import (
-    answer,
-    check_savable,
-    compare,
-    digits_of,
-    loaded_again,
-    prove,
-    question,
-)
+from grasp.core.proof import answer, check_savable
 from grasp.core.writing import whole
 from grasp.errors import RecipeError, did_you_mean
-from grasp.serving import compressed_tensors, dense
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +42,19 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Format:
     """What a format takes: packages, by the names they are imported by, values of `dtype` (the
-    first is the default) and of `weights`.
+    first is the default) and of `weights`. `keeps_bits`: rounded numbers are written as they are.
+
+    `module`, of `grasp.serving`, says how: `notes(decoder)` before anything changes,
+    `write(decoder, folder, kind)`, `how_to_run(kind)` and `prove(decoder, said, folder, out,
+    kind)`, where `kind` is the dtype or "int8"; and `check(decoder)` where it keeps bits.
     """
 
     about: str
+    module: str
     dtypes: tuple[str | None, ...]
     packages: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    keeps_bits: bool = False
 
     @property
     def is_graph(self) -> bool:
@@ -74,16 +65,25 @@ class Format:
 FORMATS = {
     "dense": Format(
         "ordinary checkpoint, pairs multiplied out, MLPs of one width",
+        "dense",
         (None, "float32", "bfloat16", "float16"),
     ),
-    "onnx": Format("for onnxruntime, pairs kept", ("float32", "float16"), ("onnx", "onnxscript")),
+    "onnx": Format(
+        "for onnxruntime, pairs kept", "onnx", ("float32", "float16"), ("onnx", "onnxscript")
+    ),
     "openvino": Format(
         "for openvino-genai, pairs kept",
+        "openvino",
         ("float32", "float16"),
         ("openvino", "openvino_tokenizers"),
         ("int8",),
     ),
-    COMPRESSED_TENSORS: Format("for servers' own kernels, 8 and 4 bits kept", (None,)),
+    COMPRESSED_TENSORS: Format(
+        "for servers' own kernels, 8 and 4 bits kept",
+        "compressed_tensors",
+        (None,),
+        keeps_bits=True,
+    ),
 }
 SPARE_GRAPH = 64e6
 """Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
@@ -140,11 +140,13 @@ def export(
         device="cpu",
         dtype=computed,
         trust_remote_code=trust_remote_code,
-        dequantize=format != COMPRESSED_TENSORS,
+        dequantize=not asked.keeps_bits,
     )
+    # only now: each format's module needs its own packages
+    writer = importlib.import_module(f"grasp.serving.{asked.module}")
     decoder.check_finite()
-    if format == COMPRESSED_TENSORS:
-        compressed_tensors.check(decoder)
+    if asked.keeps_bits:
+        writer.check(decoder)
     check_savable(decoder)
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
@@ -152,10 +154,10 @@ def export(
     needed = after * decoder.model.dtype.itemsize
     check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
-    notes = _notes(decoder, format, pairs)
+    numbers, notes = weights or kind, writer.notes(decoder)
     said = answer(decoder)
     with whole(out) as folder:
-        how = _write(decoder, folder, format, "int8" if weights else kind)
+        writer.write(decoder, folder, numbers)
         strip_quantization_marks(decoder.model)
         if asked.is_graph:
             decoder.config.dtype = kind
@@ -164,10 +166,13 @@ def export(
         if decoder.tokenizer is not None:
             decoder.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(
-            _card(place, name_of(out), format, kind, weights, (before, after), notes, how),
+            _card(
+                *(place, name_of(out), format, kind, weights),
+                *((before, after), notes, writer.how_to_run(numbers)),
+            ),
             encoding="utf-8",
         )
-        _prove(decoder, said, folder, out, format, "int8" if weights else kind)
+        writer.prove(decoder, said, folder, out, numbers)
     size = sum(
         file.stat().st_size
         for file in out.iterdir()
@@ -210,87 +215,6 @@ def _check_value(flag: str, value: str | None, allowed: Sequence[str], format: s
             else f"--format {format} has no such choice; leave it out"
         )
         raise RecipeError(f"{flag} {value}: {choice}{did_you_mean(value, allowed)}")
-
-
-def _write(decoder: Decoder, folder: Path, format: str, kind: str) -> str:
-    """Write the model; returns how to run it. The formats' modules are imported only here: each
-    needs its own packages.
-    """
-    if format == "dense":
-        dense.write(decoder, folder)
-        return dense.HOW_TO_RUN
-    if format == COMPRESSED_TENSORS:
-        compressed_tensors.write(decoder, folder)
-        return compressed_tensors.HOW_TO_RUN
-    if format == "onnx":
-        from grasp.serving import onnx
-
-        onnx.write(decoder, folder)
-        return onnx.HOW_TO_RUN
-    from grasp.serving import openvino
-
-    openvino.write(decoder, folder, kind)
-    return openvino.how_to_run(kind)
-
-
-ROUNDED = 0.2
-"""The part of the largest logit that an export may be off whose runtime rounds to 8 bits, matrices
-or activations: it is not the model, but close to it.
-"""
-
-
-def _prove(decoder: Decoder, said: Tensor, folder: Path, out: Path, format: str, kind: str) -> None:
-    """Raise `CheckpointError` where the export in `folder`, run by its own runtime where that is
-    installed, is not the model.
-    """
-    if format == "dense":
-        prove(decoder, said, folder, out)
-        return
-    if format == COMPRESSED_TENSORS:
-        if importlib.util.find_spec("compressed_tensors") is None:
-            logger.warning(
-                "--format %s: not tried, since the package that reads it is not installed; `pip"
-                " install compressed-tensors` lets the export be tried",
-                format,
-            )
-            return
-        coarse = compressed_tensors.rounds_inputs(decoder)
-        digits = ROUNDED if coarse else digits_of(getattr(torch, kind))
-        with contextlib.redirect_stderr(io.StringIO()):  # the package's bars heed no setting
-            heard_again = answer(loaded_again(decoder, folder, out))
-        compare(said, heard_again, digits, out)
-        return
-    if format == "onnx":
-        from grasp.serving import onnx
-
-        heard = onnx.answer(folder, question(decoder))
-    else:
-        from grasp.serving import openvino
-
-        heard = openvino.answer(folder, question(decoder))
-    if heard is None:
-        logger.warning(
-            "--format %s: not tried, since onnxruntime is not installed; `pip install onnxruntime`"
-            " lets the export be tried",
-            format,
-        )
-        return
-    compare(said, heard, ROUNDED if kind == "int8" else 10 * digits_of(getattr(torch, kind)), out)
-
-
-def _notes(decoder: Decoder, format: str, pairs: int) -> tuple[str, ...]:
-    if format == COMPRESSED_TENSORS:
-        return compressed_tensors.notes(decoder)
-    if format == "dense" and (found := dense.notes(decoder)):
-        return found
-    if not pairs:
-        what = (
-            "the dense export is a copy"
-            if format == "dense"
-            else "the export is as large as the model"
-        )
-        return (f"the model has no low-rank matrix: {what}",)
-    return ()
 
 
 def _card(

@@ -29,7 +29,7 @@ from grasp.core.edits.placing import vocabulary
 from grasp.core.fields import PathLike
 from grasp.core.layer import is_quantized, matrix_in
 from grasp.core.layers.modeling_grasp import NAMES
-from grasp.core.layers.packing_grasp import SYMMETRIC
+from grasp.core.layers.packing_grasp import DYNAMIC, SYMMETRIC
 from grasp.core.layers.quantized_grasp import SLICE
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import open_model
@@ -133,7 +133,7 @@ def _kind(recipe: QuantizationRecipe) -> str:
             f"--activations {recipe.activations}: needs --bits 8, not --bits {recipe.bits}; give"
             " that, or leave --activations out"
         )
-    return "int8-dynamic"
+    return DYNAMIC
 
 
 def _check_layout(recipe: QuantizationRecipe) -> None:

@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+DYNAMIC = "int8-dynamic"
+"""8 bits, and the input of each product in 8 bits too."""
 SYMMETRIC = "int4-symmetric"
 """4 bits without a zero."""
-BITS = {
-    **{"int8": 8, "int8-dynamic": 8},
-    **{"int6": 6, "int5": 5, "int4": 4, SYMMETRIC: 4, "int3": 3},
-}
-"""Scheme -> bits a weight. "int8-dynamic" also rounds the input of each product to 8 bits."""
+BITS = {"int8": 8, DYNAMIC: 8, "int6": 6, "int5": 5, "int4": 4, SYMMETRIC: 4, "int3": 3}
+"""Scheme -> bits a weight."""
 PIECES = {6: (4, 2), 5: (4, 1), 3: (2, 1)}
 """Bits -> the pieces that a number is stored in."""
 SCALES, INTEGERS, ZEROS = "", "_qdata", "_zero"

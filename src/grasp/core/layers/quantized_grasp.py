@@ -13,6 +13,7 @@ from torch.nn.functional import linear, pad
 
 from .narrow_grasp import scattered
 from .packing_grasp import (
+    DYNAMIC,
     INTEGERS,
     SYMMETRIC,
     ZEROS,
@@ -141,7 +142,7 @@ class QuantizedLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             # a gradient passes as if nothing were rounded on the way
             return self._dense(name, input)
-        if self.scheme == "int8-dynamic":
+        if self.scheme == DYNAMIC:
             return self._dynamic(name, input)
         kernel = {
             "int8": self._int8_product,
