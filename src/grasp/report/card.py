@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from grasp.core.edits import read_log
-from grasp.core.layers.packing_grasp import DYNAMIC
 from grasp.core.seal import PICTURE
 from grasp.report import svg
 from grasp.report.kept import Kept
@@ -71,7 +70,7 @@ def repeat(manifest: Mapping[str, Any], out: str) -> list[str]:
 
 def _quantized(told: dict[str, Any]) -> list[str]:
     """Table rows about the bits."""
-    grouped = told["scheme"] not in ("int8", DYNAMIC)
+    grouped = not told["scheme"].startswith("int8")
     groups = f", groups of {told.get('group_size')}" if grouped else ", one scale a row"
     if told.get("activations") == "int8":
         groups += ", activations too with one a token"
