@@ -4,7 +4,7 @@ are computed anew.
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, quick
 from test_svd_llm import FAMILIES, product, ranks
 from weighted import alternated, dense_weights, nudged, truncated, weighted_error
 
@@ -76,7 +76,7 @@ def loss(model, ids):
 
 
 @pytest.mark.parametrize("storage", ["pair", "pivoted"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_no_matrix_of_that_rank_is_better_in_its_norm(name, storage, calibration):
     """What the dropped singular values of W diag(s) leave; alternating least squares and small
     nudges find nothing better, and plain truncation is worse.

@@ -4,7 +4,7 @@ finite differences.
 
 import pytest
 import torch
-from conftest import BIASED
+from conftest import BIASED, quick
 from torch.func import functional_call
 
 from grasp.core.linalg import svd
@@ -40,7 +40,7 @@ def total_loss(model, calibration, overrides):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_formula_equals_autograd_through_explicit_factors(
     name, decoder, calibration, float64_throughout
 ):
@@ -73,7 +73,7 @@ def test_formula_equals_autograd_through_explicit_factors(
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_formula_equals_finite_differences(name, decoder, calibration, float64_throughout):
     """sigma_k dL/dsigma_k is the slope of the loss along the group."""
     model = decoder(name, dtype=torch.float64)

@@ -294,6 +294,7 @@ def test_bad_sizes_are_one_line(options, message, quick):
 # --- memory
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_fresh_process(model_directory, calibration, tmp_path):
     """That of the checkpoint at its source, beside its bytes there."""
     grasp.compress(

@@ -87,8 +87,8 @@ NO_GRASP = (
 @pytest.mark.parametrize(
     ("made", "before", "after", "flag"),
     [
-        ("pivoted", "import grasp", "", ""),
-        ("checkpoint", "", "import grasp", ""),
+        pytest.param("pivoted", "import grasp", "", "", marks=pytest.mark.slow),
+        pytest.param("checkpoint", "", "import grasp", "", marks=pytest.mark.slow),
         pytest.param(
             "checkpoint",
             "",
@@ -97,16 +97,12 @@ NO_GRASP = (
             "",
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "checkpoint", NO_GRASP, "", ", trust_remote_code=True", marks=pytest.mark.slow
-        ),
-        ("pivoted", NO_GRASP, "", ", trust_remote_code=True"),
+        pytest.param("pivoted", NO_GRASP, "", ", trust_remote_code=True", marks=pytest.mark.slow),
     ],
     ids=[
         "grasp first",
         "grasp second",
         "grasp after quantizers",
-        "no grasp, trust_remote_code",
         "no grasp, pivoted",
     ],
 )
@@ -342,6 +338,7 @@ print("RESULT", (peak - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux /proc to read peak memory"
 )

@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, build
+from conftest import LAYERS, WIDTH, build, quick
 
 import grasp
 import grasp.stages
@@ -108,7 +108,9 @@ of_those_with_hooks = pytest.mark.parametrize(
     [one for one in COLLECTORS if one not in (LastHidden, Closeness)],  # in one order everywhere
     ids=lambda kind: kind.name,
 )
-of_every_mask = pytest.mark.parametrize("padding", MASKS)
+of_every_mask = pytest.mark.parametrize(
+    "padding", ["padded", pytest.param("whole", marks=pytest.mark.slow)]
+)
 
 
 def test_all_collectors_are_here():
@@ -167,7 +169,7 @@ def halves(kind, model, data, parts=((0, 1, 2), (3, 4, 5))):
 
 @of_every_mask
 @of_every_collector
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_the_sums_of_two_halves_are_those_of_the_whole(name, kind, padding, decoder, data):
     model, text = decoder(ON.get(kind, name)), data(padding)
     whole = Resident(model, text).sweep([COLLECTORS[kind](model)])[kind.name]
@@ -231,7 +233,7 @@ def layer_first(decoder, data, collector):
 
 @of_every_mask
 @of_every_collector
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_layers_first_gives_what_blocks_first_gives(name, kind, padding, decoder, data):
     model, text = decoder(ON.get(kind, name)), data(padding)
     expected = Resident(model, text).sweep([COLLECTORS[kind](model)])[kind.name]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_cli import command
 
 from grasp.core.results import Results
 from grasp.errors import RecipeError
@@ -306,11 +307,9 @@ def test_a_killed_child_is_a_row_and_an_interrupt_loses_nothing(write, tmp_path,
 
 
 def test_a_dry_run_lists_the_cells(write, tmp_path):
-    child = grasp(write(TWO), "--dry-run", "-o", "out.json", cwd=tmp_path)
-    _, said = child.communicate(timeout=100)
-    assert (
-        child.returncode == 0 and said.count("to run") == 3 and not (tmp_path / "out.json").exists()
-    )
+    done = command("compare", write(TWO), "--dry-run", "-o", tmp_path / "out.json")
+    assert done.status == 0 and done.err.count("to run") == 3
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_child_that_is_killed_is_a_row(write, tmp_path, monkeypatch):

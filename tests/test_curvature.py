@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import LAYERS, VOCAB, build
+from conftest import LAYERS, VOCAB, build, quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +93,7 @@ def check_sums(table, expected, tolerance=1e-4, far_tolerance=1e-4):
         assert found.input_tokens == found.gradient_tokens == tokens
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_sums_equal_plain_hooks(name, calibration):
     model = build(name)
     check_sums(
@@ -127,7 +127,7 @@ def test_x_of_every_matrix_is_there_and_kept_once(name, kind, calibration):
         assert list(shared.values()) == [*by_input, ["down_proj"]] * LAYERS
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_padding_is_left_out(name, calibration):
     """Blocks of unequal length, padded with rubbish on the right, give the sums of the blocks
     alone.

@@ -89,6 +89,7 @@ def test_the_manifest_says_where_the_bytes_are(data, tmp_path):
     assert "## Where the bytes are" in (tmp_path / "small" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_more_bytes_the_less_is_lost(data):
     """What is expected of text that was not seen, and the more bits."""
     rises = [
@@ -150,6 +151,7 @@ def test_a_share_of_the_bytes_with_bits(data):
     assert widths(by_share)
 
 
+@pytest.mark.slow
 def test_one_round_and_two(data):
     many = {"share": 0.3, "bits": (16, 8, 6, 5, 4, 3)}
     one, two = run(data, rounds=1, **many), run(data, rounds=2, **many)

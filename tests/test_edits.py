@@ -205,7 +205,7 @@ def test_every_kind_is_here():
     assert kinds == KINDS.keys()
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_a_trial_leaves_no_trace(make, name):
     decoder = Decoder(build(name))
     edit, before, said = make(decoder), traces(decoder), logits(decoder.model)
@@ -217,7 +217,7 @@ def test_a_trial_leaves_no_trace(make, name):
     assert traces(decoder) == before
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_saved_loaded_generated_from_and_repeated(make, name, tmp_path):
     decoder = Decoder(build(name))
     edit = make(decoder)
@@ -268,6 +268,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_loaded_where_grasp_is_not_installed(tmp_path):
     expected = {}
     for name in MAKE:
@@ -406,7 +407,7 @@ def test_numbers_given_with_a_cut_are_put_in():
     assert torch.equal(module.weight, weight) and torch.equal(module.bias, bias)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_an_mlp_in_the_place_of_two_layers(name):
     """What the layer behind it reads, by hand."""
     decoder, read = Decoder(build(name)), []

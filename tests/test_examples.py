@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ def run(*arguments: str, folder: Path, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_quickstart(model_directory, tmp_path):
     out = tmp_path / "small"
     done = run(str(ROOT / "examples" / "quickstart.py"), model_directory, str(out), folder=tmp_path)
@@ -42,6 +44,7 @@ def test_quickstart(model_directory, tmp_path):
     grasp.load(out)
 
 
+@pytest.mark.slow
 def test_own_method(model_directory, text_file, tmp_path):
     """Half of every matrix of the layers is 0, the smaller half; nothing else is touched."""
     command = ["-m", "grasp", "compress", model_directory, str(tmp_path / "out"), "--quiet"]

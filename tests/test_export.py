@@ -66,7 +66,9 @@ units for it (docs/log.md); the first layer is narrower in any case.
 """
 
 
-@pytest.fixture(scope="module", params=["grasp", "grasp-fisher"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("grasp", marks=pytest.mark.slow), "grasp-fisher"]
+)
 def made(request, tmp_path_factory, tokenizer) -> Made:
     """Of the paper's method, which stores plain pairs, and of the default one, which stores pivoted
     pairs.

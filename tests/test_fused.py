@@ -110,7 +110,7 @@ def text(model):
 # --- the same numbers from fewer products, in every family
 
 
-@pytest.mark.parametrize("as_pivoted", [False, True])
+@pytest.mark.parametrize("as_pivoted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equal_logits_and_text_from_fewer_products(family, as_pivoted):
     """A group of n pairs saves n - 1 products, in the prompt and in each step of batch 1."""
     model = low_rank(family, as_pivoted).model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, quick
 from test_svd_llm import FAMILIES, product, ranks
 from weighted import alternated, dense_weights, nudged, truncated, weighted_error
 
@@ -53,7 +53,7 @@ def fisher(model, data):
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_the_fisher_weights_are_those_of_autograd(name, calibration):
     data = grasp.Calibration(calibration.ids[:3], "random")
     expected, decoder = fisher(build(name), data), Decoder(build(name))
@@ -84,7 +84,7 @@ def test_a_sample_is_a_block_and_padding_is_none_of_it(calibration):
 
 
 @pytest.mark.parametrize("storage", ["pair", "pivoted"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_no_matrix_of_that_rank_is_better_in_its_norm(name, storage, calibration):
     """`sum_ij f_j (W - W')_ij^2` is what the dropped singular values of W diag(sqrt f) leave;
     alternating least squares and small nudges find nothing better, and plain truncation is worse.

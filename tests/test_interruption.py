@@ -176,8 +176,14 @@ TRAIN = (
 )
 
 
-@pytest.mark.parametrize(("where", "step"), [("first", 0), ("training", 2), ("saving", 4)])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "where", "step"),
+    [
+        (signal.SIGINT, "training", 2),
+        (signal.SIGTERM, "saving", 4),
+        pytest.param(signal.SIGTERM, "first", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_recover_says_which_state_is_kept(
     where, step, number, checkpoint, text_file, tmp_path, monkeypatch
 ):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ RUNS = {
     "laco": {"method": "laco", "threshold": 0.1, "merge": 2},
     "streamline": {"method": "streamline", "num_layers": 2, "net": "none"},
 }
-of_every_run = pytest.mark.parametrize("name", RUNS)
+STOPS = [{"blocks": 3}, {"blocks": 5}, {"edits": 1}, {"edits": 2}, "saving"]
 
 
 @pytest.fixture
@@ -108,6 +109,21 @@ def run(model_directory, text_file, out: Path, name: str, **more):
     return grasp.compress(model_directory, out, **asked)
 
 
+@pytest.fixture(scope="module")
+def whole_run(model_directory, text_file, tmp_path_factory):
+    """(run) -> its checkpoint and what it computes when nothing ends it; made once a run."""
+
+    @cache
+    def made(name: str) -> tuple[Path, Stop]:
+        out = tmp_path_factory.mktemp("whole") / "out"
+        with pytest.MonkeyPatch.context() as patch:
+            stop = Stop(patch)
+            run(model_directory, text_file, out, name)
+        return out, stop
+
+    return made
+
+
 def stopped(monkeypatch, *asked, **at) -> Stop:
     """A run that was ended."""
     with monkeypatch.context() as patch:
@@ -127,15 +143,20 @@ def check_same(one: Path, other: Path) -> None:
         assert told[key] == before[key], key
 
 
-@of_every_run
-@pytest.mark.parametrize("at", [{"blocks": 3}, {"blocks": 5}, {"edits": 1}, {"edits": 2}, "saving"])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        pytest.param(name, at, marks=() if is_quick else pytest.mark.slow)
+        for name in RUNS
+        for at in STOPS
+        for is_quick in [name == "grasp-fisher" or at == {"edits": 2}]
+    ],
+)
 def test_a_run_goes_on_where_it_was(
-    name, at, at_once, model_directory, text_file, tmp_path, monkeypatch
+    name, at, whole_run, at_once, model_directory, text_file, tmp_path, monkeypatch
 ):
     asked = (model_directory, text_file)
-    with monkeypatch.context() as patch:
-        whole = Stop(patch)
-        run(*asked, tmp_path / "whole", name)
+    expected, whole = whole_run(name)
     if at == {"blocks": 5} and whole.blocks <= 5:
         pytest.skip("one sweep only")
     out, folder = tmp_path / "out", tmp_path / "out.journal"
@@ -151,8 +172,8 @@ def test_a_run_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         second = Stop(patch)
         run(*asked, out, name, resume=True)
-    assert not folder.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
-    check_same(out, tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    check_same(out, expected)
     shown = first.blocks - (first.blocks > first.at[0])
     assert shown + second.blocks == whole.blocks
     assert sorted(first.made + second.made) == sorted(whole.made)
@@ -418,21 +439,28 @@ def left_over(folder: Path) -> None:
         (left_over, 0, 0),
     ],
 )
-@pytest.mark.parametrize("name", ["grasp", "grasp-fisher"])
+@pytest.mark.parametrize("name", [pytest.param("grasp", marks=pytest.mark.slow), "grasp-fisher"])
 def test_what_is_damaged_is_made_again_and_nothing_else(
-    damage, made, blocks, name, at_once, model_directory, text_file, tmp_path, monkeypatch
+    damage,
+    made,
+    blocks,
+    name,
+    whole_run,
+    at_once,
+    model_directory,
+    text_file,
+    tmp_path,
+    monkeypatch,
 ):
     asked, out = (model_directory, text_file), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        whole = Stop(patch)
-        run(*asked, tmp_path / "whole", name)
+    expected, whole = whole_run(name)
     stopped(monkeypatch, *asked, out, name, edits=3)
     damage(tmp_path / "out.journal")
     with monkeypatch.context() as patch:
         stop = Stop(patch)
         run(*asked, out, name, resume=True)
     assert (len(stop.made), stop.blocks) == (len(whole.made) - 3 + made, blocks)
-    check_same(out, tmp_path / "whole")
+    check_same(out, expected)
     assert not (tmp_path / "out.journal").exists()
 
 

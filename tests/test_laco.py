@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from closeness import close, same_weights
-from conftest import LAYERS, WITH_EXPERTS, build
+from conftest import LAYERS, WITH_EXPERTS, build, quick
 from transformers import AutoModelForCausalLM
 
 import grasp
@@ -60,7 +60,9 @@ def is_norm(name):
     return "norm" in name or "ln_" in name
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "opt", "gemma2", "olmo2"])
+@pytest.mark.parametrize(
+    "name", quick(["llama", "qwen2", "phi3", "gpt2", "opt", "gemma2", "olmo2"])
+)
 def test_a_merged_layer_is_the_papers_sum(name, calibration):
     """`theta_l + (theta_{l+1} - theta_l) + (theta_{l+2} - theta_l)` for matrices and their biases,
     as the model stores them; not the last layer's numbers, to which differences of neighbours
@@ -129,7 +131,7 @@ def test_the_walk_is_algorithm_1(merge, interval, threshold):
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("name", quick(["llama", "gpt2", "opt", "gemma2"]))
 def test_what_is_compared_is_the_last_hidden_state(name, calibration):
     """Behind the final norm, padding left out, a block as one vector: by `output_hidden_states`."""
     mask = torch.arange(20) < torch.tensor([20, 13, 20, 20, 2, 18])[:, None]
@@ -189,7 +191,7 @@ def test_every_kept_merge_was_above_the_threshold(calibration):
     assert counts[0] > 0 and counts[-1] == DEEP - 1 and counts[0] < counts[1]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_search_takes_as_many_layers_as_it_should(count, calibration):
     """It is nearer to the original than merging at every place from the top, and no threshold of a
     grid gets nearer by much.

@@ -120,7 +120,7 @@ def kept(result):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_the_least_important_go_by_autograd(name, kind, calibration):
     """In every layer and axis, those that stay are the best by a loop over rows and columns."""
     result = run(calibration, name, importance=kind, ratio=0.25)

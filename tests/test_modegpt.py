@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from closeness import close
-from conftest import LAYERS, WITH_EXPERTS, build
+from conftest import LAYERS, WITH_EXPERTS, build, quick
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import grasp
@@ -126,7 +126,7 @@ def squares(name, data):
     return queries.view(len(keys), -1, 8).sum(1), keys
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_the_dimensions_of_the_largest_norms_stay(name, calibration):
     """Single ones, or rotary pairs (i, i + 4) of a head of 8 by the product of their norms."""
     edit = fewer_keys(Decoder(build(name)), LAYER, moments(name, calibration), 4)
@@ -195,7 +195,7 @@ def test_partly_rotary_heads_keep_just_as_many(count, seed):
 # --- Type III
 
 
-@pytest.mark.parametrize("name", [*SOME, "olmo2", "qwen3"])
+@pytest.mark.parametrize("name", quick([*SOME, "olmo2", "qwen3"]))
 def test_values_of_full_width_leave_the_model_as_it_was(name, calibration):
     """In the axes of the decomposition: v and o are others, the logits not."""
     decoder = Decoder(build(name, torch.float64))
@@ -213,7 +213,7 @@ def test_values_of_full_width_leave_the_model_as_it_was(name, calibration):
     assert torch.allclose(found, before, rtol=0, atol=1e-8 * float(before.abs().max()))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", quick(SOME))
 def test_values_of_less_width_are_the_best_of_that_rank(name, calibration):
     """Eckart and Young, by a singular value decomposition of the product of the stacked outputs and
     the root of what the value head gives: no rank-r product is nearer.

@@ -245,6 +245,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_loaded_where_grasp_is_not_installed(tmp_path):
     said = {}
     for name in ("llama", "gpt2"):
@@ -372,7 +373,11 @@ def test_a_span_is_still_refused(decoder):
 
 @pytest.mark.parametrize(
     ("name", "train"),
-    [("llama", "factors"), ("llama", "layers"), ("llama", "lora"), ("gpt2", "lora")],
+    [
+        ("llama", "factors"),
+        ("gpt2", "lora"),
+        *(pytest.param("llama", train, marks=pytest.mark.slow) for train in ("layers", "lora")),
+    ],
 )
 def test_recovered(name, train, tmp_path, tokenizer, text_file):
     if train == "lora":
@@ -436,6 +441,7 @@ def test_an_adapter_on_top(name, tmp_path):
     assert close(logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter")), said)
 
 
+@pytest.mark.slow
 def test_compiled_whole():
     model = mixed("llama").model
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

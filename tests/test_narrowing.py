@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from closeness import close
-from conftest import FAMILY_ROWS, WITHOUT_EXPERTS, build, quick
+from conftest import DIFFERENT, FAMILY_ROWS, WITHOUT_EXPERTS, build, quick
 from test_curvature import brute_force, damped_gram
 
 from grasp.core.decoder import Decoder
@@ -31,7 +31,13 @@ LACKING = {
 }
 """What a layer cannot lose: a family's code does not allow it, or its MLP is experts."""
 EVERY = [(name, part) for name in FAMILY_ROWS for part in AXES if part not in LACKING.get(name, ())]
-every = pytest.mark.parametrize(("name", "part"), EVERY)
+every = pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(name, part, marks=() if name in DIFFERENT else pytest.mark.slow)
+        for name, part in EVERY
+    ],
+)
 
 
 class Case:

@@ -300,6 +300,7 @@ use_cache=False).logits, torch.load(folder + "/logits.pt"), atol=1e-5)
 """
 
 
+@pytest.mark.slow
 def test_without_grasp(saved, tmp_path):
     """In a process where grasp cannot be imported, by the file the checkpoint carries; and what
     that saves loads the same way.

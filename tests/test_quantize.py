@@ -101,7 +101,7 @@ def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
 @pytest.mark.parametrize(
     "scheme",
     [
-        pytest.param(scheme, marks=() if scheme in ("int4", "int3") else pytest.mark.slow)
+        pytest.param(scheme, marks=() if scheme == "int4" else pytest.mark.slow)
         for scheme in SCHEMES
     ],
 )
@@ -168,7 +168,6 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
 @pytest.mark.parametrize(
     ("scheme", "made", "before", "flag"),
     [
-        pytest.param("int4", "pairs", "import grasp", "", marks=pytest.mark.slow),
         ("int4", "pairs", NO_GRASP, ", trust_remote_code=True"),
         *(
             pytest.param(
@@ -176,7 +175,9 @@ def test_low_rank_factors_are_quantized_too(low_rank, made, scheme, tmp_path, ca
             )
             for scheme in ("int3", "int8-dynamic")
         ),
-        ("int8", "pivoted", NO_GRASP, ", trust_remote_code=True"),
+        pytest.param(
+            "int8", "pivoted", NO_GRASP, ", trust_remote_code=True", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_path):
@@ -202,6 +203,7 @@ def test_plain_transformers_loads_it(low_rank, scheme, made, before, flag, tmp_p
     assert (tmp_path / "third" / "packing_grasp.py").is_file()
 
 
+@pytest.mark.slow
 def test_without_grasp_and_without_the_flag_it_refuses(model_directory, tmp_path):
     """int8 numbers have the shape of the matrix; they must not be taken for it."""
     grasp.quantize(model_directory, tmp_path / "out", bits=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from closeness import close
-from conftest import FAMILY_ROWS, WITH_EXPERTS, WITHOUT_EXPERTS, build
+from conftest import FAMILY_ROWS, WITH_EXPERTS, WITHOUT_EXPERTS, build, quick
 from torch import nn
 
 import grasp
@@ -73,7 +73,7 @@ def by_hand(model, layer: int, ids, mask=None):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_the_use_of_experts_is_that_of_a_loop(name, masked, calibration):
     mask = torch.ones_like(calibration.ids, dtype=torch.bool)
     mask[1, 15:] = mask[4, 7:] = False
@@ -120,7 +120,7 @@ def half(decoder: Decoder) -> dict[int, tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_fewer_experts_are_a_router_that_never_sends_to_the_others(name, tmp_path):
     """And an ordinary model of fewer experts: saved, it loads with nothing of ours."""
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(5))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from closeness import close, same_weights
-from conftest import OF_EXPERTS, WITH_EXPERTS, build
+from conftest import OF_EXPERTS, WITH_EXPERTS, build, quick
 from torch import nn
 
 import grasp
@@ -112,7 +112,7 @@ def gram(rows):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_the_curvature_of_an_expert_is_that_of_routing_by_hand(name, padded, calibration):
     """X over its own tokens; D over all tokens, since no other asks anything of it."""
     data = masked(calibration) if padded else calibration
@@ -133,7 +133,7 @@ def test_the_curvature_of_an_expert_is_that_of_routing_by_hand(name, padded, cal
         assert curvature.gradient_square == pytest.approx(float(gradients.square().sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_inputs_alone_count_as_the_router_weights_them(name, calibration):
     decoder, data = Decoder(build(name)), masked(calibration)
     linears = {one.path: one for one in matrices(decoder)}
@@ -175,7 +175,7 @@ def test_the_price_of_a_group_is_that_of_a_share_of_the_text(name, calibration):
 # --- taken apart
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_experts_apart_compute_the_same(name, tmp_path):
     """And are saved, loaded, repeated and undone; low-rank pairs in them too."""
     decoder = Decoder(build(name))
@@ -345,7 +345,7 @@ def test_whole_experts_cannot_go_once_they_are_apart(calibration):
         grasp.compress(result.model, method="reap", num_experts=2, data=calibration)
 
 
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_exported_dense_they_are_in_one_tensor_again(name, calibration, tmp_path):
     """An ordinary model, as large as before, with the numbers that the pairs stand for."""
     result = grasp.compress(
@@ -363,7 +363,7 @@ def test_exported_dense_they_are_in_one_tensor_again(name, calibration, tmp_path
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", WITH_EXPERTS)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
 def test_the_loss_without_an_expert_is_that_of_routing_by_hand(name, padded, calibration):
     """1/2 E[(d'f)^2], f what its last matrix gives and d the gradient there."""
     data = masked(calibration) if padded else calibration

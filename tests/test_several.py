@@ -64,10 +64,8 @@ def test_the_parts_add_up_to_the_whole(world, decoder, calibration, monkeypatch)
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
-        ("grasp-fisher", ("--ratio", "0.2")),
         ("grasp-fisher", ("--ratio", "0.2", "--offload", "LAYERS")),
         ("grasp", ("--ratio", "0.2")),
-        ("wanda", ()),
         ("asvd", ("--ratio", "0.1", "--allocation", "strs")),
     ],
 )

@@ -68,7 +68,7 @@ def one_of(rank, world, items, port, out):
     out.write_text(json.dumps({"done": done, "same": same, "kept": len(kept)}))
 
 
-@pytest.mark.parametrize(("world", "items"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(("world", "items"), [(2, 5), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_each_item_is_done_once_and_comes_to_all(world, items, tmp_path):
     """Also where there are fewer items than processes."""
     with socket.socket() as free:

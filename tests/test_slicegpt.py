@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from closeness import close
-from conftest import FAMILY_ROWS, WITH_EXPERTS, build
+from conftest import FAMILY_ROWS, WITH_EXPERTS, build, quick
 
 import grasp
 from grasp.compensation.recipe import Recipe
@@ -60,7 +60,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("slice_head", [False, True])
-@pytest.mark.parametrize("name", SUITED)
+@pytest.mark.parametrize("name", quick(SUITED))
 def test_rotating_changes_nothing(name, slice_head, calibration):
     """All directions are kept: the model computes the same, with its shortcuts on top."""
     dense = build(name)
@@ -90,7 +90,7 @@ def test_the_published_size_of_opt_125m(caplog):
     assert "grow, from 125,239,296 to 147,250,880 parameters" in caplog.text
 
 
-@pytest.mark.parametrize("name", SUITED)
+@pytest.mark.parametrize("name", quick(SUITED))
 def test_the_size_is_the_true_one(name, calibration):
     """By a formula of its own: rows and columns, shortcuts, head."""
     dense, width, hidden, vocab = build(name), 24, 32, 260
@@ -198,7 +198,9 @@ def test_one_shot_takes_all_from_the_dense_model(calibration):
     assert torch.isclose(lost, torch.linalg.svdvals(signal)[16:].square().sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "granite", "opt", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", quick(["llama", "qwen2", "phi3", "granite", "opt", "gpt2", "gpt_neox"])
+)
 def test_the_sliced_model_is_the_dense_one_with_projected_states(name, calibration):
     """Hooks on the dense model put its states through D D' at every block, and nothing else."""
     log, dense = run(calibration, name, slicing=0.5), build(name)
@@ -285,6 +287,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_it_loads_where_grasp_is_not_installed(calibration, tmp_path):
     """Tied before, two matrices now; the body alone loads too."""
     results = {name: run(calibration, name, tmp_path / name) for name in ("llama", "gpt2")}

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from closeness import close, same_weights
-from conftest import LAYERS, build
+from conftest import LAYERS, build, quick
 
 import grasp
 from grasp.core import journal
@@ -105,7 +105,7 @@ def test_the_last_window_ends_before_the_final_norm(calibration):
     assert gone(turned) == gone(run(calibration, num_layers=2, net="none"))
 
 
-@pytest.mark.parametrize("name", [*SOME, "olmo2", "qwen2"])
+@pytest.mark.parametrize("name", quick([*SOME, "olmo2", "qwen2"]))
 def test_a_trained_layer_does_what_the_window_did(name, text):
     """On text that was never shown: nearer to the window's output than the window's first layer,
     which it began as. Nothing else of the model changes.
@@ -140,7 +140,7 @@ def test_a_trained_layer_does_what_the_window_did(name, text):
     assert matrices and not any(torch.equal(own[key], before[key]) for key in matrices)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", quick(["gpt2", "opt", "gemma2", "phi3"]))
 def test_a_trained_mlp_is_nearer_than_nothing(name, text):
     """On text that was never shown: to the window's output than its input is, from which it began.
     Nothing else of the model changes.
@@ -182,7 +182,7 @@ def test_another_seed_is_another_mlp(text):
 
 
 @pytest.mark.parametrize("net", ["layer", "ffn"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", quick(["llama", "gpt2", "opt"]))
 def test_by_the_models_loss(name, net, text):
     """The loss of the whole model falls, on text that was never shown too."""
     data, unseen = text
@@ -291,7 +291,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(loss, text, monkeypatch):
 
 
 @pytest.mark.parametrize("fields", [{"loss": "lm"}, {"net": "ffn"}, {"net": "none"}])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("name", quick(["llama", "gpt2", "qwen2"]))
 def test_it_loads_again_with_and_without_a_cache(name, fields, text, tmp_path):
     data, unseen = text
     result = run(

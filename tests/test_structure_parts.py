@@ -18,6 +18,7 @@ from grasp.methods.structure import LEAST_SAVING
 from grasp.verbs.compress import predict
 
 FAMILIES = ["llama", "phi3", "gpt2", "gemma2"]
+FEW = ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES[1:])]
 ALONE = ["ranks", "channels", "values", "groups", "layers"]
 TOGETHER = ["ranks,channels", "ranks,values", "ranks,layers", "channels,layers", ",".join(ALONE)]
 MULTIPLE = 8
@@ -68,7 +69,11 @@ def step(name, parts):
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        *[(name, parts) for name in FAMILIES for parts in ALONE[1:]],
+        *[
+            pytest.param(name, parts, marks=() if name == "llama" else pytest.mark.slow)
+            for name in FAMILIES
+            for parts in ALONE[1:]
+        ],
         *[("llama", parts) for parts in TOGETHER],
         ("gpt2", TOGETHER[-1]),
     ],
@@ -257,7 +262,7 @@ def test_mlps_too_narrow_for_the_default_multiple_stay(data, caplog, monkeypatch
 # --- layers
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW)
 def test_layers_gone_load_again(name, data, tmp_path):
     result = run(data, name, tmp_path / "out", ratio=0.3, parts="layers")
     gone = [edit["layer"] for edit in result.manifest["edits"] if edit["edit"] == "drop"]
@@ -303,7 +308,7 @@ def test_nothing_left_to_choose(parts, data):
 
 
 @pytest.mark.parametrize("parts", ["values", "groups", ",".join(ALONE)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW)
 def test_saved_and_loaded_it_is_the_same(name, parts, data, tmp_path):
     result = run(data, name, tmp_path / "out", ratio=0.12, parts=parts)
     again = grasp.load(tmp_path / "out")

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, quick
 from test_curvature import all_paths, brute_force, damped_gram
 
 import grasp
@@ -83,7 +83,7 @@ def sums(name, data):
 
 
 @pytest.mark.parametrize("storage", ["pair", "pivoted"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_it_is_the_cholesky_version(name, storage, calibration):
     """Every matrix, tall or wide, in the dense model's metric; without our damping the outputs are
     nearly the same.
@@ -100,7 +100,7 @@ def test_it_is_the_cholesky_version(name, storage, calibration):
         assert outputs(found - undamped, gram) < 1e-3 * outputs(weight, gram), path
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_no_matrix_of_that_rank_changes_the_outputs_less(name, calibration):
     """Eckart and Young in the metric of the inputs that were read: the error is what the dropped
     singular values leave, and the plain truncated matrix is worse.
@@ -145,7 +145,7 @@ def test_the_papers_ranks():
     assert {shape: rank_for_ratio(*shape, 0.8) for shape in shapes} == shapes
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_the_error_is_the_sum_of_the_squared_singular_values_that_were_dropped(name, calibration):
     """Those that grasp.json tells, which are means over tokens; measured on the tokens by hand. The
     damping adds its share.
@@ -207,7 +207,7 @@ def inner(result, path):
 
 
 @pytest.mark.parametrize("storage", ["pair", "pivoted"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_the_update_is_least_squares_on_the_compressed_layers_before(name, storage, calibration):
     """Every matrix, by one `lstsq` on all tokens: A is as without the update, B the best there
     is.
@@ -230,7 +230,7 @@ def test_the_update_is_least_squares_on_the_compressed_layers_before(name, stora
     assert seen.keys() == dense.keys()
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "qwen2", "gemma2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("name", quick(["llama", "phi3", "qwen2", "gemma2", "olmo2", "gpt_neox"]))
 def test_the_update_never_leaves_more_of_the_error(name, calibration):
     """On the inputs that it is fitted to; it falls nearly everywhere behind the first layer."""
     plain = run(calibration, name, retain_ratio=0.4)

@@ -141,7 +141,13 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if n % 3 == 0 else pytest.mark.slow)
+        for n, name in enumerate(WRAPPERS)
+    ],
+)
 def test_the_text_decoder_inside_is_compressed(name, tmp_path, calibration):
     """Equal logits by the wrapper's own auto class, again after it is saved again; text is written;
     all else is as it was.
