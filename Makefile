@@ -32,7 +32,7 @@ test: $(VENV)/test
 	$(VENV)/bin/python -m pytest --numprocesses 2
 
 # All but what reads, prints, loads or starts processes; a new file is in unless it is named here.
-NOT_NUMERICS = bench checkpoint cli compare compressed_tensors destination directory documents examples export faults \
+NOT_NUMERICS = bench checkpoint cli compare compressed_tensors destination directory documents examples export gguf faults \
   flags integrations interruption journal kept latency narrowed plugin project_files proof readme \
   recovery report report_size results seal serving sharing smollm2 strict structure structure_parts tasks \
   terminal text_and_tokens time_budget wrappers writing
@@ -51,7 +51,7 @@ test-serving: .venv-serving/ready
 	.venv-serving/bin/python -m pytest -W default tests/test_serving.py
 
 test-export: $(VENV)/export
-	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_compressed_tensors.py tests/test_integrations.py tests/test_quantize.py
+	$(VENV)/bin/python -m pytest --numprocesses 2 tests/test_export.py tests/test_compressed_tensors.py tests/test_gguf.py tests/test_integrations.py tests/test_quantize.py
 
 # cp -al shares the files of one bare environment: pip puts new ones in place of those it changes.
 EXTRAS = none data report offload recover tasks onnx openvino

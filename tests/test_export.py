@@ -517,8 +517,8 @@ def test_a_dense_export_becomes_gguf(tmp_path):
     [
         (
             ["--format", "onxx"],
-            "--format onxx: unknown; allowed: dense, onnx, openvino, compressed-tensors; did you"
-            " mean 'onnx'?",
+            "--format onxx: unknown; allowed: dense, onnx, openvino, compressed-tensors, gguf; did"
+            " you mean 'onnx'?",
         ),
         (
             ["--format", "dense", "--dtype", "float64"],

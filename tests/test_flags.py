@@ -117,6 +117,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
     "export": {
         **ALL, "--trust-remote-code": FREE, "checkpoint": FREE, "out": FREE, "--format": word(),
         "--dtype": word("--format dense"), "--weights": word("--format openvino"),
+        "--converter": FREE,
     },
     "quantize": {
         **ALL, **LOADING, "model": FREE, "out": FREE, "--dtype": DTYPE,

@@ -183,21 +183,27 @@ def recover(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: 
 @click.option(
     "--format",
     required=True,
-    metavar="dense|onnx|openvino|compressed-tensors",
+    metavar="dense|onnx|openvino|compressed-tensors|gguf",
     help=(
         "dense: ordinary checkpoint, low-rank matrices multiplied out, no smaller; onnx: for"
         " onnxruntime; openvino: for openvino-genai; compressed-tensors: a model rounded with"
-        " --layout compressed-tensors, for servers' own kernels."
+        " --layout compressed-tensors, for servers' own kernels; gguf: for llama.cpp,"
+        " few bits kept."
     ),
 )
 @click.option(
     "--dtype",
     help=(
-        "Of the export. dense: float32, bfloat16, float16; default: as stored. Graphs: float32"
-        " (default) or float16."
+        "Of the export. dense, gguf: float32, bfloat16, float16; default: as stored. Graphs:"
+        " float32 (default) or float16."
     ),
 )
 @click.option("--weights", metavar="int8", help="openvino: store the matrices in 8 bits.")
+@click.option(
+    "--converter",
+    metavar="FILE",
+    help="gguf: llama.cpp's convert_hf_to_gguf.py. Default: the one on the PATH.",
+)
 @flags(ModelSource, "trust_remote_code")
 @everywhere
 def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from grasp.core.building import layers_differ
 from grasp.core.decoder import Decoder
@@ -216,6 +217,19 @@ def can_try(format: str, package: str) -> bool:
         "--format %s: not tried, since %s is not installed; `pip install %s` lets the export be"
         " tried",
         *(format, package, package.replace("_", "-")),
+    )
+    return False
+
+
+def can_read_gguf(decoder: Decoder) -> bool:
+    """Whether transformers reads GGUF files of the model's architecture; if not, a warning says
+    so.
+    """
+    if decoder.config.model_type in GGUF_SUPPORTED_ARCHITECTURES:
+        return True
+    logger.warning(
+        "--format gguf: not tried, since transformers reads no GGUF files of %s",
+        decoder.config.model_type,
     )
     return False
 

@@ -12,6 +12,7 @@ export()    checkpoint -> a directory that `format`'s own runtime loads
     openvino   a model with its own cache and tokenizer, pairs kept
     compressed-tensors
                safetensors of a rounded model as servers read them, number by number
+    gguf       one file for llama.cpp, by its own converter, few bits number by number
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Format:
 
     `module`, of `grasp.serving`, says how: `notes(decoder)` before anything changes,
     `write(decoder, folder, kind)`, `how_to_run(kind)` and `prove(decoder, said, folder, out,
-    kind)`, where `kind` is the dtype or "int8"; and `check(decoder)` where it keeps bits.
+    kind)`, where `kind` is the dtype or "int8"; and `check(decoder)` where it keeps bits. With
+    `converts`, `write` is given what `find_converter(asked)` finds, too.
     """
 
     about: str
@@ -55,11 +57,12 @@ class Format:
     packages: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     keeps_bits: bool = False
+    converts: bool = False
 
     @property
     def is_graph(self) -> bool:
-        """Whether it is no checkpoint of transformers."""
-        return bool(self.packages)
+        """Whether transformers traces it."""
+        return bool(self.packages) and not self.converts
 
 
 FORMATS = {
@@ -84,9 +87,21 @@ FORMATS = {
         (None,),
         keeps_bits=True,
     ),
+    "gguf": Format(
+        "one file for llama.cpp, pairs multiplied out, few bits kept",
+        "gguf",
+        (None, "float32", "bfloat16", "float16"),
+        ("gguf",),
+        keeps_bits=True,
+        converts=True,
+    ),
 }
 SPARE_GRAPH = 64e6
 """Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
+
+
+SCRATCH = 2
+"""Copies of the dense form on the disk at once, where a converter reads it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ def export(
     format: str,
     dtype: str | None = None,
     weights: str | None = None,
+    converter: PathLike | None = None,
     trust_remote_code: bool = False,
 ) -> Export:
     """Write a checkpoint in another format.
@@ -122,16 +138,19 @@ def export(
         checkpoint: a directory that `compress` or `recover` wrote, or any other MODEL. It is not
             changed.
         out: directory to write; must not exist or be empty.
-        format: "dense", "onnx", "openvino" or "compressed-tensors".
+        format: "dense", "onnx", "openvino", "compressed-tensors" or "gguf".
         dtype: of the export. None: as stored for dense, float32 for the graphs. There is no choice
             for compressed-tensors, which is exact.
         weights: "int8" stores the matrices of an OpenVINO model in 8 bits.
+        converter: llama.cpp's convert_hf_to_gguf.py, or the folder that it is in; for gguf. None:
+            the one on the PATH.
 
     Raises:
         GraspError: one line that names the argument, its value, what is allowed and the way out.
     """
     place, out = str(checkpoint), Path(out)
     asked = check(format, dtype, weights)
+    options = _converting(asked, format, converter)
     check_destination(out, 0, checkpoint)
     kind = dtype or asked.dtypes[0]
     computed = kind if format != "openvino" else "float32"
@@ -150,14 +169,14 @@ def export(
     check_savable(decoder)
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
-    after = dense_parameters(decoder) if format == "dense" else before
-    needed = after * decoder.model.dtype.itemsize
+    after = dense_parameters(decoder) if format in ("dense", "gguf") else before
+    needed = after * decoder.model.dtype.itemsize * (SCRATCH if asked.converts else 1)
     check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
     kind = kind or str(decoder.model.dtype).removeprefix("torch.")
     numbers, notes = weights or kind, writer.notes(decoder)
     said = answer(decoder)
     with whole(out) as folder:
-        writer.write(decoder, folder, numbers)
+        writer.write(decoder, folder, numbers, **options)
         strip_quantization_marks(decoder.model)
         if asked.is_graph:
             decoder.config.dtype = kind
@@ -176,7 +195,7 @@ def export(
     size = sum(
         file.stat().st_size
         for file in out.iterdir()
-        if file.suffix in (".safetensors", ".onnx", ".data", ".bin")
+        if file.suffix in (".safetensors", ".onnx", ".data", ".bin", ".gguf")
     )
     return Export(out, format, kind, weights, pairs, before, after, size, notes)
 
@@ -199,12 +218,24 @@ def check(format: str, dtype: str | None, weights: str | None) -> Format:
             " out --dtype or --weights"
         )
     need(f"--format {format}", format, *asked.packages, *(["nncf"] if weights else []))
-    if asked.packages and importlib.util.find_spec("transformers.exporters.runners") is None:
+    if asked.is_graph and importlib.util.find_spec("transformers.exporters.runners") is None:
         raise RecipeError(
             f"--format {format}: needs transformers 5.23 or newer (Python 3.11); run `pip install"
             " -U transformers`, or take dense"
         )
     return asked
+
+
+def _converting(asked: Format, format: str, converter: PathLike | None) -> dict[str, Path]:
+    """What `write` needs besides, of a format that a program of others writes."""
+    if asked.converts:
+        find = importlib.import_module(f"grasp.serving.{asked.module}").find_converter
+        return {"converter": find(None if converter is None else Path(converter))}
+    if converter is not None:
+        raise RecipeError(
+            f"--converter {converter}: --format {format} needs no converter; leave it out"
+        )
+    return {}
 
 
 def _check_value(flag: str, value: str | None, allowed: Sequence[str], format: str) -> None:
@@ -245,7 +276,7 @@ def _card(
     )
     head = [
         "---",
-        f"library_name: {format if FORMATS[format].is_graph else 'transformers'}",
+        f"library_name: {format if FORMATS[format].packages else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [grasp]",
         "---",

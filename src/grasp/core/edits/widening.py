@@ -15,7 +15,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.edits.cuts import sizes_of
 from grasp.core.edits.slicing import check_unsliced
 from grasp.core.families import Family
-from grasp.core.layer import is_low_rank
+from grasp.core.layer import is_low_rank, is_quantized
 from grasp.core.layers.reading_grasp import features, record_of
 from grasp.core.layers.structure_grasp import Record, structure_of
 
@@ -103,11 +103,21 @@ def dense_parameters(decoder: Decoder) -> int:
     there = widest(decoder, layers) if layers else None
     for path, module in decoder.model.named_modules():
         record = record_of(module)
-        if record is None or record["kind"] == "experts":
+        if record is None or record["kind"] == "experts" or _is_dense(record):
             continue
         fan_in, rows = features(module)
         if there is not None:
             rows, fan_in = shape(decoder.family, decoder.locate(path)[1], there)
         size += rows * fan_in + (0 if module.bias is None else rows)
-        size -= sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        few: Any = module if is_quantized(module) else None
+        size -= (
+            sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            if few is None
+            else few.num_parameters()
+        )
     return size
+
+
+def _is_dense(record: Record) -> bool:
+    """Whether it is of a whole matrix in few bits."""
+    return record["kind"] == "quantized" and "of" not in record
