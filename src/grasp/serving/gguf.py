@@ -125,8 +125,10 @@ def notes(decoder: Decoder) -> tuple[str, ...]:
 
 
 def write(decoder: Decoder, folder: Path, kind: str, converter: Path) -> None:
-    """Write `model.gguf` to `folder`. The model in memory is then dense."""
-    rows = Rows(_rounded(decoder))
+    """Write `model.gguf` to `folder`, what is not in few bits in the dtype `kind`. The model in
+    memory is in float32, and then dense.
+    """
+    rows = Rows(_rounded(decoder), getattr(torch, kind))
     name = Path(decoder.source or "model").name  # the file tells it
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder) as scratch:
         plain, wide = Path(scratch) / "dense" / name, Path(scratch) / FILE
@@ -221,9 +223,9 @@ def _integers(
 
 
 class Rows:
-    """Finds rows of matrices in few bits by their numbers."""
+    """Finds rows of matrices in few bits by their numbers, which are dense in `dtype`."""
 
-    def __init__(self, modules: dict[str, Any]):
+    def __init__(self, modules: dict[str, Any], dtype: torch.dtype):
         self.modules = {
             path: module
             for path, module in modules.items()
@@ -233,7 +235,7 @@ class Rows:
         self.paths = set(modules)
         self._found: dict[bytes, list[tuple[str, int]]] = {}
         for path, module in self.modules.items():
-            matrix = module.dequantized("weight").detach().float().numpy()
+            matrix = module.dequantized("weight").detach().to(dtype).float().numpy()
             for row, mark in enumerate(_marks(matrix)):
                 self._found.setdefault(mark, []).append((path, row))
 

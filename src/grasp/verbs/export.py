@@ -153,7 +153,7 @@ def export(
     options = _converting(asked, format, converter)
     check_destination(out, 0, checkpoint)
     kind = dtype or asked.dtypes[0]
-    computed = kind if format != "openvino" else "float32"
+    computed = None if asked.converts else "float32" if format == "openvino" else kind
     decoder = load_model(
         place,
         device="cpu",
@@ -167,12 +167,14 @@ def export(
     if asked.keeps_bits:
         writer.check(decoder)
     check_savable(decoder)
+    kind = kind or str(decoder.model.dtype).removeprefix("torch.")
+    if asked.converts:  # others read it in float32, and arithmetic in 16 bits hides what differs
+        decoder.model.float()
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
     after = dense_parameters(decoder) if format in ("dense", "gguf") else before
     needed = after * decoder.model.dtype.itemsize * (SCRATCH if asked.converts else 1)
     check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
-    kind = kind or str(decoder.model.dtype).removeprefix("torch.")
     numbers, notes = weights or kind, writer.notes(decoder)
     said = answer(decoder)
     with whole(out) as folder:
