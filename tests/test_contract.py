@@ -104,7 +104,7 @@ on_some_for_peers = over(
 )
 on_one_for_peers = over(
     [
-        *matrix(OWN, FAMILY_ROWS),
+        *matrix(OWN, DIFFERENT),
         *matrix([name for name in METHODS if name not in OWN], ["llama"], is_quick_alone),
         *matrix([name for name in METHODS if "llama" in REFUSES.get(name, ())], ["mixtral"]),
     ]

@@ -77,9 +77,6 @@ HYBRIDS = {
         first_k_dense_replace=1,
     ),
 }
-QUICK = ("qwen3_next",)
-"""Linear attention with experts: what `make test` takes."""
-ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
 LEFT = {
     "jamba": ("mamba.dt_proj", "JambaMambaMixer"),
     "granite-4": ("mamba.out_proj",),
@@ -92,9 +89,10 @@ METHODS = {
     "grasp": {"layers": (1,), "retain_ratio": 0.3},
     "wanda": {"sparsity": "0.5"},
 }
-FEW = [
-    pytest.param(name, marks=() if name == "grasp-fisher" else pytest.mark.slow) for name in METHODS
-]
+VARIED = ("qwen3_next", "granite-4", "lfm2")
+"""Linear attention with experts, state spaces, convolutions: every method is tried on these."""
+FIRST = ("qwen3_next", "grasp-fisher")
+"""What `make test` takes."""
 
 
 def made(name):
@@ -112,8 +110,14 @@ def text(blocks=48):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", FEW)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if (name, method) == FIRST else pytest.mark.slow)
+        for name in HYBRIDS
+        for method in (METHODS if name in VARIED else ["grasp-fisher"])
+    ],
+)
 def test_what_is_understood_becomes_smaller(name, method, tmp_path, tokenizer, caplog):
     """Loads again as the same model, and generates the same with a cache and without."""
     model = made(name)

@@ -107,17 +107,10 @@ def test_one_that_fails_alone_is_named_and_ends_the_others(model_directory, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--method", "shortgpt", "--ratio", "0.99"), "--ratio 0.99: cannot be reached"),
-        (("--speedup", "1.2"), "run it without torchrun"),
-    ],
-)
-def test_what_all_get_wrong_is_said_once(flags, said, model_directory, text_file, tmp_path):
-    asked = (model_directory, tmp_path / "out", *flags, "--data", text_file, *TEXT)
+def test_what_all_get_wrong_is_said_once(model_directory, text_file, tmp_path):
+    asked = (model_directory, tmp_path / "out", "--speedup", "1.2", "--data", text_file, *TEXT)
     done = launched(2, "compress", *asked)
-    assert done.returncode != 0 and done.stderr.count(said) == 1
+    assert done.returncode != 0 and done.stderr.count("run it without torchrun") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -133,10 +126,9 @@ def test_a_dry_run_is_told_once(model_directory, text_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("against", [False, True], ids=["alone", "against"])
-def test_two_processes_measure_what_one_measures(against, model_directory, text_file, tmp_path):
+def test_two_processes_measure_what_one_measures(model_directory, text_file, tmp_path):
     asked = (model_directory, "--ppl", text_file, "--seq-len", "24", "--dtype", "float32", "--json")
-    asked += ("--against", model_directory) if against else ()
+    asked += ("--against", model_directory)
     told = [launched(processes, "eval", *asked) for processes in (1, 2)]
     assert [one.stdout.count('"scores"') > 0 for one in told] == [True, True], told[1].stderr
     assert told[1].stdout.count("\n") == told[0].stdout.count("\n")  # the first speaks
