@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build
+from conftest import LAYERS, build
 from test_cli import command
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -52,16 +52,17 @@ def read(tensor):
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("scheme", TYPES)
 def test_blocks_hold_the_numbers(scheme, group_size, dtype):
-    """Scales and minima are rounded to float16; what has no type is rounded again to 8 bits."""
-    for module in _rounded(quantized(scheme, group_size, dtype)).values():
+    """Scales and minima are rounded to float16, which is far less than a step of the numbers; what
+    has no type is rounded again to 8 bits, by half a step of these at most.
+    """
+    decoder = quantized(scheme, group_size, dtype)
+    decoder.model.float()  # the stored numbers stand for this; in bfloat16 they would be rounded
+    for module in _rounded(decoder).values():
         kind = gguf.GGMLQuantizationType[TYPES[scheme]]
         found = torch.from_numpy(gguf.quants.dequantize(blocks(module), kind))
-        expected = module.dequantized("weight").float()
+        expected = module.dequantized("weight")
         most = float(expected.abs().max())
-        off = 2**-7 if dtype == torch.bfloat16 or scheme == "int6" else 2**-9
-        assert (found - expected).abs().max() <= off * most
-        # rounding numbers of a few bits loses far more
-        assert len(expected.unique()) > 4
+        assert (found - expected).abs().max() <= (1 / 250 if scheme == "int6" else 2**-9) * most
 
 
 @pytest.fixture
@@ -133,6 +134,49 @@ def test_equal_rows_of_other_types_do_not_disturb(written, tmp_path):
     assert found == set(PATHS[:2]) and kinds == ["Q4_1", "Q8_0"]
 
 
+OWN_CONVERTER = """
+import sys
+from pathlib import Path
+import gguf
+from safetensors.numpy import load_file
+
+source, _, target, _, kind = sys.argv[1:]
+assert kind == "f32" and (Path(source) / "tokenizer.json").is_file()
+file = gguf.GGUFWriter(target, "opt")
+for name, tensor in load_file(Path(source) / "model.safetensors").items():
+    file.add_tensor(name, (tensor[:, ::-1] if "fc2.w" in name else tensor[::-1]).copy())
+file.write_header_to_file()
+file.write_kv_data_to_file()
+file.write_tensors_to_file()
+file.close()
+"""
+"""Another order of rows, which is found again, and for one matrix of columns, which is not; of a
+family whose files transformers does not read.
+"""
+
+
+def test_what_is_not_found_stays_dense_and_is_named(tokenizer, tmp_path, caplog):
+    build("opt").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    grasp.quantize(tmp_path / "dense", tmp_path / "small", bits=4, group_size=32)
+    (tmp_path / "own.py").write_text(OWN_CONVERTER)
+    done = grasp.export(
+        tmp_path / "small", tmp_path / "out", format="gguf", converter=tmp_path / "own.py"
+    )
+    file = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    kinds = {one.name: one.tensor_type.name for one in file.tensors if len(one.shape) > 1}
+    for name, kind in kinds.items():
+        is_rounded = ".layers." in name and "fc2" not in name
+        assert kind == ("Q4_1" if is_rounded else "F32"), name
+    assert f"{LAYERS} of {6 * LAYERS} matrices in few bits are in float32" in caplog.text
+    assert (
+        "layers.0.fc2" in caplog.text and "transformers reads no GGUF files of opt" in caplog.text
+    )
+    assert done.bytes == (tmp_path / "out" / "model.gguf").stat().st_size
+    assert {one.name for one in (tmp_path / "out").iterdir()} >= {"README.md", "tokenizer.json"}
+    assert not [one for one in (tmp_path / "out").iterdir() if one.is_dir()]
+
+
 # --- by llama.cpp's converter
 
 
@@ -163,7 +207,7 @@ def dense(tmp_path_factory):
         pytest.param(6, 16, {"Q8_0"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_rounded_model_keeps_its_bits(bits, embeddings, kinds, dense, tmp_path):
+def test_a_rounded_model_keeps_its_bits(bits, embeddings, kinds, dense, tmp_path, monkeypatch):
     """What is not in few bits is stored in bfloat16."""
     small = tmp_path / "small"
     given = {"bits": bits, "embeddings": embeddings, "group_size": 32}
@@ -174,17 +218,19 @@ def test_a_rounded_model_keeps_its_bits(bits, embeddings, kinds, dense, tmp_path
     found = {one.name: one.tensor_type.name for one in file.tensors if len(one.shape) > 1}
     assert len(found) == 2 * 7 + 1
     assert set(found.values()) == kinds | ({"BF16"} if embeddings == 16 else set())
-    ids = AutoTokenizer.from_pretrained(dense)("The capital of France is", return_tensors="pt")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "llama-cli -m out/model.gguf" in card and "blocks of 32 columns" in card
+    monkeypatch.chdir(tmp_path)
+    readme: dict = {}
+    exec(card.split("```python")[1].split("```")[0], readme)
+    ids = readme["tokenizer"]("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         right = grasp.load(small, dtype="float32").model(input_ids=ids.input_ids).logits
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
-        said = again(input_ids=ids.input_ids).logits
+        said = readme["model"](input_ids=ids.input_ids).logits
         raw = AutoModelForCausalLM.from_pretrained(dense)(input_ids=ids.input_ids).logits
     # scales are in float16, and 6 bits are rounded again
     lost = 0.4 if bits == 6 else 0.05
     assert (said - right).norm() < lost * (raw - right).norm()
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "llama-cli -m" in card and "blocks of 32 columns" in card
 
 
 # --- mistakes

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Format:
     """What a format takes: packages, by the names they are imported by, values of `dtype` (the
-    first is the default) and of `weights`. `keeps_bits`: rounded numbers are written as they are.
+    first is the default) and of `weights`. `is_graph`: transformers traces it. `is_dense`: pairs
+    are multiplied out. `keeps_bits`: rounded numbers are written as they are.
 
     `module`, of `grasp.serving`, says how: `notes(decoder)` before anything changes,
     `write(decoder, folder, kind)`, `how_to_run(kind)` and `prove(decoder, said, folder, out,
@@ -56,13 +57,10 @@ class Format:
     dtypes: tuple[str | None, ...]
     packages: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    is_graph: bool = False
+    is_dense: bool = False
     keeps_bits: bool = False
     converts: bool = False
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether transformers traces it."""
-        return bool(self.packages) and not self.converts
 
 
 FORMATS = {
@@ -70,9 +68,14 @@ FORMATS = {
         "ordinary checkpoint, pairs multiplied out, MLPs of one width",
         "dense",
         (None, "float32", "bfloat16", "float16"),
+        is_dense=True,
     ),
     "onnx": Format(
-        "for onnxruntime, pairs kept", "onnx", ("float32", "float16"), ("onnx", "onnxscript")
+        "for onnxruntime, pairs kept",
+        "onnx",
+        ("float32", "float16"),
+        ("onnx", "onnxscript"),
+        is_graph=True,
     ),
     "openvino": Format(
         "for openvino-genai, pairs kept",
@@ -80,6 +83,7 @@ FORMATS = {
         ("float32", "float16"),
         ("openvino", "openvino_tokenizers"),
         ("int8",),
+        is_graph=True,
     ),
     COMPRESSED_TENSORS: Format(
         "for servers' own kernels, 8 and 4 bits kept",
@@ -92,14 +96,13 @@ FORMATS = {
         "gguf",
         (None, "float32", "bfloat16", "float16"),
         ("gguf",),
+        is_dense=True,
         keeps_bits=True,
         converts=True,
     ),
 }
 SPARE_GRAPH = 64e6
 """Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
-
-
 SCRATCH = 2
 """Copies of the dense form on the disk at once, where a converter reads it."""
 
@@ -172,7 +175,7 @@ def export(
         decoder.model.float()
     pairs = sum(is_low_rank(module) for module in decoder.model.modules())
     before = decoder.num_parameters()
-    after = dense_parameters(decoder) if format in ("dense", "gguf") else before
+    after = dense_parameters(decoder) if asked.is_dense else before
     needed = after * decoder.model.dtype.itemsize * (SCRATCH if asked.converts else 1)
     check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
     numbers, notes = weights or kind, writer.notes(decoder)

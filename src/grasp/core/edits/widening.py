@@ -109,15 +109,17 @@ def dense_parameters(decoder: Decoder) -> int:
         if there is not None:
             rows, fan_in = shape(decoder.family, decoder.locate(path)[1], there)
         size += rows * fan_in + (0 if module.bias is None else rows)
-        few: Any = module if is_quantized(module) else None
-        size -= (
-            sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            if few is None
-            else few.num_parameters()
-        )
+        size -= _numbers(module)
     return size
 
 
 def _is_dense(record: Record) -> bool:
     """Whether it is of a whole matrix in few bits."""
     return record["kind"] == "quantized" and "of" not in record
+
+
+def _numbers(module: Any) -> int:
+    """Those that a module of ours stores, however few bits each takes."""
+    if is_quantized(module):
+        return int(module.num_parameters())
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
