@@ -27,7 +27,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.models import load_model
 from grasp.core.score import Score
 from grasp.errors import DataError, NumericsError, RecipeError
-from grasp.evaluation import task_files, task_rows, tasks
+from grasp.evaluation import shared_prefix, task_files, task_rows, tasks
 from grasp.evaluation.task_questions import Answers, bootstrap_error
 from grasp.evaluation.tasks import check_tasks, run_tasks, summarize
 
@@ -204,6 +204,7 @@ def test_numbers_are_those_of_lm_eval_run_directly(model, folder, monkeypatch):
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    monkeypatch.setattr(shared_prefix, "CALL", {"cpu": 1})  # also where it does not pay
     ours = run_tasks(
         model, ["arc_easy", "openbookqa", "piqa", "gsm8k"], task_data=folder, batch_size=4
     )

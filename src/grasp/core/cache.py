@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grasp.core.decoder import Decoder
 
@@ -31,3 +32,11 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a decode step reads."""
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def holds_tokens_alone(cache: Any) -> bool:
+    """Whether an empty cache of `new_cache` will hold keys and values of tokens and nothing else:
+    not so with linear attention or Mamba, and not known of classes of a model's own.
+    """
+    kinds = {type(layer) for layer in cache.layers}
+    return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}

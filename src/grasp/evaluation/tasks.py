@@ -43,6 +43,7 @@ from grasp.errors import DataError, GraspError, RecipeError
 from grasp.evaluation.longbench import HUB as LONGBENCH
 from grasp.evaluation.longbench import published
 from grasp.evaluation.perplexity_mode import by_subject, sums_whole_texts
+from grasp.evaluation.shared_prefix import share_prefixes
 from grasp.evaluation.task_files import no_bars, with_local_data
 from grasp.evaluation.task_names import BUNDLES, VERSION, leaves, names_of, refuse
 from grasp.evaluation.task_questions import (
@@ -115,6 +116,7 @@ def run_tasks(
         if decoder.block_bos is not None and tokenizer("a").input_ids[:1] != [decoder.block_bos]:
             tokenizer.add_bos_token = True  # the model needs what its tokenizer's files leave out
         harness = wrap(pretrained=decoder.model, tokenizer=tokenizer, batch_size=batch_size)
+        share_prefixes(harness, decoder)
         if world_size() > 1:
             _share(harness)
         for job in jobs:
