@@ -7,6 +7,7 @@ import pytest
 import torch
 from closeness import close
 from conftest import WITHOUT_EXPERTS, build
+from safetensors.torch import load_file
 from test_cli import command
 from transformers import AutoModelForCausalLM
 
@@ -215,12 +216,46 @@ def test_the_command_line(model_directory, tmp_path):
     assert "8 bits, activations too" in done.err
 
 
-def test_with_the_layers_on_the_disk_it_says_what_to_do(data, model_directory, tmp_path):
-    with pytest.raises(RecipeError, match="in memory only") as error:
-        grasp.compress(
-            model_directory, tmp_path / "out", size="40kB", data=data, offload=tmp_path / "layers"
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow)
+        for name in WITHOUT_EXPERTS
+    ],
+)
+def test_the_layers_may_be_on_the_disk(name, data, tmp_path):
+    """The same plan and, but for ties of rounding, the same numbers; also of the embedding."""
+    build(name, torch.float32).save_pretrained(tmp_path / "dense")
+    share = 0.4 * in_16_bits(build(name))
+    options = {"width_multiple": 8, "size": f"{int(share)}B", "dtype": "float32"} | FEW
+    made = [
+        grasp.compress(str(tmp_path / "dense"), out, data=data, **options, **where)
+        for out, where in (
+            (tmp_path / "memory", {}),
+            (tmp_path / "disk", {"offload": tmp_path / "layers"}),
         )
-    assert "--max-memory" in str(error.value)
+    ]
+    assert widths(made[1])
+    places = made[1].decoder.offload.places
+    rounded = [one for one in made[1].decoder.stack.parameters() if one.dtype == torch.uint8]
+    assert rounded and all(one in places and not one.any() for one in rounded)
+    one, other = ([step.edit.spec() for step in result.log] for result in made)
+    assert one == other
+    stored = [
+        {
+            key: (value.dtype, value.shape)
+            for file in (tmp_path / out).glob("*.safetensors")
+            for key, value in load_file(file).items()
+        }
+        for out in ("memory", "disk")
+    ]
+    assert stored[0] == stored[1]
+
+    expected = logits(made[0].model, data.ids)
+    apart = logits(made[1].model, data.ids) - expected
+    assert float(apart.norm() / expected.norm()) < 0.02
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    assert close(logits(again, data.ids), logits(made[1].model, data.ids))
 
 
 # --- for servers: --layout compressed-tensors

@@ -89,7 +89,7 @@ def load_model(
             options |= dequantizing(config)
         safe = {} if gguf else {"use_safetensors": True}
         if offload is not None:
-            _check_offload(source, config, gguf)
+            _check_offload(source, config, gguf, dequantize)
             skeleton = Decoder(_without_weights(auto, config, trust_remote_code), None, source)
             options |= offload.options(skeleton.model, skeleton.family.layers, target)
         model, info = auto.from_pretrained(
@@ -124,12 +124,12 @@ def load_model(
     return decoder
 
 
-def _check_offload(source: str, config: Any, gguf: str | None) -> None:
+def _check_offload(source: str, config: Any, gguf: str | None, dequantize: bool) -> None:
     """Raise `RecipeError` where the weights cannot stay on the disk: they have to be unpacked."""
     written = getattr(config, "quantization_config", None) or {}
     records = written.get("structure", {}).values()
     packed = bool(written) and written.get("quant_method") not in NAMES
-    packed = packed or any(record.get("kind") == "quantized" for record in records)
+    packed |= dequantize and any(record.get("kind") == "quantized" for record in records)
     if gguf or packed:
         what = "a .gguf file is" if gguf else "quantized weights are"
         raise RecipeError(

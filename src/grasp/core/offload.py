@@ -209,9 +209,11 @@ class Offload:
             def begin(module: nn.Module, _args: Any, running: Any = running) -> None:
                 running.append([] if idles(module) else self._hold(module.parameters()))
 
-            def end(_module: nn.Module, _args: Any, _output: Any, running: Any = running) -> None:
+            def end(module: nn.Module, _args: Any, _output: Any, running: Any = running) -> None:
                 with suppress(IndexError):  # it never began
                     self._release(running.pop())
+                for one in module.modules():
+                    vars(one).get("packed", {}).clear()  # a rounded linear's own copy for kernels
 
             layer.register_forward_pre_hook(begin, prepend=True)
             layer.register_forward_hook(end, always_call=True)
@@ -290,10 +292,13 @@ class Offload:
 
 
 def _is_large(weight: Tensor) -> bool:
-    """Whether a weight goes to a file: a matrix of floats. Norms and biases stay in memory."""
-    return weight.dim() > 1 and weight.numel() > 0 and weight.is_floating_point()
+    """Whether a weight goes to a file: a matrix. Norms and biases stay in memory."""
+    return weight.dim() > 1 and weight.numel() > 0
 
 
 def _away(weight: Tensor, device: torch.device) -> Tensor:
-    """What stands for a weight that is not in memory."""
-    return torch.full((), torch.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+    """What stands for a weight that is not in memory; where it is of whole numbers, their scales
+    are not there either.
+    """
+    nothing = torch.nan if weight.is_floating_point() else 0
+    return torch.full((), nothing, dtype=weight.dtype, device=device).expand(weight.shape)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from grasp.core.decoder import Decoder
@@ -29,8 +30,15 @@ def to_16_bits(decoder: Decoder) -> None:
     """Let weights in 32 bits be bfloat16. Buffers stay: what is computed from positions is exact,
     as in a model that is loaded so.
     """
-    for parameter in decoder.model.parameters():
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for layer in decoder.layers():
+        with decoder.changing(layer.module):
+            _cast(layer.module)
+    _cast(decoder.model)
     if decoder.model.config.dtype == torch.float32:
         decoder.model.config.dtype = torch.bfloat16
+
+
+def _cast(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)

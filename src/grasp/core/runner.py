@@ -63,10 +63,14 @@ class Runner(ABC):
 
     @abstractmethod
     def tried(
-        self, edits: Mapping[str, Callable[[], Edit]], num_blocks: int, task: str = "trying"
+        self,
+        edits: Mapping[str, Callable[[], Edit | None]],
+        num_blocks: int,
+        task: str = "trying",
     ) -> dict[str, float]:
         """Name -> loss on the first `num_blocks` blocks of the set, or all where it has fewer, of
-        the model as it is now with that edit alone: mean cross-entropy in nats a token.
+        the model as it is now with that edit alone (None: with none): mean cross-entropy in nats a
+        token.
 
         Each edit is made, applied and undone before the next is made. Raises `NumericsError` where
         a loss is not finite.
@@ -151,14 +155,18 @@ class Resident(Runner):
 
     @torch.no_grad()
     def tried(
-        self, edits: Mapping[str, Callable[[], Edit]], num_blocks: int, task: str = "trying"
+        self,
+        edits: Mapping[str, Callable[[], Edit | None]],
+        num_blocks: int,
+        task: str = "trying",
     ) -> dict[str, float]:
         losses = Losses()
         kept = self.journal.sweep([losses], torch.device("cpu"))
         self.decoder.progress(task, kept.blocks, len(edits))
         # one trial counts as one block of the journal's
         for done, name in enumerate(list(edits)[kept.blocks :], kept.blocks + 1):
-            with self._trial(edits[name]()):
+            edit = edits[name]()
+            with nullcontext() if edit is None else self._trial(edit):
                 found = [
                     self._loss(block, *self._block(block))
                     for block in self._own(range(self.data.num_blocks)[:num_blocks])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Note, Quantize, Step
+from grasp.core.edits import Edit, Note, Quantize, Step
 from grasp.core.edits.base import layer_of
 from grasp.core.edits.cuts import cuts
 from grasp.core.edits.placing import vocabulary
@@ -22,6 +22,7 @@ from grasp.stages.sensitivity import Sensitivity
 
 TRIED = 8
 """Blocks of the calibration set on which a rounded embedding is tried."""
+AS_IT_IS = "as it is"
 OUTSIDE_BITS, OUTSIDE_GROUP = (8, 6, 4), 64
 """Bits that an embedding may have, and columns that share a scale, where that is allowed."""
 
@@ -74,22 +75,15 @@ def offered_outside(
     some = widths([one for one in bits if one in OUTSIDE_BITS], [group])
     if not some:
         return {}
-    before = _loss(runner)
     for path in vocabulary(decoder):
         weight = decoder.module(path).weight
-        edits = {f"{path} in {one}": partial(_edit, decoder, path, one, None) for one in some}
+        edits: dict[str, Callable[[], Edit | None]] = {AS_IT_IS: lambda: None}
+        edits |= {f"{path} in {one}": partial(_edit, decoder, path, one, None) for one in some}
         losses = list(runner.tried(edits, TRIED, "embeddings in fewer bits").values())
-        rises = torch.tensor(losses, dtype=torch.float64) - before
+        rises = torch.tensor(losses[1:], dtype=torch.float64) - losses[0]
         shape = (weight.shape[0], weight.shape[1])
         found[path] = _offered(shape, some, rises.clamp_min(0.0), 16 in bits)
     return found
-
-
-@torch.no_grad()
-def _loss(runner: Runner) -> float:
-    """The loss of the model as it is, on the blocks that are tried, in nats a token."""
-    found = [runner.loss(block) for block in range(runner.data.num_blocks)[:TRIED]]
-    return sum(float(loss) for loss, _ in found) / sum(tokens for _, tokens in found)
 
 
 def shapes_at(decoder: Decoder, name: str, size: int) -> Shapes:

@@ -249,11 +249,6 @@ def folder_of(memory: MemoryRecipe, out: Path | None) -> Path:
 
 def check_offloaded(method: Method, decoder: Decoder) -> None:
     """Raise `RecipeError` for what is done in memory only."""
-    if method.in_16_bits:
-        raise RecipeError(
-            f"--method {method.name}: a size in bytes, and bits, are met in memory only, not with"
-            " the layers on the disk; give --ratio, or more --max-memory"
-        )
     has_experts = any(mixture(decoder, layer) is not None for layer in decoder.kept)
     if has_experts and method.over_experts:
         raise RecipeError(
