@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from conftest import WITHOUT_EXPERTS, build
+from conftest import LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build, quick
 from safetensors.torch import load_file
 from test_cli import command
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM
 import grasp
 from grasp.core.compressed_tensors import COMPRESSED_TENSORS, alike
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Quantize
+from grasp.core.edits import Quantize, SplitExperts
+from grasp.core.experts import mixtures
+from grasp.core.layers.experts_grasp import matrix_of
+from grasp.core.layers.quantized_grasp import QuantizedLinear
 from grasp.errors import RecipeError
 from grasp.methods import make
 from grasp.stages.sensitivity import Sensitivity
@@ -73,13 +76,40 @@ def test_it_fits_loads_and_says_the_same(name, data, tmp_path):
     assert close(logits(loaded, data.ids), logits(result.model, data.ids))
 
 
-def test_experts_keep_16_bits(data, tmp_path):
-    result = run(data, "mixtral", tmp_path / "small", share=0.8)
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
+def test_experts_have_bits_of_their_own(name, calibration, tmp_path):
+    """They are taken apart for that, and are in one tensor again in a dense export."""
+    data = grasp.Calibration(calibration.ids.repeat(3, 1), "random")
+    result = run(data, name, tmp_path / "small", share=0.65)
+    steps = [step.edit for step in result.log]
+    rounded = [edit.path for edit in steps if isinstance(edit, Quantize)]
+    of_experts = [path for path in rounded if ".split." in path]
+    assert of_experts and len(of_experts) < len(rounded)
+    assert len([edit for edit in steps if isinstance(edit, SplitExperts)]) <= LAYERS
+    told = [row for row in result.manifest["bytes"] if row["part"] == "experts"]
+    assert any("bits" in row["stored"] and "16" not in row["stored"] for row in told)
+    assert not any("experts are not rounded" in note for note in result.manifest["notes"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
+    grasp.export(tmp_path / "small", tmp_path / "dense", format="dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense) is type(build(name))
+    seen = 0
+    for one, other in zip(mixtures(result.decoder), mixtures(Decoder(dense)), strict=True):
+        for number, expert in enumerate(getattr(one.experts, "split", ())):
+            for part, module in expert.named_children():
+                if isinstance(module, QuantizedLinear) and module.rank is None:
+                    numbers = module.dequantized("weight")
+                    assert close(matrix_of(other.experts, part, number)[0], numbers, 1)
+                    seen += 1
+    assert seen
+
+
+def test_experts_that_are_left_out_keep_16_bits(data):
+    result = run(data, "mixtral", share=0.8, exclude="experts")
     rounded = [step.edit.path for step in result.log if isinstance(step.edit, Quantize)]
     assert rounded and not any("experts" in path for path in rounded)
     assert any("experts are not rounded" in note for note in result.manifest["notes"])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert close(logits(loaded, data.ids), logits(result.model, data.ids))
 
 
 def test_the_manifest_says_where_the_bytes_are(data, tmp_path):

@@ -27,6 +27,7 @@ from grasp.serving import narrowing
 from grasp.stages.basis import groups
 from grasp.stages.curvature import Curvatures, InputCurvatures
 from grasp.stages.routing import ExpertLosses
+from grasp.stages.sensitivity import Sensitivities, input_losses
 
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -131,6 +132,40 @@ def test_the_curvature_of_an_expert_is_that_of_routing_by_hand(name, padded, cal
         assert close(curvature.near, near.float(), 4096) and close(curvature.far, far.float(), 4096)
         assert curvature.input_square == pytest.approx(float(inputs.square().sum()), rel=1e-4)
         assert curvature.gradient_square == pytest.approx(float(gradients.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", quick(WITH_EXPERTS))
+def test_the_sensitivity_of_an_expert_is_that_of_routing_by_hand(name, padded, calibration):
+    """Sums over its own tokens, a mean over all; where those are fewer than its columns, the mean
+    over the experts of its layer.
+    """
+    data = masked(calibration) if padded else calibration
+    decoder = Decoder(build(name))
+    linears = {one.path: one for one in matrices(decoder)}
+    found = Resident(decoder, data).sweep([Sensitivities(linears, None, True)])[Sensitivities.name]
+    apart, tokens = Apart(name, data), int(data.mask.sum()) if padded else data.ids.numel()
+
+    def by_hand(path):
+        x, _, d = apart.rows(path, linears[path].shape)
+        weighted = x * d.square().sum(1, keepdim=True).sqrt()
+        lost = input_losses(x, d @ linears[path].weight).sum() if len(x) else torch.zeros(())
+        return x.square().sum(1) @ d.square(), weighted.T @ weighted, lost
+
+    few = 0
+    for path, linear in linears.items():
+        inside, own = path.partition(".split.")[0], path.rpartition(".")[2]
+        alike = [one for one in linears if one.startswith(inside) and one.endswith(f".{own}")]
+        reached = len(apart.rows(path, linear.shape)[0])
+        is_seldom = reached < linear.shape[1]
+        few += is_seldom
+        each = [by_hand(one) for one in (alike if is_seldom else [path])]
+        rows, inputs, lost = (torch.stack(some).mean(0) for some in zip(*each, strict=True))
+        assert (found[path].reached, found[path].tokens) == (reached, tokens)
+        assert close(found[path].rows.float(), rows.float(), 4096)
+        assert close(found[path].inputs, inputs, 4096)
+        assert found[path].activations == pytest.approx(float(lost), rel=1e-3)
+    assert few < len(linears) and (few or not padded)
 
 
 @pytest.mark.parametrize("name", quick(WITH_EXPERTS))

@@ -9,10 +9,12 @@ from torch import nn
 
 from grasp.core.decoder import Decoder
 from grasp.core.edits.placing import vocabulary_paths
+from grasp.core.experts import mixtures
 from grasp.core.layer import is_low_rank, is_quantized
+from grasp.core.layers.experts_grasp import SPLIT
 from grasp.core.layers.packing_grasp import DYNAMIC
 
-REST = "everything else"
+REST, EXPERTS = "everything else", "experts"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ def inventory(decoder: Decoder) -> list[Holding]:
         for role, name in family.matrices:
             if (module := _at(layer, name)) is not None:
                 count(role, module)
+    for mixed in mixtures(decoder):
+        if mixed.is_fused:
+            count(EXPERTS, mixed.experts)
+        for expert in getattr(mixed.experts, SPLIT, ()):
+            for module in expert.children():
+                count(EXPERTS, module)
     count(REST, decoder.model)
     order = list(dict.fromkeys(part for part, _ in found))
     rows = [Holding(part, how, *numbers) for (part, how), numbers in found.items()]
@@ -65,7 +73,7 @@ def stored_as(module: Any) -> str:
         groups = f", groups of {module.group_size}" if bits < 8 else ""
         too = ", activations too" if module.scheme == DYNAMIC else ""
         return f"{bits} bits{groups}{too}{pair}"
-    return f"{8 * module.weight.element_size()} bits{pair}"
+    return f"{8 * next(module.parameters()).element_size()} bits{pair}"
 
 
 def _at(layer: nn.Module, name: str) -> Any:

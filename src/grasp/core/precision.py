@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from grasp.core.layers.low_rank_grasp import fuse
+
 if TYPE_CHECKING:
     from grasp.core.decoder import Decoder
 
@@ -33,6 +35,7 @@ def to_16_bits(decoder: Decoder) -> None:
     for layer in decoder.layers():
         with decoder.changing(layer.module):
             _cast(layer.module)
+            fuse(layer.module)  # as loading does
     _cast(decoder.model)
     if decoder.model.config.dtype == torch.float32:
         decoder.model.config.dtype = torch.bfloat16

@@ -215,11 +215,11 @@ class Dial(LowRank):
 
     # --- bits
 
-    def of_sensitivities(self, linears: Sequence[Linear]) -> Operations:
+    def of_sensitivities(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
         """What the prices of rounding these matrices take in a sweep, a token."""
         if not self.rounds_weights:
             return {}
-        return operations.sensitivities(linears, self.rounds_activations)
+        return operations.sensitivities(decoder, linears, self.rounds_activations)
 
     def of_rounding(self, linears: Sequence[Linear]) -> Operations:
         """What pricing and rounding these matrices once takes."""

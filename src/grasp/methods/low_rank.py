@@ -169,13 +169,13 @@ class LowRank(Scope, Size):
 
     def well_seen(self, linears: Sequence[Linear], stats: Statistics) -> list[Linear]:
         """Those that enough tokens reached for their statistics: at least as many as these are
-        wide. Which are others, of experts, are named in a warning and stay as they are.
+        wide. Which are others, of experts, are named in a warning and not decomposed.
         """
         few = [one.path for one in linears if is_of_expert(one) and self._is_seldom(one, stats)]
         if few:
             logger.warning(
                 "%d matrices of experts saw fewer tokens than they have rows or columns, the first"
-                " is '%s'; they stay as they are (more --num-samples reach them)",
+                " is '%s'; they are not decomposed (more --num-samples reach them)",
                 len(few),
                 few[0],
             )

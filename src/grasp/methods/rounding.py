@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit, Note, Quantize, Step
+from grasp.core.edits import Edit, Note, Quantize, SplitExperts, Step
 from grasp.core.edits.base import layer_of
 from grasp.core.edits.cuts import cuts
 from grasp.core.edits.placing import vocabulary
+from grasp.core.experts import expert_linears, fused_at, mixture
 from grasp.core.rounding import matrices_of
 from grasp.core.runner import Runner
 from grasp.methods.bits import Offered, Rounding, Shapes
@@ -39,7 +40,9 @@ def offered_inside(
     """
     offered = {}
     for layer in decoder.layers():
-        for linear in layer.linears.values():
+        experts = mixture(decoder, layer.index)
+        of_experts = () if experts is None else expert_linears(experts)
+        for linear in (*layer.linears.values(), *of_experts):
             if linear.path in found:
                 some = [one for one in asked if not whole_groups or one.divides(linear.shape[1])]
                 with decoder.holding(linear.parameter):
@@ -102,6 +105,9 @@ def roundings(
     for path, how in rounded.items():
         if layer_of(path) >= 0 and layer_of(path) not in decoder.kept:
             continue
+        fused = fused_at(decoder, path)
+        if fused is not None:
+            yield Step(SplitExperts(fused), Note(predicted_loss=0.0, seen_loss=0.0))
         with runner.holding(layer_of(path)):
             make = partial(_step, decoder, path, how, found.get(path))
             step = runner.once(f"{path} in {how.width}", make)
@@ -121,7 +127,7 @@ def _edit(decoder: Decoder, path: str, width: Width, found: Sensitivity | None) 
     """What puts the linear, pair or embedding at `path` into a width."""
     numbers: dict[str, Tensor] = {}
     for name, matrix in matrices_of(decoder.module(path)).items():
-        inputs = None if found is None else found.inputs
+        inputs = None if found is None or not found.whole else found.inputs
         if inputs is not None and len(inputs) != matrix.shape[1]:
             inputs = None  # the second factor of a pair, or narrower than it was
         numbers |= to_width(name, matrix, width, KEPT, inputs)

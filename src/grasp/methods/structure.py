@@ -18,7 +18,6 @@ from functools import partial
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Step
-from grasp.core.experts import is_of_expert
 from grasp.core.fields import RankMultiple, flag
 from grasp.core.layer import Linear
 from grasp.core.records import Allocation, Statistics
@@ -206,7 +205,7 @@ class Structure(Dial):
         channels = [one.count for one in places]
         narrowing = decomposing_bytes([(count, count) for count in channels])
         again = [operations.sums(decoder, linears, backward=True)] if self.again else []
-        again += [self.of_sensitivities(linears)] if self.again else []
+        again += [self.of_sensitivities(decoder, linears)] if self.again else []
         ranks = [plan.once] * rounds if RANKS in self.kinds else []
         narrower = [operations.narrowing(one.reader.shape) for one in places]
         refits = [operations.refit(one.reader.shape) for one in places]
@@ -222,7 +221,7 @@ class Structure(Dial):
     def operations_a_token(self, decoder: Decoder, linears: Sequence[Linear]) -> Operations:
         readers = [one.reader.path for one in self.places(decoder, linears, self.more)]
         found = operations.sums(decoder, linears, readers, backward=True) if self.curved else {}
-        return total([found, self.of_sensitivities(linears)])
+        return total([found, self.of_sensitivities(decoder, linears)])
 
     def operations_once(self, linear: Linear) -> Operations:
         found = super().operations_once(linear)
@@ -249,8 +248,7 @@ class Structure(Dial):
         whole: list[Collector] = [LayerLosses(decoder.family)] if LAYERS in parts else []
         whole += [ExpertLosses(decoder.family)] if EXPERTS in parts else []
         if self.rounds_weights:
-            own = [one.path for one in linears if not is_of_expert(one)]
-            whole.append(Sensitivities(own, scratch, self.rounds_activations))
+            whole.append(Sensitivities(paths, scratch, self.rounds_activations))
         text = (0, 1) if self.curved else ()
         return [*(Curvatures(paths, scratch, readers, half) for half in text), *whole]
 

@@ -227,11 +227,15 @@ class Curvatures(InputCurvatures):
 
         def backward(grad: Tensor) -> None:
             d = self._tokens(grad)
-            self.see_gradients(linear.path, linear.weight, d, len(d))
+            self._see_gradients(linear.path, linear.weight, d, len(d))
 
         return forward
 
-    def see_gradients(self, path: str, weight: Tensor, d: Tensor, tokens: int) -> None:
+    def see_gradients(self, path: str, weight: Tensor, x: Tensor, d: Tensor, tokens: int) -> None:
+        """Of an expert (`grasp.stages.routed`)."""
+        self._see_gradients(path, weight, d, tokens)
+
+    def _see_gradients(self, path: str, weight: Tensor, d: Tensor, tokens: int) -> None:
         """Add gradients d (some, out) at the output of the matrix W (out, in) at `path`; those of
         the others among the `tokens` are 0.
         """

@@ -104,12 +104,16 @@ def kept_gradients(linears: Sequence[Linear]) -> Operations:
     return {"touch": 2.0 * sum(out * width for out, width in _shapes(linears))}
 
 
-def sensitivities(linears: Sequence[Linear], activations: bool) -> Operations:
+def sensitivities(decoder: Decoder, linears: Sequence[Linear], activations: bool) -> Operations:
     """Of `grasp.stages.sensitivity`: a sum of outer products of inputs for every matrix; with
-    `activations` also a product with it.
+    `activations` also a product with it. An expert sees its share of the tokens.
     """
-    found: Operations = {"sum": 2.0 * sum(width**2 for _, width in _shapes(linears))}
-    return total([found, *([gradients(linears)] if activations else [])])
+    found = []
+    for one in linears:
+        of_inputs: Operations = {"sum": 2.0 * one.shape[1] ** 2}
+        more = [gradients([one])] if activations else []
+        found.append(total([of_inputs, *more], _share(decoder, one)))
+    return total(found)
 
 
 # --- once

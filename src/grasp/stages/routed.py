@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ Numbered = dict[int, dict[str, str]]
 """Expert -> its matrices that are asked for, by name -> path."""
 
 
-class Inputs(Protocol):
-    """Who adds up what the matrices W (out, in) at `paths` read: rows of inputs (some, in). `mask`
-    (batch, seq): which tokens are real, None if all are.
+class Looking(Protocol):
+    """Who adds up something of the matrices W (out, in) at `paths`. `mask` (batch, seq): which
+    tokens are real, None if all are.
     """
 
     paths: tuple[str, ...]
@@ -41,16 +41,26 @@ class Inputs(Protocol):
 
     @property
     def is_looking(self) -> bool: ...
+
+
+@runtime_checkable
+class Inputs(Protocol):
+    """What they read: rows of inputs (some, in)."""
+
     def see_inputs(self, path: str, weight: Tensor, x: Tensor) -> None: ...
 
 
-class Gradients(Inputs, Protocol):
-    """And rows of gradients at their outputs (some, out), those of the other `tokens` being 0."""
+class Gradients(Protocol):
+    """The gradients at their outputs, rows d (some, out), with what was read there, x (some, in);
+    those of the other `tokens` are 0.
+    """
 
-    def see_gradients(self, path: str, weight: Tensor, d: Tensor, tokens: int) -> None: ...
+    def see_gradients(
+        self, path: str, weight: Tensor, x: Tensor, d: Tensor, tokens: int
+    ) -> None: ...
 
 
-def watch(sums: Inputs, layer: Layer, undo: ExitStack) -> None:
+def watch(sums: Looking, layer: Layer, undo: ExitStack) -> None:
     """Hook onto the experts of a layer, if some of their matrices are asked for."""
     for place, numbered in asked(layer, sums.paths).items():
         experts = module_in(layer.module, place)
@@ -71,7 +81,7 @@ def asked(layer: Layer, paths: Iterable[str]) -> dict[str, Numbered]:
     return found
 
 
-def _forward(sums: Inputs, numbered: Numbered) -> Callable[..., None]:
+def _forward(sums: Looking, numbered: Numbered) -> Callable[..., None]:
     def forward(experts: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not sums.is_looking:
             return
@@ -87,17 +97,21 @@ def _forward(sums: Inputs, numbered: Numbered) -> Callable[..., None]:
                 tokens, place = torch.where(chosen == number)
                 yield number, tokens, weights[tokens, place, None].to(hidden.dtype)
 
-        for number, tokens, share in routed():
-            x, paths = hidden[tokens], numbered[number]
-            counted = torch.ones_like(share) if sums.backward else share
-            up, bias = _matrix(experts, "gate_up", number)
-            if "gate_up" in paths:
-                sums.see_inputs(paths["gate_up"], up, x * counted)
-            if "down" in paths:
-                with torch.no_grad():
-                    inner = experts._apply_gate(linear(x, up, bias))
-                down, _ = _matrix(experts, "down", number)
-                sums.see_inputs(paths["down"], down, inner * counted)
+        def see_inputs(reading: Inputs) -> None:
+            for number, tokens, share in routed():
+                x, paths = hidden[tokens], numbered[number]
+                counted = torch.ones_like(share) if sums.backward else share
+                up, bias = _matrix(experts, "gate_up", number)
+                if "gate_up" in paths:
+                    reading.see_inputs(paths["gate_up"], up, x * counted)
+                if "down" in paths:
+                    with torch.no_grad():
+                        inner = experts._apply_gate(linear(x, up, bias))
+                    down, _ = _matrix(experts, "down", number)
+                    reading.see_inputs(paths["down"], down, inner * counted)
+
+        if isinstance(sums, Inputs):
+            see_inputs(sums)
 
         def backward(grad: Tensor) -> None:
             asking, count = cast(Gradients, sums), int(real.sum())
@@ -124,14 +138,15 @@ def _see_gradients(
     """
     experts, number = at
     down, _ = _matrix(experts, "down", number)
+    up, bias = _matrix(experts, "gate_up", number)
+    raw = linear(x, up, bias).requires_grad_("gate_up" in paths)
+    with torch.set_grad_enabled(raw.requires_grad):
+        inner = experts._apply_gate(raw)
     if "down" in paths:
-        sums.see_gradients(paths["down"], down, behind, tokens)
+        sums.see_gradients(paths["down"], down, inner.detach(), behind, tokens)
     if "gate_up" in paths:
-        up, bias = _matrix(experts, "gate_up", number)
-        with torch.enable_grad():
-            raw = linear(x, up, bias).requires_grad_(True)
-            (found,) = torch.autograd.grad(experts._apply_gate(raw), raw, behind @ down)
-        sums.see_gradients(paths["gate_up"], up, found, tokens)
+        (found,) = torch.autograd.grad(inner, raw, behind @ down)
+        sums.see_gradients(paths["gate_up"], up, x, found, tokens)
 
 
 def _matrix(experts: Any, name: str, number: int) -> tuple[Tensor, Tensor | None]:

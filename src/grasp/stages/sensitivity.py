@@ -28,8 +28,9 @@ others, as at attention sinks, these become zeros and lose no more than they wer
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,17 +41,19 @@ from torch import Tensor, nn
 
 from grasp.core.collector import Collector, ask_for_gradients_at
 from grasp.core.layer import Layer, Linear
+from grasp.core.layers.experts_grasp import SPLIT
 from grasp.core.layers.quantized_grasp import whole_tokens
 from grasp.core.linalg import wide
 from grasp.core.scratch import Scratch
 from grasp.errors import NumericsError
+from grasp.stages.routed import asked, watch
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Of a matrix (out, in), sums over `tokens`: `rows` of d^2 |x|^2 (out,), `inputs` of |d|^2 xx'
     (in, in), `whole` of |d|^2 |x|^2, its trace; `activations` of (W'd)^2 e^2, where they are to be
-    rounded.
+    rounded. `reached`: how many of the tokens it saw, if it is an expert's and not all.
     """
 
     rows: Float[Tensor, "out"]
@@ -58,6 +61,7 @@ class Sensitivity:
     whole: float
     tokens: int
     activations: float = 0.0
+    reached: int | None = None
 
     @property
     def columns(self) -> Float[Tensor, "in"]:
@@ -99,11 +103,14 @@ def input_losses(
 
 class Sensitivities(Collector):
     """Table: matrix path -> `Sensitivity`. Sums: "rows.PATH", "inputs.PATH" and "tokens.PATH"; with
-    `activations` also "activations.PATH", which takes one more product with every matrix.
+    `activations` also "activations.PATH", which takes one more product with every matrix. Of
+    experts' matrices also "reached.PATH"; one that fewer tokens reached than it has columns takes
+    the mean over its layer's experts.
     """
 
     name: ClassVar[str] = "sensitivity"
     backward: ClassVar[bool] = True
+    is_looking: ClassVar[bool] = True
 
     def __init__(
         self, paths: Iterable[str], scratch: Scratch | None = None, activations: bool = False
@@ -113,10 +120,11 @@ class Sensitivities(Collector):
 
     def _hook(self, layer: Layer, undo: ExitStack) -> None:
         own = [linear for linear in layer.linears.values() if linear.path in self.paths]
-        if own:
+        if own or asked(layer, self.paths):
             ask_for_gradients_at(layer, undo)
         for linear in own:
             undo.callback(linear.module.register_forward_hook(self._forward(linear)).remove)
+        watch(self, layer, undo)
 
     def _forward(self, linear: Linear) -> Callable[..., None]:
         def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -125,21 +133,29 @@ class Sensitivities(Collector):
             x = self._tokens(inputs[0])
 
             def backward(grad: Tensor) -> None:
-                self._see(linear, wide(x), wide(self._tokens(grad)))
+                self._see(linear.path, linear.weight, x, self._tokens(grad), len(x))
 
             output.register_hook(backward)
 
         return forward
 
-    def _see(self, linear: Linear, x: Tensor, d: Tensor) -> None:
-        """Add tokens with inputs x (tokens, in) and gradients d (tokens, out)."""
-        path, squares = linear.path, d.square()
+    def see_gradients(self, path: str, weight: Tensor, x: Tensor, d: Tensor, tokens: int) -> None:
+        """Of an expert (`grasp.stages.routed`)."""
+        self._see(path, weight, x, d, tokens)
+        self._add(f"reached.{path}", torch.tensor(len(x)))
+
+    def _see(self, path: str, weight: Tensor, x: Tensor, d: Tensor, tokens: int) -> None:
+        """Add inputs x (some, in) and gradients d (some, out) of the matrix W (out, in) at `path`;
+        those of the others among the `tokens` are 0.
+        """
+        x, d = wide(x), wide(d)
+        squares = d.square()
         self._add(f"rows.{path}", (x.square().sum(1) @ squares).double())
         weighted = x * squares.sum(1, keepdim=True).sqrt()
         self._add(f"inputs.{path}", weighted.mT @ weighted)
-        self._add(f"tokens.{path}", torch.tensor(len(x)))
-        if self.activations:
-            lost = input_losses(x, d @ linear.weight.to(d))
+        self._add(f"tokens.{path}", torch.tensor(tokens))
+        if self.activations and len(x):
+            lost = input_losses(x, d @ weight.to(d))
             self._add(f"activations.{path}", lost.double().sum())
 
     def result(self, sums: Mapping[str, Tensor]) -> Mapping[str, Sensitivity]:
@@ -154,5 +170,37 @@ class Sensitivities(Collector):
                 raise NumericsError(
                     f"the statistics of '{path}' are not finite; try --dtype float32"
                 )
-            found[path] = Sensitivity(rows, inputs, whole, int(tokens), lost)
-        return found
+            few = sums.get(f"reached.{path}")
+            reached = None if few is None else int(few)
+            found[path] = Sensitivity(rows, inputs, whole, int(tokens), lost, reached)
+        return _with_seldom(found)
+
+
+def _with_seldom(found: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
+    """With the mean over a layer's experts in the place of those that too few tokens reached."""
+    alike: dict[str, list[Sensitivity]] = {}
+    for path, one in found.items():
+        if one.reached is not None:
+            alike.setdefault(_of_layer(path), []).append(one)
+    means = {of_layer: _mean(several) for of_layer, several in alike.items()}
+    return {
+        path: one
+        if one.reached is None or one.reached >= len(one.inputs)
+        else dataclasses.replace(means[_of_layer(path)], reached=one.reached)
+        for path, one in found.items()
+    }
+
+
+def _of_layer(path: str) -> str:
+    """What the matrices of one kind of all experts of a layer have in common."""
+    outside, _, inside = path.partition(f".{SPLIT}.")
+    return f"{outside}.{inside.partition('.')[2]}"
+
+
+def _mean(several: Sequence[Sensitivity]) -> Sensitivity:
+    rows = torch.stack([one.rows for one in several]).mean(0)
+    inputs = torch.zeros_like(several[0].inputs)
+    for one in several:
+        inputs += one.inputs / len(several)
+    lost = sum(one.activations for one in several) / len(several)
+    return Sensitivity(rows, inputs, float(rows.sum()), several[0].tokens, lost)
