@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from conftest import LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build, quick
+from conftest import FAMILY_ROWS, LAYERS, WITH_EXPERTS, WITHOUT_EXPERTS, build, quick
 from safetensors.torch import load_file
 from test_cli import command
 from transformers import AutoModelForCausalLM
@@ -249,14 +249,14 @@ def test_the_command_line(model_directory, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow)
-        for name in WITHOUT_EXPERTS
+        pytest.param(name, marks=() if name in ("llama", "mixtral") else pytest.mark.slow)
+        for name in FAMILY_ROWS
     ],
 )
 def test_the_layers_may_be_on_the_disk(name, data, tmp_path):
     """The same plan and, but for ties of rounding, the same numbers; also of the embedding."""
     build(name, torch.float32).save_pretrained(tmp_path / "dense")
-    share = 0.4 * in_16_bits(build(name))
+    share = (0.65 if name in WITH_EXPERTS else 0.4) * in_16_bits(build(name))
     options = {"width_multiple": 8, "size": f"{int(share)}B", "dtype": "float32"} | FEW
     made = [
         grasp.compress(str(tmp_path / "dense"), out, data=data, **options, **where)

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from grasp.core.layer import Linear, module_in
-from grasp.core.layers.experts_grasp import MATRICES, SPLIT, view_of
+from grasp.core.layer import Linear, is_dense, module_in
+from grasp.core.layers.experts_grasp import MATRICES, SPLIT, matrix_of
 
 if TYPE_CHECKING:
     from grasp.core.decoder import Decoder
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of decoder layer `layer` and their router. `path`, `router_path`: where they are
-    in the model as loaded; `name`: where the experts are in the layer.
+    """The experts of decoder layer `layer`, the module `owner`, and their router. `path`,
+    `router_path`: where they are in the model as loaded; `name`: where the experts are in the
+    layer.
     """
 
     layer: int
+    owner: nn.Module
     name: str
     path: str
     router_path: str
@@ -88,7 +91,7 @@ def mixture(decoder: Decoder, layer: int) -> Mixture | None:
         return None
     begin = f"{decoder.family.layers}.{layer}"
     places = (f"{begin}.{where.path}", f"{begin}.{where.router}")
-    return Mixture(layer, where.path, *places, *found)
+    return Mixture(layer, module, where.path, *places, *found)
 
 
 def mixtures(decoder: Decoder) -> list[Mixture]:
@@ -97,15 +100,44 @@ def mixtures(decoder: Decoder) -> list[Mixture]:
     return [one for one in found if one is not None]
 
 
+class _View(nn.Linear):
+    """A linear whose numbers are those of one expert, in fused tensors or apart, as they are when
+    they are looked at: they may come and go. Once they are no matrix of floats any more, only its
+    shape is left.
+    """
+
+    def __init__(self, found: Mixture, name: str, number: int):
+        nn.Module.__init__(self)
+        self.place = (found.owner, found.name, name, number)  # in a tuple: not part of this module
+        self.whole = torch.empty_like(matrix_of(found.experts, name, number)[0], device="meta")
+
+    def _parts(self) -> tuple[Tensor, Tensor | None]:
+        owner, path, name, number = self.place
+        experts: Any = owner.get_submodule(path)
+        if not hasattr(experts, SPLIT):
+            return matrix_of(experts, name, number)
+        linear = getattr(experts.split[number], name)
+        return (linear.weight, linear.bias) if is_dense(linear) else (self.whole, None)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self._parts()[0].detach()
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        bias = self._parts()[1]
+        return None if bias is None else bias.detach()
+
+
 def expert_linears(found: Mixture) -> Iterator[Linear]:
     """The matrices of every expert, under the paths that they have once the experts are apart
-    (`edits.SplitExperts`); none where they are already. Weights are views of the fused tensors.
+    (`edits.SplitExperts`); none where they are already.
     """
     if not found.is_fused:
         return
     for number in range(found.count):
         for name in MATRICES:
-            view = view_of(found.experts, name, number)
+            view = _View(found, name, number)
             place = f"{SPLIT}.{number}.{name}"
             yield Linear(f"{found.path}.{place}", found.layer, f"{found.name}.{place}", view)
 

@@ -119,6 +119,12 @@ class Offload:
                     known[old] = nn.Parameter(_away(old, device), requires_grad=old.requires_grad)
                     self.places[known[old]] = Place(Path(at["safetensors_file"]), at["weight_name"])
                 module._parameters[name] = known[old]
+            for name, buffer in module._buffers.items():
+                at = index.get(f"{path}.{name}")
+                if buffer is not None and at is not None:
+                    # it came through the dtype of the model, and may be kept in a finer one
+                    with safe_open(at["safetensors_file"], "pt") as found:
+                        buffer.copy_(found.get_tensor(at["weight_name"]))
         self._watch(stack.children())
         for layer in stack.children():
             self._settle(layer)

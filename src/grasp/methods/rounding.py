@@ -42,11 +42,12 @@ def offered_inside(
     for layer in decoder.layers():
         experts = mixture(decoder, layer.index)
         of_experts = () if experts is None else expert_linears(experts)
-        for linear in (*layer.linears.values(), *of_experts):
-            if linear.path in found:
+        with decoder.holding(*layer.module.parameters()):
+            for linear in (*layer.linears.values(), *of_experts):
+                if linear.path not in found:
+                    continue
                 some = [one for one in asked if not whole_groups or one.divides(linear.shape[1])]
-                with decoder.holding(linear.parameter):
-                    losses = prices(linear.weight, found[linear.path], some)
+                losses = prices(linear.weight, found[linear.path], some)
                 lost = found[linear.path].loss_of_activations
                 may = may_stay or not some
                 offered[linear.path] = _offered(linear.shape, some, losses, may, lost)

@@ -62,7 +62,7 @@ from grasp.report.card import model_card, picture_for
 from grasp.stages.enough import calibration_notes, with_few_tokens
 from grasp.stages.forecast import expectation, interval
 from grasp.stages.redundancy import describe_redundancy
-from grasp.verbs.preflight import check_offloaded, offload_for
+from grasp.verbs.preflight import offload_for
 
 logger = logging.getLogger(__name__)
 
@@ -260,8 +260,6 @@ def _check(
     settle_class(decoder)
     check_unsliced(decoder, "it can be recovered and quantized, but not compressed further")
     method.check(decoder)
-    if decoder.offload is not None:
-        check_offloaded(method, decoder)
     if method.measures_time and world_size() > 1:
         raise RecipeError(
             f"--method {method.name}: measures times, which several processes cannot do at once;"

@@ -27,7 +27,6 @@ import torch
 
 from grasp.core.decoder import Decoder
 from grasp.core.destination import existing, size
-from grasp.core.experts import mixture
 from grasp.core.models import DTYPES, device_of, load_model
 from grasp.core.offload import Offload
 from grasp.core.processes import processes_here
@@ -245,16 +244,6 @@ def folder_of(memory: MemoryRecipe, out: Path | None) -> Path:
     if memory.offload is not None:
         return Path(memory.offload)
     return Path(tempfile.gettempdir()) if out is None else existing(out.parent)
-
-
-def check_offloaded(method: Method, decoder: Decoder) -> None:
-    """Raise `RecipeError` for what is done in memory only."""
-    has_experts = any(mixture(decoder, layer) is not None for layer in decoder.kept)
-    if has_experts and method.over_experts:
-        raise RecipeError(
-            f"--method {method.name}: matrices of experts are decomposed in memory only, not with"
-            " the layers on the disk; leave them out, --exclude experts, or give more --max-memory"
-        )
 
 
 def offload_for(

@@ -75,17 +75,6 @@ def matrix_of(old: Any, name: str, number: int) -> tuple[Tensor, Tensor | None]:
     return weight.T if is_transposed else weight, None if bias is None else bias[number]
 
 
-def view_of(old: Any, name: str, number: int) -> nn.Linear:
-    """A linear whose numbers are those of one expert in fused tensors: to be looked at."""
-    weight, bias = matrix_of(old, name, number)
-    rows, columns = weight.shape
-    view = nn.Linear(columns, rows, bias is not None, "meta", weight.dtype)
-    view.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        view.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return view
-
-
 def split_like(old: Any, device: Any = None) -> SplitExperts:
     """The experts of a fused module apart, unfilled."""
     experts = []
