@@ -263,7 +263,12 @@ def test_dropped_layers_stay_dropped(tmp_path, calibration):
     grasp.compress(
         build("llama"), tmp_path / "small", method="shortgpt", num_layers=2, data=calibration
     )
-    done = grasp.export(tmp_path / "small", tmp_path / "out", format="dense")
+    told: list[tuple[str, int, int]] = []
+    done = grasp.export(
+        tmp_path / "small", tmp_path / "out", format="dense", progress=lambda *one: told.append(one)
+    )
+    tasks = ("reading", "writing", "trying what was written")
+    assert told == [(task, done, 1) for task in tasks for done in (0, 1)]
     assert AutoConfig.from_pretrained(done.path).num_hidden_layers == 2
     assert done.parameters_before == done.parameters_after and done.notes == (
         "the model has no low-rank matrix: the dense export is a copy",

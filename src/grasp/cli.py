@@ -212,7 +212,7 @@ def export(checkpoint: str, out: Path, as_json: bool, quiet: bool, **options: An
 
     onnx and openvino keep the low-rank matrices low-rank.
     """
-    _show("export")(checkpoint, out, given(options), as_json)
+    _show("export")(checkpoint, out, given(options), as_json, quiet)
 
 
 @cli.command(cls=Grouped, short_help="Put MODEL in 8 bits or fewer; save it in OUT.")

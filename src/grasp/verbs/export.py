@@ -33,6 +33,7 @@ from grasp.core.fields import PathLike, checked
 from grasp.core.layer import is_low_rank
 from grasp.core.manifest import MANIFEST, read_manifest
 from grasp.core.models import load_model
+from grasp.core.progress import Progress, silent
 from grasp.core.proof import answer, check_savable
 from grasp.core.writing import whole
 from grasp.errors import RecipeError, did_you_mean
@@ -101,6 +102,8 @@ FORMATS = {
         converts=True,
     ),
 }
+READING, WRITING, TRYING = "reading", "writing", "trying what was written"
+"""Tasks, each of one step: what takes long in them is other libraries' work."""
 SPARE_GRAPH = 64e6
 """Bytes that graphs and tokenizers take beside the weights, at most: room asked for on the disk."""
 SCRATCH = 2
@@ -134,6 +137,7 @@ def export(
     weights: str | None = None,
     converter: PathLike | None = None,
     trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Export:
     """Write a checkpoint in another format.
 
@@ -157,6 +161,7 @@ def export(
     check_destination(out, 0, checkpoint)
     kind = dtype or asked.dtypes[0]
     computed = None if asked.converts else "float32" if format == "openvino" else kind
+    progress(READING, 0, 1)
     decoder = load_model(
         place,
         device="cpu",
@@ -180,6 +185,8 @@ def export(
     check_destination(out, needed + int(SPARE_GRAPH if asked.is_graph else 0))
     numbers, notes = weights or kind, writer.notes(decoder)
     said = answer(decoder)
+    progress(READING, 1, 1)
+    progress(WRITING, 0, 1)
     with whole(out) as folder:
         writer.write(decoder, folder, numbers, **options)
         strip_quantization_marks(decoder.model)
@@ -196,7 +203,10 @@ def export(
             ),
             encoding="utf-8",
         )
+        progress(WRITING, 1, 1)
+        progress(TRYING, 0, 1)
         writer.prove(decoder, said, folder, out, numbers)
+    progress(TRYING, 1, 1)
     size = sum(
         file.stat().st_size
         for file in out.iterdir()

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from grasp.terminal.bars import emit, megabytes, plain, say, table
+from grasp.terminal.bars import emit, megabytes, plain, progress_bars, say, table
 from grasp.verbs import export as exporting
 
 
-def show(checkpoint: str, out: Path, options: dict[str, Any], as_json: bool) -> None:
+def show(checkpoint: str, out: Path, options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Run `grasp.export` and say what came of it."""
-    done = exporting.export(checkpoint, out, **options)
+    with progress_bars(quiet) as bars:
+        done = exporting.export(checkpoint, out, progress=bars, **options)
     for note in done.notes:
         say(f"note: {plain(note)}")
     rows = [
