@@ -18,7 +18,9 @@ from panels import by_logarithm, finish
 from grasp.core.results import Result, Results
 
 OURS, PAPER, OTHERS = "#c1440e", "#4a6fa5", "#8a8a8a"
-COLORS = ("#c1440e", "#4a6fa5", "#7a9a01", "#8e5ea2", "#b8860b", "#2e2e2e", "#3aa6a0", "#999999")
+NAMED = {"grasp-fisher": OURS, "grasp": PAPER}
+COLORS = ("#7a9a01", "#8e5ea2", "#b8860b", "#2e2e2e", "#3aa6a0", "#999999")
+"""Of the others, in turn."""
 FAR = 1e4
 """A perplexity beyond this is noise: a model that says nothing. It is drawn at the edge."""
 
@@ -39,7 +41,7 @@ def methods(rows: list[Result], path: Path) -> None:
     rows = sorted((row for row in rows if row is not dense), key=lambda row: values(row)[1])
     figure, axes = pyplot.subplots(figsize=(7.5, 0.34 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
-        color = {"grasp-fisher": OURS, "grasp": PAPER}.get(row.method, OTHERS)
+        color = NAMED.get(row.method, OTHERS)
         points = [min(value, FAR) for value in values(row)]
         axes.plot(points, [place] * len(points), color=color, linewidth=1, zorder=1)
         axes.scatter(points[0], place, color=color, s=30, zorder=2)
@@ -63,9 +65,12 @@ def sizes(rows: list[Result], path: Path) -> None:
     """Perplexity against the share removed, a line a method, a panel a text."""
     dense = next(row for row in rows if row.method == "dense")
     names = list(dict.fromkeys(row.method for row in rows if row is not dense))
+    others = dict(zip([name for name in names if name not in NAMED], COLORS, strict=False))
+    shares = sorted({row.fields["ratio"] for row in rows if row is not dense})
     figure, panels = pyplot.subplots(1, 2, figsize=(8.5, 4), sharey=True, layout="constrained")
     for number, (axes, text) in enumerate(zip(panels, texts(rows), strict=True)):
-        for color, name in zip(COLORS, names, strict=False):
+        for name in names:
+            color = NAMED.get(name) or others[name]
             own = sorted(
                 (row.fields["ratio"], min(values(row)[number], FAR))
                 for row in rows
@@ -75,6 +80,7 @@ def sizes(rows: list[Result], path: Path) -> None:
         axes.axhline(values(dense)[number], color="#2e2e2e", linewidth=0.9, linestyle=":")
         ticks = (30, 50, 100, 200, 500, 1000, 3000, FAR)
         by_logarithm(axes, ticks, [*(f"{tick:,}" for tick in ticks[:-1]), "beyond"], text)
+        axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
         axes.set_xlabel("share of all parameters removed")
     panels[0].set_ylabel("perplexity (dotted: dense)")
     finish(figure, panels, path, 6)
