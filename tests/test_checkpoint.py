@@ -122,6 +122,7 @@ def test_plain_transformers_loads_it(made, request, tmp_path, before, after, fla
         assert "RESULT True True" in again.stdout, again.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_without_grasp_and_without_the_flag_it_refuses(checkpoint, tmp_path):
     """transformers alone must stop, and never fill the factorised matrices with random numbers."""
     done = run(

@@ -248,10 +248,7 @@ def test_the_command_line(model_directory, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("llama", "mixtral") else pytest.mark.slow)
-        for name in FAMILY_ROWS
-    ],
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in FAMILY_ROWS],
 )
 def test_the_layers_may_be_on_the_disk(name, data, tmp_path):
     """The same plan and, but for ties of rounding, the same numbers; also of the embedding."""

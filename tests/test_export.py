@@ -182,6 +182,7 @@ def run_readme(out: Path) -> str:
 # ── dense ──
 
 
+@pytest.mark.slow
 def test_dense_loads_without_grasp_and_computes_the_same(made, tmp_path):
     done = grasp.export(made.path, tmp_path / "out", format="dense")
     assert {file.name for file in done.path.iterdir()} >= {
