@@ -1,8 +1,7 @@
 """The contract of every method on every family: size, neutrality, reload, determinism, generation,
 repeatability.
 
-Every method is saved, loaded and generated from on every family (on Llama and three others, where
-another method's edits are of the same kind); sizes and neutrality of a peer are
+Every method is saved, loaded and generated from on every family; sizes and neutrality of a peer are
 tried on Llama and three others; determinism and 16 bits on Llama alone. `make test` takes our own
 methods on the families that differ most. Each peer is loaded again there on Llama and one other,
 and its size met on that one. The rest is marked slow.
@@ -85,14 +84,6 @@ def is_thorough(family, method):
     return method in OWN or family == "llama" or turn(family, method) < 3
 
 
-SAME_EDITS = ("asvd", "fwsvd", "magnitude-svd", "random-layers", "wanda")
-"""What they save is of the same kind as what others save, which are tried on every family."""
-
-
-def is_saved_alike(family, method):
-    return method in SAME_EDITS and not is_thorough(family, method)
-
-
 def matrix(methods, families, quick=is_quick):
     """Every method of these on every family of these that it suits."""
     return [
@@ -107,9 +98,7 @@ def over(pairs):
     return pytest.mark.parametrize(("family", "method"), pairs)
 
 
-everywhere = over(
-    [pair for pair in matrix(METHODS, FAMILY_ROWS) if not is_saved_alike(*pair.values)]
-)
+everywhere = over(matrix(METHODS, FAMILY_ROWS))
 on_some_for_peers = over(
     [pair for pair in matrix(METHODS, FAMILY_ROWS, is_quick_alone) if is_thorough(*pair.values)]
 )

@@ -266,6 +266,8 @@ def test_the_layers_may_be_on_the_disk(name, data, tmp_path):
     places = made[1].decoder.offload.places
     rounded = [one for one in made[1].decoder.stack.parameters() if one.dtype == torch.uint8]
     assert rounded and all(one in places and not one.any() for one in rounded)
+    # the proof has run it, and no copy for kernels is left
+    assert not any(vars(one).get("packed") for one in made[1].decoder.stack.modules())
     one, other = ([step.edit.spec() for step in result.log] for result in made)
     assert one == other
     stored = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import close
-from conftest import DIFFERENT, FAMILY_ROWS, build
+from conftest import build
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_checkpoint import LOAD, NO_GRASP
@@ -98,23 +98,11 @@ def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
     )
 
 
-OTHER_SCHEMES = [scheme for scheme in SCHEMES if scheme != "int4"]
-
-
 @pytest.mark.parametrize(
-    ("family", "scheme"),
+    "scheme",
     [
-        *((family, "int4") for family in FAMILY_ROWS if family in DIFFERENT),
-        *(
-            pytest.param(family, scheme, marks=pytest.mark.slow)
-            for number, family in enumerate(FAMILY_ROWS)
-            for scheme in (
-                OTHER_SCHEMES
-                if family == "llama"
-                else ["int4"] * (family not in DIFFERENT)
-                + [OTHER_SCHEMES[number % len(OTHER_SCHEMES)]]
-            )
-        ),
+        pytest.param(scheme, marks=() if scheme == "int4" else pytest.mark.slow)
+        for scheme in SCHEMES
     ],
 )
 def test_every_family_quantizes_reloads_and_generates(family, scheme, tmp_path):

@@ -349,13 +349,20 @@ def carried_out(
     `plain`: matrices whose pairs are not pivoted, however others are stored.
     """
     for name, component, size in problem.taken(sizes):
-        layer = fused_at(runner.decoder, name)
-        if layer is not None:
-            yield Step(SplitExperts(layer), Note(predicted_loss=0.0, seen_loss=0.0))
+        yield from apart(runner.decoder, name)
         make = partial(component.make, storage="pair") if name in plain else component.make
         with runner.holding(component.layer):
             made = runner.once(name, partial(make, size))
         yield made
+
+
+def apart(decoder: Decoder, path: str) -> Iterator[Step]:
+    """What must be done before the matrix at `path` is edited: if it is an expert's, and those of
+    its layer are in one tensor, they are taken apart.
+    """
+    layer = fused_at(decoder, path)
+    if layer is not None:
+        yield Step(SplitExperts(layer), Note(predicted_loss=0.0, seen_loss=0.0))
 
 
 def square_bytes(linears: Sequence[Linear]) -> int:

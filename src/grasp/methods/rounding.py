@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Edit, Note, Quantize, SplitExperts, Step
+from grasp.core.edits import Edit, Note, Quantize, Step
 from grasp.core.edits.base import layer_of
 from grasp.core.edits.cuts import cuts
 from grasp.core.edits.placing import vocabulary
-from grasp.core.experts import expert_linears, fused_at, mixture
+from grasp.core.experts import expert_linears, mixture
 from grasp.core.rounding import matrices_of
 from grasp.core.runner import Runner
 from grasp.methods.bits import Offered, Rounding, Shapes
+from grasp.methods.low_rank import apart
 from grasp.stages.narrowing import AXES
 from grasp.stages.rounding import KEPT, Width, prices, to_width, widths
 from grasp.stages.sensitivity import Sensitivity
@@ -79,14 +80,16 @@ def offered_outside(
     some = widths([one for one in bits if one in OUTSIDE_BITS], [group])
     if not some:
         return {}
-    for path in vocabulary(decoder):
-        weight = decoder.module(path).weight
-        edits: dict[str, Callable[[], Edit | None]] = {AS_IT_IS: lambda: None}
+    paths = vocabulary(decoder)
+    edits: dict[str, Callable[[], Edit | None]] = {AS_IT_IS: lambda: None}
+    for path in paths:
         edits |= {f"{path} in {one}": partial(_edit, decoder, path, one, None) for one in some}
-        losses = list(runner.tried(edits, TRIED, "embeddings in fewer bits").values())
-        rises = torch.tensor(losses[1:], dtype=torch.float64) - losses[0]
-        shape = (weight.shape[0], weight.shape[1])
-        found[path] = _offered(shape, some, rises.clamp_min(0.0), 16 in bits)
+    losses = runner.tried(edits, TRIED, "embeddings in fewer bits")
+    for path in paths:
+        rises = [losses[f"{path} in {one}"] - losses[AS_IT_IS] for one in some]
+        rows, columns = decoder.module(path).weight.shape
+        rounded = torch.tensor(rises, dtype=torch.float64).clamp_min(0.0)
+        found[path] = _offered((rows, columns), some, rounded, 16 in bits)
     return found
 
 
@@ -106,9 +109,7 @@ def roundings(
     for path, how in rounded.items():
         if layer_of(path) >= 0 and layer_of(path) not in decoder.kept:
             continue
-        fused = fused_at(decoder, path)
-        if fused is not None:
-            yield Step(SplitExperts(fused), Note(predicted_loss=0.0, seen_loss=0.0))
+        yield from apart(decoder, path)
         with runner.holding(layer_of(path)):
             make = partial(_step, decoder, path, how, found.get(path))
             step = runner.once(f"{path} in {how.width}", make)

@@ -178,17 +178,16 @@ class Sensitivities(Collector):
 
 def _with_seldom(found: Mapping[str, Sensitivity]) -> dict[str, Sensitivity]:
     """With the mean over a layer's experts in the place of those that too few tokens reached."""
-    alike: dict[str, list[Sensitivity]] = {}
+    means: dict[str, Sensitivity] = {}
+    made = dict(found)
     for path, one in found.items():
-        if one.reached is not None:
-            alike.setdefault(_of_layer(path), []).append(one)
-    means = {of_layer: _mean(several) for of_layer, several in alike.items()}
-    return {
-        path: one
-        if one.reached is None or one.reached >= len(one.inputs)
-        else dataclasses.replace(means[_of_layer(path)], reached=one.reached)
-        for path, one in found.items()
-    }
+        if one.reached is None or one.reached >= len(one.inputs):
+            continue
+        alike = _of_layer(path)
+        if alike not in means:  # made where it is needed: it is as large as the sums of an expert
+            means[alike] = _mean([two for at, two in found.items() if _of_layer(at) == alike])
+        made[path] = dataclasses.replace(means[alike], reached=one.reached)
+    return made
 
 
 def _of_layer(path: str) -> str:

@@ -287,11 +287,11 @@ def stays(method: Method, decoder: Decoder) -> list[str]:
     """What the method leaves as it is, where that needs saying."""
     changes = method.changes_experts or method.over_experts
     has_experts = any(mixture(decoder, layer) is not None for layer in decoder.kept)
-    stay = has_experts and not method.over_experts
+    in_16_bits = has_experts and method.rounds_weights and not method.over_experts
     found = (
         beside_text(decoder.model),
         "" if changes else experts_stay(decoder),
-        EXPERTS_IN_16_BITS if method.rounds_weights and stay else "",
+        EXPERTS_IN_16_BITS if in_16_bits else "",
     )
     return [said for said in found if said]
 
