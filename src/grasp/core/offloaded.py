@@ -23,13 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.edits import Edit, from_spec, trial
+from grasp.core.freed import given_back
 from grasp.core.held import Looked
 from grasp.core.journal import Journal
 from grasp.core.layer import Layer
 from grasp.core.lending import lent
 from grasp.core.offload import Offload
 from grasp.core.records import Calibration
-from grasp.core.runner import Resident
+from grasp.core.runner import Item, Resident
+from grasp.core.sharing import Tensors
 
 
 class Offloaded(Resident):
@@ -53,6 +55,15 @@ class Offloaded(Resident):
             edit.apply(self.decoder)
             self.offload.spool(self.decoder.stack)
         return from_spec(edit.spec())
+
+    def each(
+        self,
+        work: Callable[[Item], Tensors],
+        items: Sequence[Item],
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensors]:
+        with given_back():
+            yield from super().each(work, items, keep)
 
     def loss(self, block: int) -> tuple[Tensor, int]:
         with ExitStack() as stack:

@@ -51,7 +51,7 @@ class Several(Resident):
         return None if loss is None else float(numbers["loss"]), int(numbers["tokens"])
 
 
-class SeveralOffloaded(Several, Offloaded):
+class SeveralOffloaded(Offloaded, Several):
     """One of several processes, each of which has one layer in memory at a time."""
 
 

@@ -52,7 +52,7 @@ from grasp.stages.statistics import Similarity
 
 logger = logging.getLogger(__name__)
 
-SQUARES = 12
+SQUARES = 8
 """Matrices of the shorter side that a decomposition holds at once."""
 
 

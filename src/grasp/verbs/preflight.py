@@ -46,6 +46,10 @@ ACTIVATIONS = 1.5
 """Of the inputs and outputs of a layer's matrices, what its graph keeps for the backward pass."""
 PACKED = 2
 """Copies of the head that its products make, one forward and one backward."""
+PIECES = 1.4
+"""What decompositions in memory take, over what they hold at once: the C library keeps pieces of
+what is free. With the layers on the disk it gives them back (`grasp.core.freed`).
+"""
 SURELY = 4
 """Where so many times the weights are free, nothing more is asked before a run."""
 
@@ -109,7 +113,7 @@ def estimate(
         kept = sizes.edited * 4 / width
         memory = max(
             weights + collected + (of_layer * layers if backward else of_layer) + logits,
-            weights + collected + workspace + kept,
+            weights + collected + PIECES * workspace + kept,
             2 * sizes.after + sizes.table + kept + collected,
         )
         disk = sizes.after + kept
