@@ -10,7 +10,7 @@ import torch
 from grasp.core.freed import given_back
 
 MEGABYTES = 24
-"""Of a block: below what the C library asks the system for by itself once it has seen larger ones."""
+"""Of a block: below what the C library asks the system for one by one, once it has seen larger."""
 
 
 def resident() -> int:
