@@ -89,6 +89,7 @@ FLAGS: dict[str, dict[str, Flag]] = {
         "--activations": word("--size 1MB", recipe=True),
         "--layout": in_a_recipe(word("--size 1MB")),
         "--scratch": FREE, "--max-memory": Flag(("x", "0", "-1GB", "8XB")), "--offload": FREE,
+        "--fsdp": FREE,
     },
     "inspect": {
         **ALL, **LOADING, **TEXT, "model": FREE, "--dtype": DTYPE, "--output": FREE,

@@ -118,7 +118,7 @@ def test_a_model_in_memory_cannot_stay_on_the_disk(calibration, tmp_path):
 
 def test_a_quantized_model_cannot_stay_on_the_disk(model_directory, calibration, tmp_path):
     grasp.quantize(model_directory, tmp_path / "int8", bits=8)
-    with pytest.raises(RecipeError, match="--offload and --max-memory are of no use"):
+    with pytest.raises(RecipeError, match="--offload, --max-memory and --fsdp are of no use"):
         grasp.compress(str(tmp_path / "int8"), method="wanda", data=calibration, offload=tmp_path)
 
 

@@ -14,6 +14,7 @@ import torch
 import grasp
 from grasp.core.runner import Resident
 from grasp.core.several import Several
+from grasp.errors import RecipeError
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 TEXT = ("--num-samples", "5", "--seq-len", "24", "--dtype", "float32")
@@ -65,6 +66,8 @@ def test_the_parts_add_up_to_the_whole(world, decoder, calibration, monkeypatch)
     ("method", "flags"),
     [
         ("grasp-fisher", ("--ratio", "0.2", "--offload", "LAYERS")),
+        ("grasp-fisher", ("--ratio", "0.2", "--fsdp")),
+        ("svd-llm", ("--ratio", "0.2", "--fsdp")),
         ("grasp", ("--ratio", "0.2")),
         ("asvd", ("--ratio", "0.1", "--allocation", "strs")),
     ],
@@ -73,7 +76,9 @@ def test_two_processes_make_what_one_makes(method, flags, model_directory, text_
     told, manifests, logits = [], [], []
     for processes in (1, 2):
         out = tmp_path / str(processes)
+        alone = processes == 1
         here = [str(tmp_path / "layers") if one == "LAYERS" else one for one in flags]
+        here = [one for one in here if not (alone and one == "--fsdp")]
         asked = (model_directory, out, "--method", method, *here, "--data", text_file, *TEXT)
         done = launched(processes, "compress", *asked, "--json")
         assert done.returncode == 0, done.stderr[-3000:]
@@ -92,6 +97,57 @@ def test_two_processes_make_what_one_makes(method, flags, model_directory, text_
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert torch.allclose(*logits, atol=1e-4)
     assert not list(tmp_path.glob("*.journal*"))
+
+
+PARTS = """
+import torch
+import torch.distributed as dist
+from grasp.core.processes import joined, rank
+from grasp.core.shards import Shards
+
+with joined():
+    whole = [
+        torch.arange(7 * 5.0).view(7, 5),  # rows that three processes cannot share evenly
+        torch.arange(6).view(1, 2, 3).to(torch.bfloat16),  # fewer rows than processes
+        torch.arange(12, dtype=torch.int8).view(6, 2),
+    ]
+    weights = [torch.nn.Parameter(torch.zeros_like(one), requires_grad=False) for one in whole]
+    shards, read = Shards(), []
+
+    def source(number, factor):
+        def rows(begin, end):
+            read.append((number, begin, end))
+            return whole[number][begin:end] * factor
+        return factor, rows
+
+    for factor in (1, 1, 2):  # the second time nothing is read; the third all lies elsewhere
+        found = shards.whole(weights, [source(number, factor) for number in range(3)])
+        assert all(torch.equal(one, factor * other) for one, other in zip(found, whole)), found
+    assert [one.dtype for one in found] == [one.dtype for one in whole]
+    assert len(read) == (6 if rank() == 0 else 4), read
+    shards.keep(weights[:1])
+    shards.whole(weights, [source(number, 2) for number in range(3)])
+    assert [one[0] for one in read[len(read) - 2 :]] == ([1, 2] if rank() == 0 else [2, 2]), read
+"""
+
+
+@pytest.mark.slow
+def test_each_has_its_rows_and_all_have_the_whole(tmp_path):
+    (tmp_path / "parts.py").write_text(PARTS)
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "3", tmp_path / "parts.py"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_one_alone_has_nobody_to_share_with(model_directory, tmp_path):
+    with pytest.raises(RecipeError, match=r"--fsdp: there is one process.*torchrun"):
+        grasp.compress(model_directory, tmp_path / "out", ratio=0.2, fsdp=True)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 MMAP_THRESHOLD = -3
 """Of malloc.h: M_MMAP_THRESHOLD."""
@@ -22,16 +23,16 @@ would take.
 
 @contextmanager
 def given_back() -> Iterator[None]:
-    """Inside, what is freed of blocks of `SMALL` bytes and more goes back to the system at once.
-    Nothing changes where the C library is not glibc.
+    """Inside, what is freed of blocks of `SMALL` bytes and more goes back to the system at once, as
+    what was freed before does. Nothing changes where the C library is not glibc.
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    mallopt = getattr(library, "mallopt", None)
-    if mallopt is None:
+    library: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield
         return
-    mallopt(MMAP_THRESHOLD, SMALL)
+    library.mallopt(MMAP_THRESHOLD, SMALL)
+    library.malloc_trim(0)
     try:
         yield
     finally:
-        mallopt(MMAP_THRESHOLD, LARGE)
+        library.mallopt(MMAP_THRESHOLD, LARGE)

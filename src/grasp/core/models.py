@@ -133,8 +133,8 @@ def _check_offload(source: str, config: Any, gguf: str | None, dequantize: bool)
     if gguf or packed:
         what = "a .gguf file is" if gguf else "quantized weights are"
         raise RecipeError(
-            f"MODEL {source}: {what} unpacked in memory, so --offload and --max-memory are of no"
-            " use; give the model it was made from, or do without them"
+            f"MODEL {source}: {what} unpacked in memory, so --offload, --max-memory and --fsdp are"
+            " of no use; give the model it was made from, or do without them"
         )
     need("--offload", "offload", "accelerate")
 

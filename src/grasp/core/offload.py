@@ -8,6 +8,9 @@ and edits see the parameters that they would see in memory. What is not in memor
 stretched to the shape, so that whoever looks at a weight that is not there is found out.
 
 New weights, which edits put into a layer, are written to files of our own at once.
+
+Several processes may share the weights (`grasp.core.shards`): while they show the model one block
+each, in step, what a layer holds comes from all of them, and from the files at all other times.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 from grasp.core.lending import idles
 from grasp.core.partial import partial
 from grasp.core.scratch import Scratch
+from grasp.core.shards import Rows, Shards
 from grasp.core.tensor_file import NAMES, write_tensors
 from grasp.errors import ModelError, RecipeError
 
@@ -47,11 +51,14 @@ class Place(NamedTuple):
 
 class Offload:
     """The files of one model's layers. `folder`: where a folder for new ones is made, gone with
-    this object or the process. `most`: bytes of memory that may be used.
+    this object or the process. `most`: bytes of memory that may be used. `shares`: whether all
+    processes share the weights.
     """
 
-    def __init__(self, folder: Path, most: int):
+    def __init__(self, folder: Path, most: int, shares: bool = False):
         self.most = most
+        self.shards = Shards() if shares else None
+        self.is_in_step = False
         self.places: dict[nn.Parameter, Place] = {}
         self._held: Counter[nn.Parameter] = Counter()
         self._lock = threading.RLock()
@@ -63,7 +70,7 @@ class Offload:
         weakref.finalize(self, stack.close)
 
     @classmethod
-    def at(cls, folder: Path, most: int) -> Offload:
+    def at(cls, folder: Path, most: int, shares: bool = False) -> Offload:
         """In a folder that is made where it is missing. Raises `RecipeError` where it cannot be."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +79,7 @@ class Offload:
                 f"--offload {folder}: cannot be made ({failure.strerror}); name a folder that"
                 " can be written"
             ) from failure
-        return cls(folder, most)
+        return cls(folder, most, shares)
 
     # --- loading
 
@@ -168,6 +175,9 @@ class Offload:
         with self._lock:
             missing = [one for one in ones if not self._held[one]]
             self._held.update(ones)
+            if self.is_in_step and missing:
+                self._gather(missing)
+                return ones
             for file in dict.fromkeys(self.places[one].file for one in missing):
                 # closed at once: the pages leave memory with the last tensor in them
                 with safe_open(file, "pt") as found:
@@ -176,6 +186,26 @@ class Offload:
                             value = found.get_tensor(self.places[one].name)
                             one.data = value.to(one.device, one.dtype)
         return ones
+
+    def _gather(self, weights: Sequence[nn.Parameter]) -> None:
+        """Put the weights of all processes together."""
+        assert self.shards is not None
+        sources = [(self.places[one], _rows_at(self.places[one])) for one in weights]
+        for one, value in zip(weights, self.shards.whole(weights, sources), strict=True):
+            one.data = value
+
+    @contextmanager
+    def in_step(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, all processes hold the weights of `layers`, all there are, at the same time and
+        in the same order.
+        """
+        assert self.shards is not None
+        self.shards.keep(one for layer in layers for one in layer.parameters())
+        self.is_in_step = True
+        try:
+            yield
+        finally:
+            self.is_in_step = False
 
     def _release(self, ones: Iterable[nn.Parameter]) -> None:
         with self._lock:
@@ -295,6 +325,17 @@ class Offload:
         with safe_open(self.places[weight].file, "pt") as found:
             value: Tensor = found.get_tensor(self.places[weight].name)
         return value
+
+
+def _rows_at(place: Place) -> Rows:
+    """What reads some rows of a weight."""
+
+    def read(begin: int, end: int) -> Tensor:
+        with safe_open(place.file, "pt") as found:
+            rows: Tensor = found.get_slice(place.name)[begin:end]
+        return rows
+
+    return read
 
 
 def _is_large(weight: Tensor) -> bool:

@@ -204,24 +204,45 @@ class Resident(Runner):
             stack.enter_context(torch.set_grad_enabled(backward))
             part = stack.enter_context(self._held.passes(layers, len(blocks))) if layers else None
             self.decoder.progress(task, kept.blocks, len(blocks))
-            for done, block in enumerate(blocks[kept.blocks :], kept.blocks + 1):
-                ids, mask = self._block(block)
+            to_show = blocks[kept.blocks :]
+            idle = self._passes_of_all(len(to_show)) - len(to_show)
+            for done, block in enumerate(to_show, kept.blocks + 1):
                 if part:
                     part.begin(block)
-                for collector in collectors:
-                    collector.begin(block, mask)
-                loss = 0.0
-                if backward:
-                    loss, count = self._backward(block, ids, mask)
-                else:
-                    with suppress(Seen):
-                        self.decoder.model.base_model(
-                            input_ids=ids, attention_mask=mask, use_cache=False
-                        )
-                    count = ids.numel() if mask is None else int(mask.sum())
+                loss, count = self._pass(collectors, block, backward)
                 kept.add(loss, count, last=done == len(blocks))
                 self.decoder.progress(task, done, len(blocks))
+            for _ in range(idle):
+                self._pass_idly(collectors, backward)
         return kept.loss if backward else None, kept.tokens
+
+    def _pass(
+        self, collectors: Sequence[Collector], block: int, backward: bool
+    ) -> tuple[float, int]:
+        """Show one block. Returns (its loss, or 0 without `backward`; the tokens, as in `show`)."""
+        ids, mask = self._block(block)
+        for collector in collectors:
+            collector.begin(block, mask)
+        if backward:
+            return self._backward(block, ids, mask)
+        with suppress(Seen):
+            self.decoder.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return 0.0, ids.numel() if mask is None else int(mask.sum())
+
+    def _passes_of_all(self, passes: int) -> int:
+        """How many passes every process makes, where this one has to make so many."""
+        return passes
+
+    def _pass_idly(self, collectors: Sequence[Collector], backward: bool) -> None:
+        """Show a block that counts nowhere."""
+        sums = [collector.sums for collector in collectors]
+        try:
+            for collector in collectors:
+                collector.sums = {}
+            self._pass(collectors, 0, backward)
+        finally:
+            for collector, own in zip(collectors, sums, strict=True):
+                collector.sums = own
 
     def loss(self, block: int) -> tuple[Tensor, int]:
         return self.decoder.loss(*self._block(block))

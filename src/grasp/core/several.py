@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
-from grasp.core.journal import Journal
+from grasp.core.freed import given_back
+from grasp.core.held import Looked
+from grasp.core.journal import Journal, Sums
 from grasp.core.offloaded import Offloaded
 from grasp.core.processes import add_up, of_all, rank, world_size
 from grasp.core.records import Calibration
@@ -52,7 +55,28 @@ class Several(Resident):
 
 
 class SeveralOffloaded(Offloaded, Several):
-    """One of several processes, each of which has one layer in memory at a time."""
+    """One of several processes, each of which has one layer in memory at a time. Where they share
+    the weights, all make the same passes.
+    """
+
+    def show(
+        self,
+        collectors: Sequence[Collector],
+        blocks: Sequence[int],
+        task: str = "sweep",
+        kept: Sums | None = None,
+        layers: Looked | None = None,
+    ) -> tuple[float | None, int]:
+        # a pass through some layers begins where it can, for each block elsewhere
+        in_step = self.offload.shards is not None and layers is None
+        with ExitStack() as stack:
+            if in_step:
+                stack.enter_context(given_back())
+                stack.enter_context(self.offload.in_step(self.decoder.stack))
+            return super().show(collectors, blocks, task, kept, layers)
+
+    def _passes_of_all(self, passes: int) -> int:
+        return max(of_all(passes)) if self.offload.is_in_step else passes
 
 
 def runner_for(decoder: Decoder, data: Calibration, journal: Journal | None = None) -> Runner:

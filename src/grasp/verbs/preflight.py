@@ -10,6 +10,7 @@ Memory is the largest of three moments, over what Python and its libraries take:
                     the log holds of it
 
 With the layers on the disk, statistics lie there too, and of weights and sums one layer counts.
+Processes that share the layers (`--fsdp`) hold their part of all beside that.
 Checked by benchmarks/offload.py.
 """
 
@@ -29,7 +30,7 @@ from grasp.core.decoder import Decoder
 from grasp.core.destination import existing, size
 from grasp.core.models import DTYPES, device_of, load_model
 from grasp.core.offload import Offload
-from grasp.core.processes import processes_here
+from grasp.core.processes import processes_here, world_size
 from grasp.core.records import Calibration
 from grasp.core.scratch import available_memory
 from grasp.errors import RecipeError
@@ -85,9 +86,10 @@ def estimate(
     seq_len: int,
     width: int,
     offloaded: bool = False,
+    sharing: int = 0,
 ) -> Estimate:
     """From the model's shapes (it may be empty) and what the method plans; `width`: bytes of a
-    number, `offloaded`: with the layers on the disk.
+    number, `offloaded`: with the layers on the disk, `sharing`: so many processes that share them.
     """
     sizes = _sizes(decoder, plan, width)
     config, backward = decoder.config, plan.backward_sweeps > 0
@@ -102,10 +104,16 @@ def estimate(
     threads = max(torch.get_num_threads(), 1)
     if offloaded:
         one = plan.statistics_bytes / max(plan.num_layers, 1)
-        memory = sizes.outside + max(
-            sizes.layer + one + of_layer + max(states * backward, 0) + logits,
-            threads * sizes.layer + one + workspace,
-            sizes.outside + sizes.table + sizes.layer,
+        own = sizes.layers / sharing if sharing else 0.0
+        arriving = 2 * sizes.layer if sharing else sizes.layer  # as it comes, and in its place
+        memory = (
+            own
+            + sizes.outside
+            + max(
+                arriving + one + of_layer + max(states * backward, 0) + logits,
+                threads * sizes.layer + one + workspace,
+                sizes.outside + sizes.table + sizes.layer,
+            )
         )
         disk = sizes.after + sizes.edited * (1 + 4 / width) + collected
     else:
@@ -184,7 +192,8 @@ class Preflight:
 
     def estimate(self, offloaded: bool) -> Estimate:
         """What the run needs, with the layers in memory or on the disk."""
-        return estimate(self.decoder, self.plan, *self.shown, self.width, offloaded)
+        sharing = world_size() if self.memory.fsdp else 0
+        return estimate(self.decoder, self.plan, *self.shown, self.width, offloaded, sharing)
 
     def seconds(self) -> float:
         """How long the run takes on this machine, whose speed is measured for it."""
@@ -196,7 +205,7 @@ class Preflight:
     @property
     def offloaded(self) -> bool:
         """Whether the layers have to stay on the disk, or are asked to."""
-        if self.memory.offload is not None:
+        if self.memory.offload is not None or self.memory.fsdp:
             return True
         return self.free is not None and self.estimate(False).memory > self.free
 
@@ -260,7 +269,9 @@ def offload_for(
     """Where the layers of the model go, or None where it is to be in memory. Raises `RecipeError`
     where the run does not fit, before any work is done.
     """
-    asked = next((f"--{n.replace('_', '-')}" for n, v in vars(memory).items() if v is not None), "")
+    asked = next(
+        (f"--{name.replace('_', '-')}" for name, value in vars(memory).items() if value), ""
+    )
     name: Any = source.model
     if not isinstance(name, (str, Path)):
         if asked:
@@ -289,4 +300,4 @@ def offload_for(
             size(found.free or 0),
             size(cost.memory),
         )
-    return Offload.at(folder, cost.memory)
+    return Offload.at(folder, cost.memory, memory.fsdp)
