@@ -16,11 +16,12 @@ import grasp
 from grasp.core.decoder import Decoder
 from grasp.errors import RecipeError
 from grasp.methods import make
+from grasp.recipes.calibration import CalibrationRecipe
 from grasp.recipes.memory import MemoryRecipe
 from grasp.stages.operations import Kind, sums
 from grasp.verbs import machine_speed, preflight
 from grasp.verbs.machine_speed import Speed
-from grasp.verbs.preflight import estimate
+from grasp.verbs.preflight import Preflight, estimate
 from grasp.verbs.run_time import STARTING, seconds, work
 
 METHOD = ("--method", "svd-llm", "--ratio", "0.1")
@@ -221,3 +222,38 @@ def test_memory_is_flat_in_depth_with_the_layers_on_the_disk():
     assert told(48, False).memory > 4 * told(8, False).memory
     assert told(48, True).memory < 1.3 * told(8, True).memory
     assert told(48, True).disk > 5 * told(8, True).disk
+
+
+def test_as_many_matrices_at_once_as_fit(monkeypatch):
+    """The model is where it would be with one at a time; then there are as many as there is room
+    for.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    method = make("grasp-fisher", {"ratio": 0.2})
+    decoder, text = llama(), CalibrationRecipe(num_samples=8, seq_len=32)
+    plan = method.plan(decoder)
+
+    def found(free, device="cpu"):
+        place = torch.device(device)
+        return Preflight(decoder, plan, text, MemoryRecipe(), torch.float32, free, place)
+
+    each = [estimate(decoder, plan, 8, 32, 4, workers=count).memory for count in range(1, 9)]
+    assert found(None).workers(False) == found(10**15).workers(False) == 8
+    assert [found(free).workers(False) for free in each] == [
+        max(n for n in range(1, 9) if each[n - 1] <= free) for free in each
+    ]
+    assert found(each[0]).workers(False) < 8
+    assert found(each[0] - 1).workers(False) == 1 and found(each[0] - 1).offloaded
+    assert not found(each[0]).offloaded
+
+
+def test_statistics_that_a_gpu_has_no_room_for_are_not_counted_there():
+    plan = make("grasp-fisher", {"ratio": 0.2}).plan(decoder := llama())
+    text, free = CalibrationRecipe(num_samples=8, seq_len=32), plan.statistics_bytes
+
+    def told(device):
+        place = torch.device(device)
+        found = Preflight(decoder, plan, text, MemoryRecipe(), torch.float32, free, place)
+        return found.estimate(False).memory
+
+    assert told("cpu") - told("cuda") >= 0.9 * plan.statistics_bytes

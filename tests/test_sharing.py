@@ -23,6 +23,8 @@ def test_over_cores_keeps_the_order_and_the_threads():
         assert list(over_cores(lambda item: (item, torch.get_num_threads()), range(5))) == [
             (item, 1) for item in range(5)
         ]
+        shared = over_cores(lambda item: (item, torch.get_num_threads()), range(5), workers=1)
+        assert list(shared) == [(item, 2) for item in range(5)]
         with pytest.raises(ZeroDivisionError):
             list(over_cores(lambda item: 1 // item, [1, 0]))
         assert torch.get_num_threads() == 2

@@ -43,7 +43,8 @@ class Decoder:
     `kept` are the indices of the layers still there. Only `grasp.core.edits` changes the model.
     Where its layers and matrices are is found out when it is first asked: a model that is only run
     may be of any kind. `beside`: files that a saved copy takes along. `offload`: where the weights
-    of its layers are, if not in memory.
+    of its layers are, if not in memory. `workers`: at how many matrices memory allows to work at
+    once; None: at one a core.
 
     Raises `ModelError` for a model that does not give the logits of a text.
     """
@@ -60,6 +61,7 @@ class Decoder:
         self.progress: Progress = silent
         self.beside: tuple[Path, ...] = ()
         self.offload: Offload | None = None
+        self.workers: int | None = None
         check_reads_text(model)
 
     @cached_property

@@ -107,11 +107,11 @@ class Runner(ABC):
         items: Sequence[Item],
         keep: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensors]:
-        """`work` on every item, in order, on all cores, and by all processes where there are
-        several; what others made goes through `keep`. It must depend on nothing but the item
-        and what all processes have.
+        """`work` on every item, in order, on all cores (as many at once as `decoder.workers` says),
+        and by all processes where there are several; what others made goes through `keep`. It must
+        depend on nothing but the item and what all processes have.
         """
-        yield from over_cores(work, items)
+        yield from over_cores(work, items, self.decoder.workers)
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
         """The step that `make()` gives. `key` names it among all that a run makes: a run that goes

@@ -38,7 +38,7 @@ class Several(Resident):
         items: Sequence[Item],
         keep: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensors]:
-        yield from over_processes(work, items, keep)
+        yield from over_processes(work, items, keep, self.decoder.workers)
 
     def _own(self, blocks: Sequence[int]) -> Sequence[int]:
         return blocks[rank() :: world_size()]

@@ -16,17 +16,20 @@ Result = TypeVar("Result")
 Tensors = tuple[Tensor, ...]
 
 
-def over_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` on every item, in order, one thread a core: decompositions of this size gain little
-    from more threads each. It begins at once.
+def over_cores(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """`work` on every item, in order, at one a core at once: decompositions of this size gain
+    little from more threads each. With fewer `workers` each has several cores. It begins at once.
     """
-    threads = torch.get_num_threads()
+    threads = max(torch.get_num_threads(), 1)
+    workers = min(workers or threads, threads)
 
     def alone(item: Item) -> Result:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads // workers)
         return work(item)
 
-    pool = ThreadPoolExecutor(max(threads, 1))
+    pool = ThreadPoolExecutor(workers)
     return _ended(pool.map(alone, items), pool, threads)
 
 
@@ -43,12 +46,13 @@ def over_processes(
     work: Callable[[Item], Tensors],
     items: Sequence[Item],
     keep: Callable[[Tensor], Tensor] | None = None,
+    workers: int | None = None,
 ) -> Iterator[Tensors]:
     """`work` on every item, in order, each done by one process for all. What the others made comes
     to this one's CPU, and `keep` says where it stays.
     """
     world, own = world_size(), rank()
-    mine = over_cores(work, items[own::world])
+    mine = over_cores(work, items[own::world], workers)
     for number in range(len(items)):
         owner = number % world
         made = next(mine) if owner == own else None

@@ -32,8 +32,9 @@ class Plan:
     where the set has so many; passes through a few layers count together as so many whole ones.
     `statistics_bytes`: what it collects, and makes of that, in memory at once. Beside that are the
     hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
-    `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what
-    making edits takes at once, beside weights and statistics.
+    `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what work on
+    one matrix takes, beside weights and statistics; it goes on at so many of them `at_once`, where
+    there are the cores.
 
     Operations beside those of the passes, by kind (`grasp.stages.operations`): `a_token` of the
     set, over all sweeps, `a_block` of it, and `once`.
@@ -50,6 +51,7 @@ class Plan:
     held_sets: int = 0
     held_blocks: int = 0
     workspace_bytes: int = 0
+    at_once: int = 1
     a_token: Operations = field(default_factory=dict)
     a_block: Operations = field(default_factory=dict)
     once: Operations = field(default_factory=dict)

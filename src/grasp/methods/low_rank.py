@@ -205,6 +205,7 @@ class LowRank(Scope, Size):
             self.sums_bytes(decoder, linears) + groups_bytes(linears),
             len(linears),
             workspace_bytes=decomposing_bytes([linear.shape for linear in linears]),
+            at_once=max(len(linears), 1),
             a_token=self.operations_a_token(decoder, linears),
             once=total(self.operations_once(linear) for linear in linears),
         )
@@ -371,11 +372,10 @@ def square_bytes(linears: Sequence[Linear]) -> int:
 
 
 def decomposing_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """Of what the decomposition of matrices of these shapes holds at once, one on every core: a
-    matrix and its product with the metric, and some squares of its shorter side; in float64.
+    """Of the most that the decomposition of one of these matrices holds at once: the matrix and its
+    product with the metric, and some squares of its shorter side; in float64.
     """
-    each = [8 * (2 * m * n + SQUARES * min(m, n) ** 2) for m, n in shapes]
-    return min(max(torch.get_num_threads(), 1), len(shapes)) * max(each, default=0)
+    return max((8 * (2 * m * n + SQUARES * min(m, n) ** 2) for m, n in shapes), default=0)
 
 
 def groups_bytes(linears: Sequence[Linear]) -> int:

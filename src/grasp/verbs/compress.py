@@ -62,7 +62,7 @@ from grasp.report.card import model_card, picture_for
 from grasp.stages.enough import calibration_notes, with_few_tokens
 from grasp.stages.forecast import expectation, interval
 from grasp.stages.redundancy import describe_redundancy
-from grasp.verbs.preflight import offload_for
+from grasp.verbs.preflight import offload_for, workers_for
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,8 @@ def compress(
         offload = offload_for(chosen, source, memory, calibration, place)
         decoder = open_model(**vars(source), dequantize=True, offload=offload)
         decoder.progress = progress
+        _check(chosen, decoder, place, calibration)
+        decoder.workers = workers_for(chosen, decoder, source, memory, calibration)
         return _compress(chosen, decoder, source, calibration, place, journal, clock, choice.plugin)
 
 
@@ -148,8 +150,7 @@ def _compress(
     clock: Clock,
     plugin: str | Path | None,
 ) -> Compression:
-    """`compress` with its arguments read, its model open and its journal at hand."""
-    _check(chosen, decoder, out, calibration)
+    """`compress` with its arguments checked, its model open and its journal at hand."""
     before, original = decoder.num_parameters(), describe_model(decoder)
     shapes = Shapes.of(decoder)
     clock.lap("load")
@@ -369,6 +370,7 @@ def predict(
     decoder = open_model(**vars(source), dequantize=True, offload=offload)
     decoder.progress = progress
     _check(chosen, decoder, None, calibration)
+    decoder.workers = workers_for(chosen, decoder, source, memory, calibration)
     data = draw(decoder, calibration)
     needs = chosen.needs(decoder)
     notes = _notes(chosen, decoder, data, needs)

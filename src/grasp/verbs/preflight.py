@@ -20,7 +20,7 @@ import logging
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,11 @@ def estimate(
     width: int,
     offloaded: bool = False,
     sharing: int = 0,
+    workers: int | None = None,
 ) -> Estimate:
     """From the model's shapes (it may be empty) and what the method plans; `width`: bytes of a
-    number, `offloaded`: with the layers on the disk, `sharing`: so many processes that share them.
+    number, `offloaded`: with the layers on the disk, `sharing`: so many processes that share them,
+    `workers`: at so many matrices at once (None: one a core).
     """
     sizes = _sizes(decoder, plan, width)
     config, backward = decoder.config, plan.backward_sweeps > 0
@@ -100,8 +102,8 @@ def estimate(
     logits = seq_len * config.vocab_size * (2 * width + (12 if width == 4 else 16)) * backward
     logits += PACKED * sizes.table * backward
     held = (plan.held_sets * num_samples + plan.held_blocks) * seq_len * config.hidden_size * 4
-    collected, workspace = plan.statistics_bytes + held, plan.workspace_bytes
-    threads = max(torch.get_num_threads(), 1)
+    at_once = min(plan.at_once, workers or max(torch.get_num_threads(), 1))
+    collected, workspace = plan.statistics_bytes + held, at_once * plan.workspace_bytes
     if offloaded:
         one = plan.statistics_bytes / max(plan.num_layers, 1)
         own = sizes.layers / sharing if sharing else 0.0
@@ -111,7 +113,7 @@ def estimate(
             + sizes.outside
             + max(
                 arriving + one + of_layer + max(states * backward, 0) + logits,
-                threads * sizes.layer + one + workspace,
+                at_once * sizes.layer + one + workspace,
                 sizes.outside + sizes.table + sizes.layer,
             )
         )
@@ -192,8 +194,25 @@ class Preflight:
 
     def estimate(self, offloaded: bool) -> Estimate:
         """What the run needs, with the layers in memory or on the disk."""
-        sharing = world_size() if self.memory.fsdp else 0
-        return estimate(self.decoder, self.plan, *self.shown, self.width, offloaded, sharing)
+        return self._at(offloaded, self.workers(offloaded))
+
+    def _at(self, offloaded: bool, workers: int) -> Estimate:
+        sharing, plan = world_size() if self.memory.fsdp else 0, self.plan
+        on_gpu = self.device.type == "cuda" and self.free is not None
+        if on_gpu and not offloaded and plan.statistics_bytes >= (self.free or 0) / 2:
+            plan = replace(plan, statistics_bytes=0)  # they go elsewhere: `Scratch.for_bytes`
+        shown = self.decoder, plan, *self.shown, self.width
+        return estimate(*shown, offloaded, sharing, workers)
+
+    def workers(self, offloaded: bool) -> int:
+        """At how many matrices the run can work at once: as many as fit into what is free, one a
+        core at most, and one at least.
+        """
+        most = min(max(torch.get_num_threads(), 1), self.plan.at_once)
+        if self.free is None:
+            return most
+        fit = (n for n in range(most, 1, -1) if self._at(offloaded, n).memory <= self.free)
+        return next(fit, 1)
 
     def seconds(self) -> float:
         """How long the run takes on this machine, whose speed is measured for it."""
@@ -257,6 +276,20 @@ def folder_of(memory: MemoryRecipe, out: Path | None) -> Path:
     if memory.offload is not None:
         return Path(memory.offload)
     return Path(tempfile.gettempdir()) if out is None else existing(out.parent)
+
+
+def workers_for(
+    method: Method,
+    decoder: Decoder,
+    source: ModelSource,
+    memory: MemoryRecipe,
+    calibration: CalibrationRecipe,
+) -> int:
+    """At how many matrices of a model that is open memory allows to work at once."""
+    found = Preflight.of(method, source, memory, calibration, decoder)
+    if memory.most is None and found.free is not None and decoder.offload is None:
+        found = replace(found, free=found.free + decoder.num_bytes())  # it is there already
+    return found.workers(decoder.offload is not None)
 
 
 def offload_for(
