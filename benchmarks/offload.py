@@ -171,7 +171,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.child:
         asked.child["fields"] = {
-            k: int(v) if v.isdigit() else v for k, v in asked.child["fields"].items()
+            k: int(v) if str(v).isdigit() else v for k, v in asked.child["fields"].items()
         }
         sys.stdout.write(json.dumps(child(asked.child)) + "\n")
         return 0

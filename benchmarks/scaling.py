@@ -26,7 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-METHODS = {"svd-llm": {"ratio": "0.2"}, "grasp-fisher": {"ratio": "0.2", "rounds": "1"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "svd-llm": {"ratio": 0.2},
+    "grasp-fisher": {"ratio": 0.2, "rounds": 1},
+}
 COLORS = {"svd-llm": "#4a6fa5", "grasp-fisher": "#c1440e"}
 BLOCKS, LENGTH, LAYERS, WIDTH = 4, 256, 4, 512
 GROWS = {
