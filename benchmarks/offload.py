@@ -170,9 +170,10 @@ def main() -> int:
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        asked.child["fields"] = {
-            k: int(v) if str(v).isdigit() else v for k, v in asked.child["fields"].items()
-        }
+        fields = asked.child["fields"]
+        fields |= {name: int(value) for name, value in fields.items() if str(value).isdigit()}
+        if "layers" in fields:
+            fields["layers"] = (fields["layers"],)
         sys.stdout.write(json.dumps(child(asked.child)) + "\n")
         return 0
     if asked.plot:
@@ -186,7 +187,8 @@ def main() -> int:
             if asked.output:
                 from grasp.core.provenance import versions
 
-                told = {"rows": rows, "versions": versions(), "command": " ".join(sys.argv)}
+                said = " ".join(["benchmarks/offload.py", *sys.argv[1:]])
+                told = {"rows": rows, "versions": versions(), "command": said}
                 asked.output.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 

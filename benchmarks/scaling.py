@@ -142,7 +142,11 @@ def plot(results: Path, picture: Path) -> None:
             mine = [r for r in rows if (r["method"], r["grows"]) == (method, grows)]
             at = [row["at"] for row in mine]
             panels[0, column].plot(
-                at, [row["seconds"] for row in mine], "o-", color=color, label=method
+                at,
+                [row["seconds"] for row in mine],
+                "o-",
+                color=color,
+                label="" if column else method,
             )
             panels[1, column].plot(at, [row["bytes"] / 1e6 for row in mine], "o-", color=color)
             panels[1, column].plot(at, [row["told_bytes"] / 1e6 for row in mine], ":", color=color)
@@ -199,10 +203,9 @@ def predict() -> None:
             reads, share = way == "on the disk", blocks // machine.processes
             time = seconds(decoder, each, share, length, 2, Speed(machine.rates), reads)
             cost = best.estimate(best.offloaded)
-            print(
-                f"{words} {way} | {cost.memory / 1e9:.0f} GB | {cost.disk / 1e9:.0f} GB |"
-                f" {time / 3600:.1f} h |"
-            )
+            lasts = f"{time / 60:.0f} min" if time < 3600 else f"{time / 3600:.0f} h"
+            sizes = f"{cost.memory / 1e9:.0f} GB | {cost.disk / 1e9:.0f} GB"
+            print(f"{words} {way} | {sizes} | {lasts} |")
 
 
 def main() -> int:
@@ -228,7 +231,7 @@ def main() -> int:
         for method in METHODS:
             for at in values:
                 rows.append(measured(asked.folder.resolve(), method, grows, at))
-                told = {"rows": rows, "versions": versions(), "command": " ".join(sys.argv)}
+                told = {"rows": rows, "versions": versions(), "command": "benchmarks/scaling.py"}
                 if asked.output:
                     asked.output.write_text(json.dumps(told, indent=1) + "\n")
     return 0
