@@ -13,24 +13,26 @@ from grasp.core.score import Score
 
 SIZES = {"paper-table-3", "paper-table-3-trained"}
 """Experiments that ask for several sizes: a line a method, a column a size."""
+UNTIMED = {"paper-table-1", "paper-table-2"}
+"""Run beside other work, and with pauses: their seconds say nothing."""
 
 
 def table(path: Path) -> list[str]:
     """The lines of the table of one results file."""
     rows = Results.read(path).rows
-    return by_size(rows) if path.stem in SIZES else by_method(rows)
+    return by_size(rows) if path.stem in SIZES else by_method(rows, path.stem not in UNTIMED)
 
 
-def by_method(rows: Sequence[Result]) -> list[str]:
-    """A line a row: size, perplexities, tasks, time and memory."""
+def by_method(rows: Sequence[Result], timed: bool = True) -> list[str]:
+    """A line a row: size, perplexities, tasks, time where it was `timed`, and memory."""
     texts = names(rows, ("perplexity",))
     tasks = names(rows, tuple(unit for unit in units(rows) if unit != "perplexity"))
     heads = [
         "",
         "removed, %",
         *(Path(text).name for text in texts),
-        *tasks,
-        "compression, s",
+        *(f"{task}, {metric}" if (metric := metric_of(rows[0], task)) else task for task in tasks),
+        *(["compression, s"] if timed else []),
         "peak memory, GB",
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
@@ -42,8 +44,12 @@ def by_method(rows: Sequence[Result]) -> list[str]:
                 row.label,
                 f"{100 * (row.ratio or 0):.1f}",
                 *(shown(row.score("perplexity", text)) for text in texts),
-                *(shown(next((s for s in row.scores if s.name == task), None)) for task in tasks),
-                f"{math.fsum(row.seconds.values()):.0f}" if row.seconds else "",
+                *(shown(of_task(row, task)) for task in tasks),
+                *(
+                    [f"{math.fsum(row.seconds.values()):.0f}" if row.seconds else ""]
+                    if timed
+                    else []
+                ),
                 f"{row.peak_memory / 1e9:.1f}" if row.peak_memory else "",
             ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -70,6 +76,19 @@ def by_size(rows: Sequence[Result]) -> list[str]:
         first = cell(dense, texts) if place == 0 else ""
         lines.append("| " + " | ".join([method, first, *cells]) + " |")
     return lines
+
+
+def metric_of(row: Result, task: str) -> str | None:
+    """The metric of a task that enters the mean over tasks."""
+    mean = next((score for score in row.scores if score.name == "mean"), None)
+    return None if mean is None else mean.protocol.get("metrics", {}).get(task)
+
+
+def of_task(row: Result, task: str) -> Score | None:
+    """The score of a task that enters the mean over tasks, or its first."""
+    found = [score for score in row.scores if score.name == task]
+    metric = metric_of(row, task)
+    return next((score for score in found if score.unit == metric), found[0] if found else None)
 
 
 def of_size(row: Result) -> str:
