@@ -182,7 +182,7 @@ def predict() -> None:
         decoder = Decoder(empty, None, name)
         for machine, method in itertools.product(MACHINES, ("grasp", "svd-llm", "grasp-fisher")):
             torch.set_num_threads(machine.cores)
-            os.environ["WORLD_SIZE"] = str(machine.processes)  # what --fsdp asks
+            os.environ["WORLD_SIZE"] = str(machine.processes)  # what the estimate asks
             plan, free = make(method, {"ratio": 0.2}, ()).plan(decoder), int(machine.memory)
             device = torch.device("cuda" if "GPU" in machine.name else "cpu")
             recipes = [MemoryRecipe()]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from grasp.core.fields import Place, flag, shortened
-from grasp.core.processes import world_size
 from grasp.core.sizes import bytes_of
 from grasp.errors import RecipeError
 from grasp.recipes.part import Part
@@ -40,11 +39,6 @@ class MemoryRecipe(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fsdp and world_size() == 1:
-            raise RecipeError(
-                "--fsdp: there is one process, which has nobody to share with; start several with"
-                " torchrun, or take --offload FOLDER"
-            )
         if self.max_memory is not None and not self.most:
             raise RecipeError(
                 f"--max-memory {shortened(self.max_memory)}: not a size; write it like 8GB or 300MB"

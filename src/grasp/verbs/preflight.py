@@ -172,7 +172,14 @@ class Preflight:
         calibration: CalibrationRecipe,
         decoder: Decoder,
     ) -> Preflight:
-        """Of a run with the model whose shapes `decoder` has."""
+        """Of a run with the model whose shapes `decoder` has. Raises `RecipeError` for weights that
+        one process would share with nobody.
+        """
+        if memory.fsdp and world_size() == 1:
+            raise RecipeError(
+                "--fsdp: there is one process, which has nobody to share with; start several with"
+                " torchrun, or take --offload FOLDER"
+            )
         dtype = DTYPES[source.dtype] if source.dtype else decoder.model.dtype
         free = memory.most if memory.most is not None else free_memory(source.device)
         device = device_of(source.device)
