@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from grasp.core.layers.packing_grasp import BITS, is_grouped
+from grasp.core.layers.packing_grasp import BITS, aligned, is_grouped
 from grasp.serving.stored import Stored
 
 GROUPS = (32, 64, 128, 256)
@@ -37,7 +37,7 @@ class AtWidth(nn.Module):
         self.grouped = is_grouped(matrix.scheme)
         if not self.grouped:
             # the kernel reads 32 columns at a time
-            numbers = pad(matrix.qdata, (0, -columns % 32))
+            numbers = aligned(pad(matrix.qdata, (0, -columns % 32)))
             scales = matrix.scale.flatten()
             self.columns = numbers.shape[1]
         else:

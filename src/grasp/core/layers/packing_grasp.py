@@ -78,6 +78,21 @@ def integer_dtype(scheme: str) -> torch.dtype:
     return torch.uint8 if is_grouped(scheme) else torch.int8
 
 
+ALIGNED = 64
+"""Bytes, at multiples of which torch's own tensors begin."""
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether the numbers begin where torch's kernels expect it. Those in a file may not."""
+    return x.data_ptr() % ALIGNED == 0
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same numbers, contiguous and where torch's kernels expect them."""
+    x = x.contiguous()
+    return x if is_aligned(x) else x.clone()
+
+
 def packed(numbers: Tensor, scheme: str) -> Tensor:
     """q (rows, columns) -> the bytes (rows, bytes) that hold them."""
     bits, columns = BITS[scheme], numbers.shape[1]

@@ -17,9 +17,11 @@ from .packing_grasp import (
     INTEGERS,
     SYMMETRIC,
     ZEROS,
+    aligned,
     check_stored,
     dequantized,
     integer_dtype,
+    is_aligned,
     layout,
     unpacked,
 )
@@ -176,14 +178,16 @@ class QuantizedLinear(nn.Linear):
 
     def _int8_product(self, name: str, flat: Tensor) -> Tensor:
         """x (tokens, columns) -> Wx (tokens, rows) from 8 bits. torch's kernel reads 32 columns at
-        a time, past the end of a row that has fewer.
+        a time, past the end of a row that has fewer, and ends the process where numbers do not
+        begin at a multiple of 16 bytes, as those that lie in a file may not.
         """
         qdata, room = getattr(self, f"{name}_qdata"), -flat.shape[1] % 32
-        if room and name not in self.packed:
-            self.packed[name] = (pad(qdata, (0, room)), qdata)
-        if room:
+        if room or not is_aligned(qdata):
+            if name not in self.packed:
+                self.packed[name] = (aligned(pad(qdata, (0, room))), qdata)
             qdata, flat = self.packed[name][0], pad(flat, (0, room))
-        return torch._weight_int8pack_mm(flat.contiguous(), qdata, getattr(self, name).flatten())
+        scale = getattr(self, name).flatten()
+        return torch._weight_int8pack_mm(aligned(flat), qdata, aligned(scale))
 
     def _int4_product(self, name: str, flat: Tensor) -> Tensor:
         """x (tokens, columns) -> Wx (tokens, rows) from 4 bits, in the order of numbers that this
@@ -204,7 +208,7 @@ class QuantizedLinear(nn.Linear):
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.contiguous(), 1)
             self.packed[name] = (order, scales.transpose(0, 1).contiguous())
         order, scales = self.packed[name]
-        whole = pad(flat, (0, scales.shape[0] * self.group_size - flat.shape[1]))
+        whole = aligned(pad(flat, (0, scales.shape[0] * self.group_size - flat.shape[1])))
         return torch.ops.aten._weight_int4pack_mm_for_cpu(whole, order, self.group_size, scales)[
             :, : self.shapes[name][0]
         ]
