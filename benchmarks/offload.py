@@ -93,6 +93,17 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
         }
 
 
+def in_a_process(told: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """What `child` finds in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(told)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def measured(model: str, offloaded: bool, asked: argparse.Namespace) -> dict[str, Any]:
     """A row of the results."""
     told = {
@@ -104,11 +115,7 @@ def measured(model: str, offloaded: bool, asked: argparse.Namespace) -> dict[str
         "seq_len": asked.seq_len,
         "folder": asked.folder,
     }
-    command = [sys.executable, __file__, "--child", json.dumps(told)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    row = {**told, **json.loads(done.stdout.splitlines()[-1])}
+    row = {**told, **in_a_process(told)}
     row["bytes"] = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     grown, expected = row["peak"] - row["before"], row["told"]["memory"]
     print(

@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from offload import in_a_process
+
 METHODS: dict[str, dict[str, Any]] = {
     "svd-llm": {"ratio": 0.2},
     "grasp-fisher": {"ratio": 0.2, "rounds": 1},
@@ -100,17 +102,7 @@ def measured(folder: Path, method: str, grows: str, at: int) -> dict[str, Any]:
         "seq_len": LENGTH,
         "folder": str(folder),
     }
-    command = [sys.executable, str(Path(__file__).with_name("offload.py")), "--child"]
-    done = subprocess.run(
-        [*command, json.dumps(told)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_a_process(told, OMP_NUM_THREADS="1")
     row = {
         "method": method,
         "grows": grows,
