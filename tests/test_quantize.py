@@ -98,6 +98,41 @@ def test_every_kernel_computes_the_same_product(scheme, tokens, monkeypatch):
     )
 
 
+def in_16_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (tokens, columns) times b (columns, rows) as oneDNN sums without VNNI: a shifted to
+    0 ... 255, two products at a time in 16 bits, which saturate.
+    """
+    products = (a.int() + 128)[:, :, None] * b.int()
+    pairs = torch.nn.functional.pad(products, (0, 0, 0, a.shape[1] % 2)).unflatten(1, (-1, 2))
+    return pairs.sum(2).clamp(-(2**15), 2**15 - 1).sum(1) - 128 * b.int().sum(0)
+
+
+def test_a_kernel_that_saturates_is_not_used(monkeypatch):
+    """torch takes oneDNN's kernel where the processor has VNNI; `ONEDNN_MAX_CPU_ISA` may forbid it
+    there.
+    """
+    torch.manual_seed(0)
+    module, x = filled(torch.nn.Linear(70, 37), "int8-dynamic"), torch.randn(8, 70)
+    with torch.no_grad():
+        exact = x @ module.dequantized("weight").T + module.bias
+        asked = quantized_grasp.sums_are_exact.__wrapped__
+        monkeypatch.setattr(torch, "_int_mm", in_16_bits)
+        monkeypatch.setattr(quantized_grasp, "sums_are_exact", lambda: True)
+        assert (module(x) - exact).abs().max() > 0.1
+        monkeypatch.setattr(quantized_grasp, "sums_are_exact", asked)
+        assert (module(x) - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+def test_products_of_whole_numbers_compile(scheme):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(70, 37).bfloat16(), torch.randn(9, 70).bfloat16()
+    module = filled(linear, scheme)
+    with torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), module(x), atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     "scheme",
     [

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -37,13 +38,37 @@ SLICE = 1 << 25
 """
 
 
-@cache
+def of_this_processor(ask: Callable[[], bool]) -> Callable[[], bool]:
+    """`ask`, once a process; a constant to `torch.compile`."""
+    asked = cache(ask)
+
+    @wraps(ask)
+    def told() -> bool:
+        return asked()
+
+    return torch.compiler.assume_constant_result(told)
+
+
+@of_this_processor
 def slow_in_bfloat16() -> bool:
     """Whether this processor has AVX2 or AVX512, which those kernels use, but no units for products
     in bfloat16.
     """
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(able.get("avx2")) and not (able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+@of_this_processor
+def sums_are_exact() -> bool:
+    """Whether torch's product of whole numbers is exact on this CPU. torch asks whether the
+    processor has VNNI, oneDNN beneath it what it may use (`ONEDNN_MAX_CPU_ISA`); without VNNI it
+    sums pairs in 16 bits, which are too few.
+    """
+    largest = torch.full((8, 64), 127, dtype=torch.int8)
+    return all(
+        bool((torch._int_mm(largest[:tokens], largest.t()) == 64 * 127**2).all())
+        for tokens in (1, 8)
+    )
 
 
 class QuantizedLinear(nn.Linear):
@@ -221,7 +246,7 @@ class QuantizedLinear(nn.Linear):
         flat = input.reshape(-1, columns).float()
         whole, scale = whole_tokens(flat)
         # what torch's kernels take; on CPU (2.13) they sum a single column wrongly
-        fits = (flat.is_cpu and columns > 1) or (
+        fits = (flat.is_cpu and columns > 1 and sums_are_exact()) or (
             flat.is_cuda and len(flat) > 16 and columns % 8 == rows % 8 == 0
         )
         sums = (
