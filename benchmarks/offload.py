@@ -10,8 +10,10 @@ beside what `--dry-run` says before.
     python benchmarks/offload.py --plot results/offload.json -o docs/offload.png
 
 Every run is a fresh process; both ways take turns (A B A B ...), so that noise of the machine hits
-both. Memory: the largest resident set, and what of it was there before the model was opened. Disk:
-the largest that OUT and all files of the run took together, those without a name among them.
+both. Memory: the largest resident set, and what of it was there before the model was opened; and,
+looked at every 20 ms, the largest without pages of files, which the system takes back when others
+need the room. Disk: the largest that OUT and all files of the run took together, those without a
+name among them.
 """
 
 from __future__ import annotations
@@ -46,6 +48,15 @@ def on_disk(folder: Path) -> int:
     return total
 
 
+def anonymous() -> int:
+    """Bytes of this process in memory that are no file's. 0 where the system does not say it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def child(asked: dict[str, Any]) -> dict[str, Any]:
     """One run, in this process."""
     import torch
@@ -61,11 +72,16 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
         place = {"offload": folder} if asked["offloaded"] else {}
         told = dry_run(asked["model"], **fields, **size, **place)
         ids = torch.randint(0, 49_000, tuple(size.values()), generator=torch.Generator())
-        before, most, over = resident_peak(), [0], threading.Event()
+        before, own = resident_peak(), anonymous()
+        disk, held, over = [0], [0], threading.Event()
 
         def watch() -> None:
-            while not over.wait(0.2):
-                most[0] = max(most[0], on_disk(Path(folder)))
+            looks = 0
+            while not over.wait(0.02):
+                held.append(max(held.pop(), anonymous()))
+                if looks % 10 == 0:
+                    disk.append(max(disk.pop(), on_disk(Path(folder))))
+                looks += 1
 
         watching = threading.Thread(target=watch)
         watching.start()
@@ -88,7 +104,8 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
             "parameters": done.parameters_before,
             "peak": resident_peak(),
             "before": before,
-            "disk": most[0],
+            "anonymous": held[0] - own,
+            "disk": disk[0],
             "told": {**vars(told.cost), "seconds": told.seconds},
         }
 
@@ -121,7 +138,8 @@ def measured(model: str, offloaded: bool, asked: argparse.Namespace) -> dict[str
     print(
         f"{model:12s} {'disk  ' if offloaded else 'memory'} peak {row['peak'] / 1e6:6.0f} MB"
         f" ({100 * row['peak'] / row['bytes']:3.0f} % of the file), of it the run's"
-        f" {grown / 1e6:6.0f}, told {expected / 1e6:6.0f}; disk {row['disk'] / 1e6:6.0f}, told"
+        f" {grown / 1e6:6.0f} ({row['anonymous'] / 1e6:6.0f} without files), told"
+        f" {expected / 1e6:6.0f}; disk {row['disk'] / 1e6:6.0f}, told"
         f" {row['told']['disk'] / 1e6:6.0f}; {row['seconds']:5.0f} s, of a core"
         f" {row['cpu_seconds']:5.0f}, told {row['told']['seconds']:5.0f}",
         flush=True,

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_curvature import all_paths, brute_force, damped_gram, root
 import grasp
 from grasp.core.decoder import Decoder
 from grasp.core.layers.low_rank_grasp import LowRankLinear
+from grasp.core.runner import Resident
 from grasp.errors import GraspError, RecipeError
 from grasp.stages.basis import BASES, GRADIENT_DAMPING, INPUT_DAMPING
 from grasp.verbs.compress import predict
@@ -577,3 +579,20 @@ def test_mistakes_are_one_line(message, data):
     with pytest.raises(GraspError, match=message) as caught:
         run(data, **WRONG[message])
     assert "\n" not in str(caught.value)
+
+
+
+def test_statistics_are_gone_when_they_are_measured_anew(data, monkeypatch):
+    """Two rounds hold one set of sums at a time."""
+    held = []
+
+    def sweep(self, collectors, what, whole=Resident.sweep):
+        assert not any(one() for one in held)
+        found = whole(self, collectors, what)
+        held.extend(map(weakref.ref, [found, *collectors]))
+        return found
+
+    monkeypatch.setattr(Resident, "sweep", sweep)
+    done = run(data, parts="channels,ranks", ratio=0.3, width_multiple=4)
+    assert len(held) == 7
+    assert {entry.edit.kind for entry in done.log} == {"narrow", "factorize"}

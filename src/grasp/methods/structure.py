@@ -308,7 +308,7 @@ class Structure(Dial):
         yield from carried_out(runner, problem, first)
         linears = self.linears(decoder, [layer for layer in layers if layer in decoder.kept])
         spend -= settled(problem, Allocation({**sizes.sizes, **first.sizes}), linears)
-        del problem, offer
+        del problem, offer, stats
         parts = [part for part in self.more if part == EXPERTS]
         asked = self.asked(decoder, linears, parts)
         again = runner.sweep(asked, "statistics of the narrower model")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from grasp.core.classes import settle_class
 from grasp.core.collector import Collector
 from grasp.core.decoder import Decoder
 from grasp.core.destination import check_destination, name_of
-from grasp.core.edits import EditLog, Entry
+from grasp.core.edits import EditLog, Entry, Step
 from grasp.core.edits.slicing import check_unsliced
 from grasp.core.experts import experts_stay, mixture
 from grasp.core.fields import PathLike, declared
@@ -44,7 +44,7 @@ from grasp.core.processes import is_first, joined, world_size
 from grasp.core.progress import Progress, silent
 from grasp.core.proof import check_savable
 from grasp.core.provenance import Clock, code_of, contents, describe_model, versions
-from grasp.core.records import Calibration, Statistics
+from grasp.core.records import Calibration
 from grasp.core.runner import Runner
 from grasp.core.several import check_same, runner_for
 from grasp.core.shapes import Shapes
@@ -164,10 +164,12 @@ def _compress(
     notes = _notes(chosen, decoder, data, needs)
     runner = runner_for(decoder, data, journal)
     stats = runner.sweep(needs, "statistics")
-    redundancy = describe_redundancy(stats)
+    redundancy, loss = describe_redundancy(stats), stats.loss
     clock.lap("statistics")
 
-    log = _carry_out(chosen, runner, stats)
+    expected, steps = chosen.plan(decoder).num_edits, chosen.edits(runner, stats)
+    del stats, needs  # a method lets go of them where it measures anew
+    log = _carry_out(steps, runner, expected)
     if chosen.in_16_bits:
         to_16_bits(decoder)
     after, rises = decoder.num_parameters(), log.rises()
@@ -183,14 +185,14 @@ def _compress(
         "calibration": {
             **data.to_json(),
             "bos": AS_TOKENISED if decoder.block_bos is None else EVERY_BLOCK,
-            "loss_before": stats.loss,
+            "loss_before": loss,
         },
         "redundancy": redundancy,
         "edits": log.to_json(),
         "layers": shapes.beside(Shapes.of(decoder)),
         "prediction": None
-        if stats.loss is None or rises is None
-        else expectation(*rises, stats.loss),
+        if loss is None or rises is None
+        else expectation(*rises, loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "bytes": [vars(row) for row in inventory(decoder)] if chosen.in_16_bits else None,
         "versions": versions(),
@@ -297,14 +299,14 @@ def stays(method: Method, decoder: Decoder) -> list[str]:
     return [said for said in found if said]
 
 
-def _carry_out(method: Method, runner: Runner, stats: Statistics) -> EditLog:
-    """Apply each edit before the next is asked for. Returns the log: every edit, and the parameter
-    count after it.
+def _carry_out(steps: Iterable[Step], runner: Runner, expected: int) -> EditLog:
+    """Apply each edit, of about so many, before the next is asked for. Returns the log: every edit,
+    and the parameter count after it.
     """
     decoder = runner.decoder
     log = EditLog(num_layers=decoder.num_layers)
-    before, expected = decoder.num_parameters(), method.plan(decoder).num_edits
-    for made in method.edits(runner, stats):
+    before = decoder.num_parameters()
+    for made in steps:
         step = runner.journal.repeated(len(log), made)
         log.append(Entry(runner.apply(step.edit), step.note, decoder.num_parameters()))
         runner.journal.record(len(log) - 1, step, log[-1].parameters)
