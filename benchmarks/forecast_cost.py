@@ -1,10 +1,12 @@
-"""Seconds of `grasp compress` as `--dry-run` tells them and as measured, for every kind of method.
+"""Seconds, memory and disk of `grasp compress` as `--dry-run` tells them and as measured, for every
+kind of method.
 
     python benchmarks/random_llama.py small --layers 3 --width 512
-    python benchmarks/forecast_cost.py small smollm2 [--alone] [--offloaded] [--rounds 1]
+    python benchmarks/forecast_cost.py small smollm2 [--alone] [--ways memory,disk] [--rounds 1]
         [--modes "grasp;svd-llm, lstsq"] [--num-samples 4] [--seq-len 512] [--dtype float32]
         [-o results/forecast_cost.json]
     python benchmarks/forecast_cost.py --table results/forecast_cost.json
+    python benchmarks/forecast_cost.py --memory results/forecast_memory.json
 
 Every run is a fresh process, which is told the time right before it takes it. Random ids stand for
 the text. Time begins when Python and its libraries are there.
@@ -12,6 +14,8 @@ the text. Time begins when Python and its libraries are there.
 --alone: one thread, and told and measured in seconds of a core, not of the clock. That is what a
 machine with one core and nothing else to do would take, also on one that is shared; reading a disk
 does not count.
+
+Memory and disk are those of benchmarks/offload.py.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+from offload import Watched
 
 MODES: dict[str, dict[str, Any]] = {
     "shortgpt": {"ratio": 0.2},
@@ -75,7 +82,8 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
         shown = needs.decoder, needs.plan, *ids.shape
         told = seconds(*shown, needs.width, speed, needs.offloaded)
         begin, used = time.perf_counter(), time.process_time()
-        done = grasp.compress(asked["model"], Path(folder) / "out", **given)
+        with Watched(Path(folder)) as found:
+            done = grasp.compress(asked["model"], Path(folder) / "out", **given)
         clock, cores = time.perf_counter() - begin, time.process_time() - used
         return {
             "told": told,
@@ -85,6 +93,8 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
             "clock_seconds": clock,
             "laps": done.manifest["seconds"],
             "parameters": done.parameters_before,
+            "told_bytes": vars(needs.estimate(needs.offloaded)),
+            "bytes": {name: getattr(found, name) for name in ("memory", "anonymous", "disk")},
         }
 
 
@@ -94,7 +104,7 @@ def measured(told: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    row = {**told, **json.loads(done.stdout.splitlines()[-1])}
+    row = {**told, **json.loads(done.stdout.splitlines()[-1]), "model": Path(told["model"]).name}
     print(
         f"{Path(row['model']).name:12s} {row['mode']:22s} {row['dtype']:9s}"
         f" {'disk  ' if row['offloaded'] else 'memory'} told {row['told']:6.1f} s, measured"
@@ -115,13 +125,27 @@ def table(results: Path) -> None:
         )
 
 
+def memory_table(results: Path) -> None:
+    """The rows on memory and disk for the docs: a mode a line, in memory and on the disk."""
+    rows = json.loads(results.read_text())["rows"]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        cells = []
+        for offloaded in (False, True):
+            row = next(r for r in rows if (r["mode"], r["offloaded"]) == (mode, offloaded))
+            told, seen = row["told_bytes"], row["bytes"]
+            cells += [f"{told['memory'] / 1e6:,.0f}", f"{seen['memory'] / 1e6:,.0f}"]
+            cells += [f"{seen['anonymous'] / 1e6:,.0f}"]
+            cells += [f"{told['disk'] / 1e6:,.0f}", f"{seen['disk'] / 1e6:,.0f}"] * offloaded
+        print(f"| `{mode}` | {' | '.join(cells)} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*")
     parser.add_argument("--modes", default=";".join(MODES), help="separated by semicolons")
-    parser.add_argument("--offloaded", action="store_true")
+    parser.add_argument("--ways", default="memory", help="memory, disk, or both: memory,disk")
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--num-samples", type=int, default=4)
@@ -129,6 +153,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--memory", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
@@ -137,11 +162,14 @@ def main() -> int:
     if asked.table:
         table(asked.table)
         return 0
+    if asked.memory:
+        memory_table(asked.memory)
+        return 0
     rows = []
     for _ in range(asked.rounds):
         for model in asked.models:
-            for mode in asked.modes.split(";"):
-                told = {"model": model, "mode": mode, "offloaded": asked.offloaded}
+            for mode, offloaded in product(asked.modes.split(";"), asked.ways.split(",")):
+                told = {"model": model, "mode": mode, "offloaded": offloaded == "disk"}
                 told["alone"] = asked.alone
                 told |= {"num_samples": asked.num_samples, "seq_len": asked.seq_len}
                 rows.append(measured({**told, "dtype": asked.dtype}))

@@ -57,13 +57,45 @@ def anonymous() -> int:
     return 0
 
 
+class Watched:
+    """What this process takes inside, of memory (over what it had before) and of disk: below the
+    folder, and files without a name. In bytes.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.memory, self.anonymous, self.disk = folder, 0, 0, 0
+        self._over = threading.Event()
+        self._watching = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watched:
+        from grasp.evaluation.peak import resident_peak
+
+        self.before, self._own = resident_peak(), anonymous()
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from grasp.evaluation.peak import resident_peak
+
+        self._over.set()
+        self._watching.join()
+        self.memory = resident_peak() - self.before
+
+    def _watch(self) -> None:
+        looks = 0
+        while not self._over.wait(0.02):
+            self.anonymous = max(self.anonymous, anonymous() - self._own)
+            if looks % 10 == 0:
+                self.disk = max(self.disk, on_disk(self.folder))
+            looks += 1
+
+
 def child(asked: dict[str, Any]) -> dict[str, Any]:
     """One run, in this process."""
     import torch
 
     import grasp
     from grasp.core.records import Calibration
-    from grasp.evaluation.peak import resident_peak
     from grasp.verbs.dry_run import dry_run
 
     fields = {"method": asked["method"], **asked["fields"]}
@@ -72,21 +104,8 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
         place = {"offload": folder} if asked["offloaded"] else {}
         told = dry_run(asked["model"], **fields, **size, **place)
         ids = torch.randint(0, 49_000, tuple(size.values()), generator=torch.Generator())
-        before, own = resident_peak(), anonymous()
-        disk, held, over = [0], [0], threading.Event()
-
-        def watch() -> None:
-            looks = 0
-            while not over.wait(0.02):
-                held.append(max(held.pop(), anonymous()))
-                if looks % 10 == 0:
-                    disk.append(max(disk.pop(), on_disk(Path(folder))))
-                looks += 1
-
-        watching = threading.Thread(target=watch)
-        watching.start()
         begin, used = time.perf_counter(), time.process_time()
-        try:
+        with Watched(Path(folder)) as found:
             done = grasp.compress(
                 asked["model"],
                 Path(folder) / "out",
@@ -94,18 +113,15 @@ def child(asked: dict[str, Any]) -> dict[str, Any]:
                 **fields,
                 **place,
             )
-        finally:
-            over.set()
-            watching.join()
         return {
             "seconds": time.perf_counter() - begin,
             "cpu_seconds": time.process_time() - used,
             "laps": done.manifest["seconds"],
             "parameters": done.parameters_before,
-            "peak": resident_peak(),
-            "before": before,
-            "anonymous": held[0] - own,
-            "disk": disk[0],
+            "peak": found.before + found.memory,
+            "before": found.before,
+            "anonymous": found.anonymous,
+            "disk": found.disk,
             "told": {**vars(told.cost), "seconds": told.seconds},
         }
 

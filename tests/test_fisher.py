@@ -581,7 +581,6 @@ def test_mistakes_are_one_line(message, data):
     assert "\n" not in str(caught.value)
 
 
-
 def test_statistics_are_gone_when_they_are_measured_anew(data, monkeypatch):
     """Two rounds hold one set of sums at a time."""
     held = []

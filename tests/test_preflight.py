@@ -217,9 +217,9 @@ def test_memory_is_flat_in_depth_with_the_layers_on_the_disk():
         with torch.device("meta"):
             decoder = Decoder(transformers.AutoModelForCausalLM.from_config(config))
         plan = make("grasp-fisher", {"ratio": 0.2}).plan(decoder)
-        return estimate(decoder, plan, 8, 128, 4, offloaded)
+        return estimate(decoder, plan, 8, 128, torch.float32, offloaded)
 
-    assert told(48, False).memory > 4 * told(8, False).memory
+    assert told(48, False).memory > 3 * told(8, False).memory
     assert told(48, True).memory < 1.3 * told(8, True).memory
     assert told(48, True).disk > 5 * told(8, True).disk
 
@@ -237,7 +237,9 @@ def test_as_many_matrices_at_once_as_fit(monkeypatch):
         place = torch.device(device)
         return Preflight(decoder, plan, text, MemoryRecipe(), torch.float32, free, place)
 
-    each = [estimate(decoder, plan, 8, 32, 4, workers=count).memory for count in range(1, 9)]
+    each = [
+        estimate(decoder, plan, 8, 32, torch.float32, workers=count).memory for count in range(1, 9)
+    ]
     assert found(None).workers(False) == found(10**15).workers(False) == 8
     assert [found(free).workers(False) for free in each] == [
         max(n for n in range(1, 9) if each[n - 1] <= free) for free in each
@@ -254,6 +256,7 @@ def test_statistics_that_a_gpu_has_no_room_for_are_not_counted_there():
     def told(device):
         place = torch.device(device)
         found = Preflight(decoder, plan, text, MemoryRecipe(), torch.float32, free, place)
-        return found.estimate(False).memory
+        return found.estimate(False)
 
-    assert told("cpu") - told("cuda") >= 0.9 * plan.statistics_bytes
+    assert told("cpu").memory - told("cuda").memory >= 0.9 * plan.statistics_bytes
+    assert told("cpu").disk == told("cuda").disk > plan.statistics_bytes  # in the journal

@@ -16,7 +16,7 @@ import grasp
 from grasp.compensation.recipe import Recipe
 from grasp.compensation.trainable import check_trainable
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Drop, EditLog
+from grasp.core.edits import Drop, EditLog, rebasing
 from grasp.core.edits.slicing import Place, places
 from grasp.core.layers.sliced_grasp import RootNorm
 from grasp.core.layers.structure_grasp import check_structure
@@ -77,6 +77,14 @@ def test_rotating_is_exact(name, calibration):
     said = logits(dense, calibration.ids)
     result = run(calibration, model=dense, slicing=0.0)
     assert torch.allclose(logits(result.model, calibration.ids), said, atol=1e-12, rtol=1e-10)
+
+
+def test_tables_are_turned_a_few_rows_at_a_time(calibration, monkeypatch):
+    """And so are the same as turned at once."""
+    made = [run(calibration, "opt").model.state_dict()]
+    monkeypatch.setattr(rebasing, "SLICE", 70)
+    made.append(run(calibration, "opt").model.state_dict())
+    assert all(close(made[0][name], made[1][name]) for name in made[0])
 
 
 def test_the_published_size_of_opt_125m(caplog):

@@ -15,7 +15,7 @@ from typing import Any
 
 MMAP_THRESHOLD = -3
 """Of malloc.h: M_MMAP_THRESHOLD."""
-SMALL, LARGE = 4 << 20, 32 << 20
+SMALL, LARGE = 1 << 20, 32 << 20
 """Blocks from so many bytes on are asked for one by one: inside, and the most that glibc itself
 would take.
 """

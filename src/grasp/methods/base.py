@@ -30,8 +30,9 @@ class Plan:
     `parameters` None: the size follows from the scores. `forward_sweeps` and `backward_sweeps`
     count passes over the calibration set, `forward_blocks` the blocks that are shown beside them,
     where the set has so many; passes through a few layers count together as so many whole ones.
-    `statistics_bytes`: what it collects, and makes of that, in memory at once. Beside that are the
-    hidden states of the whole set, `held_sets` times, and of `held_blocks` blocks.
+    `statistics_bytes`: what it collects, and makes of that (`made_bytes` of it), in memory at once.
+    Beside that are the hidden states of the whole set, `held_sets` times, and of `held_blocks`
+    blocks.
     `decompositions`: matrices whose singular groups are computed. `workspace_bytes`: what work on
     one matrix takes, beside weights and statistics; it goes on at so many of them `at_once`, where
     there are the cores.
@@ -52,6 +53,7 @@ class Plan:
     held_blocks: int = 0
     workspace_bytes: int = 0
     at_once: int = 1
+    made_bytes: int = 0
     a_token: Operations = field(default_factory=dict)
     a_block: Operations = field(default_factory=dict)
     once: Operations = field(default_factory=dict)

@@ -206,6 +206,7 @@ class LowRank(Scope, Size):
             len(linears),
             workspace_bytes=decomposing_bytes([linear.shape for linear in linears]),
             at_once=max(len(linears), 1),
+            made_bytes=groups_bytes(linears),
             a_token=self.operations_a_token(decoder, linears),
             once=total(self.operations_once(linear) for linear in linears),
         )

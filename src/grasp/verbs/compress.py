@@ -190,9 +190,7 @@ def _compress(
         "redundancy": redundancy,
         "edits": log.to_json(),
         "layers": shapes.beside(Shapes.of(decoder)),
-        "prediction": None
-        if loss is None or rises is None
-        else expectation(*rises, loss),
+        "prediction": None if loss is None or rises is None else expectation(*rises, loss),
         "parameters": {"before": before, "after": after, "ratio": 1 - after / before},
         "bytes": [vars(row) for row in inventory(decoder)] if chosen.in_16_bits else None,
         "versions": versions(),

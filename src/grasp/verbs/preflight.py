@@ -20,6 +20,7 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 
 from grasp.core.decoder import Decoder
 from grasp.core.destination import existing, size
+from grasp.core.freed import LARGE
 from grasp.core.models import DTYPES, device_of, load_model
 from grasp.core.offload import Offload
 from grasp.core.processes import processes_here, world_size
@@ -46,11 +48,16 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = 1.5
 """Of the inputs and outputs of a layer's matrices, what its graph keeps for the backward pass."""
 PACKED = 2
-"""Copies of the head that its products make, one forward and one backward."""
-PIECES = 1.4
-"""What decompositions in memory take, over what they hold at once: the C library keeps pieces of
-what is free. With the layers on the disk it gives them back (`grasp.core.freed`).
+"""Copies of the head that its products make in float32 on a processor with AVX-512, one forward and
+one backward.
 """
+PIECES = 2
+"""What decompositions in memory take, over what they hold at once, where their squares are smaller
+than `LARGE`: the C library keeps as much again of what is free. With the layers on the disk it
+gives that back (`grasp.core.freed`).
+"""
+SQUARES_HELD = 20
+"""Of the largest of its squares in float32, what a decomposition holds at once."""
 SURELY = 4
 """Where so many times the weights are free, nothing more is asked before a run."""
 
@@ -84,15 +91,17 @@ def estimate(
     plan: Plan,
     num_samples: int,
     seq_len: int,
-    width: int,
+    dtype: torch.dtype,
     offloaded: bool = False,
     sharing: int = 0,
     workers: int | None = None,
+    device: str = "cpu",
 ) -> Estimate:
-    """From the model's shapes (it may be empty) and what the method plans; `width`: bytes of a
-    number, `offloaded`: with the layers on the disk, `sharing`: so many processes that share them,
-    `workers`: at so many matrices at once (None: one a core).
+    """From the model's shapes (it may be empty, in the dtype of its files) and what the method
+    plans; `dtype`: as it will be in memory, `offloaded`: with the layers on the disk, `sharing`: so
+    many processes that share them, `workers`: at so many matrices at once (None: one a core).
     """
+    width = dtype.itemsize
     sizes = _sizes(decoder, plan, width)
     config, backward = decoder.config, plan.backward_sweeps > 0
     layers = len(decoder.kept)
@@ -100,10 +109,12 @@ def estimate(
     of_layer = ACTIVATIONS * seq_len * max(touched, default=0) * width
     states = seq_len * layers * config.hidden_size * width
     logits = seq_len * config.vocab_size * (2 * width + (12 if width == 4 else 16)) * backward
-    logits += PACKED * sizes.table * backward
+    logits += PACKED * sizes.table * (backward and device == "cpu" and _packs(dtype))
     held = (plan.held_sets * num_samples + plan.held_blocks) * seq_len * config.hidden_size * 4
     at_once = min(plan.at_once, workers or max(torch.get_num_threads(), 1))
     collected, workspace = plan.statistics_bytes + held, at_once * plan.workspace_bytes
+    sums = plan.statistics_bytes - plan.made_bytes
+    journal = sums * max(plan.backward_sweeps, 1) + sizes.edited * 4 / width
     if offloaded:
         one = plan.statistics_bytes / max(plan.num_layers, 1)
         own = sizes.layers / sharing if sharing else 0.0
@@ -117,17 +128,26 @@ def estimate(
                 sizes.outside + sizes.table + sizes.layer,
             )
         )
-        disk = sizes.after + sizes.edited * (1 + 4 / width) + collected
+        converted = 0.0 if dtype == decoder.model.dtype else sizes.layers
+        written = max(collected + sums, journal + sizes.edited + sizes.after)
+        disk = converted + written
     else:
         weights = sizes.outside + sizes.layers
-        kept = sizes.edited * 4 / width
+        pieces = PIECES if plan.workspace_bytes < SQUARES_HELD * LARGE else 1
+        kept = sizes.edited * 4 / width * (width < 4)  # else they are the model's own numbers
         memory = max(
             weights + collected + (of_layer * layers if backward else of_layer) + logits,
-            weights + collected + PIECES * workspace + kept,
+            weights + collected + pieces * workspace + kept,
             2 * sizes.after + sizes.table + kept + collected,
         )
-        disk = sizes.after + kept
+        disk = sizes.after + journal
     return Estimate(int(memory), int(disk))
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether products on this processor make a copy of a table in an order of their own."""
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return dtype == torch.float32 and bool(able.get("avx512_f"))
 
 
 def _shapes(decoder: Decoder) -> list[list[tuple[int, int]]]:
@@ -204,12 +224,17 @@ class Preflight:
         return self._at(offloaded, self.workers(offloaded))
 
     def _at(self, offloaded: bool, workers: int) -> Estimate:
-        sharing, plan = world_size() if self.memory.fsdp else 0, self.plan
-        on_gpu = self.device.type == "cuda" and self.free is not None
-        if on_gpu and not offloaded and plan.statistics_bytes >= (self.free or 0) / 2:
-            plan = replace(plan, statistics_bytes=0)  # they go elsewhere: `Scratch.for_bytes`
-        shown = self.decoder, plan, *self.shown, self.width
-        return estimate(*shown, offloaded, sharing, workers)
+        sharing = world_size() if self.memory.fsdp else 0
+
+        def of(plan: Plan) -> Estimate:
+            shown = self.decoder, plan, *self.shown, self.dtype
+            return estimate(*shown, offloaded, sharing, workers, self.device.type)
+
+        found, on_gpu = of(self.plan), self.device.type == "cuda" and self.free is not None
+        if on_gpu and not offloaded and self.plan.statistics_bytes >= (self.free or 0) / 2:
+            elsewhere = replace(self.plan, statistics_bytes=0, made_bytes=0)  # `Scratch.for_bytes`
+            found = replace(found, memory=of(elsewhere).memory)
+        return found
 
     def workers(self, offloaded: bool) -> int:
         """At how many matrices the run can work at once: as many as fit into what is free, one a

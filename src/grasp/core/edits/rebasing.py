@@ -41,6 +41,9 @@ from grasp.core.layers.sliced_grasp import (
 )
 from grasp.errors import NumericsError, RecipeError
 
+SLICE = 1 << 21
+"""Numbers of a matrix that are in float64 at a time."""
+
 
 class _Draft:
     """What will be in the model: modules by path, and by layer its record and its shortcuts."""
@@ -137,12 +140,13 @@ def _read(draft: _Draft, place: Place, basis: Tensor) -> None:
 
 def _reading(reader: Any, norm: Norm, basis: Tensor) -> tuple[Tensor, Tensor | None]:
     """W diag(scale) Q and b + W shift, in the reader's dtype."""
-    weight = _matrix(reader)
+    weight, dtype = _matrix(reader), reader.weight.dtype
     bias = None if reader.bias is None else reader.bias.double()
     if norm.shift is not None:
-        bias = weight @ norm.shift if bias is None else bias + weight @ norm.shift
-    sliced = ((weight * norm.scale) @ basis).to(reader.weight.dtype)
-    return sliced, None if bias is None else bias.to(reader.weight.dtype)
+        shift = _times(weight, norm.shift[:, None], torch.float64)[:, 0]
+        bias = shift if bias is None else bias + shift
+    sliced = _times(weight, norm.scale[:, None] * basis, dtype)
+    return sliced, None if bias is None else bias.to(dtype)
 
 
 def _write(draft: _Draft, place: Place, turn: Tensor) -> None:
@@ -152,7 +156,7 @@ def _write(draft: _Draft, place: Place, turn: Tensor) -> None:
     if place.block == ATTENTION and layer == decoder.kept[0]:
         for path in tables(decoder):
             table: Any = decoder.model.get_submodule(path)
-            weight = (table.weight.double() @ turn).to(table.weight.dtype)
+            weight = _times(table.weight, turn, table.weight.dtype)
             padded = len(turn) if decoder.family.ends_as_begun else None
             draft.modules[path] = sliced_table(table, weight, padded)
         return
@@ -165,16 +169,27 @@ def _write(draft: _Draft, place: Place, turn: Tensor) -> None:
     for branch in record["blocks"][number - 1]:
         for writer in dense_matrices(module, [branch["writes"]]):
             bias = None if writer.bias is None else writer.bias.double() @ turn
-            weight = (turn.mT @ _matrix(writer)).to(writer.weight.dtype)
+            weight = (turn.mT @ _matrix(writer).double()).to(writer.weight.dtype)
             made = resized(writer, weight, None if bias is None else bias.to(weight.dtype))
             draft.modules[draft.path(layer, branch["writes"])] = made
     draft.shortcuts[layer, number - 1] = draft.shortcut(layer, number - 1) @ turn
 
 
 def _matrix(module: Any) -> Tensor:
-    """W (out, in) in float64."""
+    """W (out, in)."""
     weight: Tensor = module.weight if isinstance(module, nn.Linear) else module.weight.T
-    return weight.double()
+    return weight
+
+
+def _times(weight: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
+    """W (out, in) times `turn` (in, n), computed in float64: so many rows at a time that a table of
+    the vocabulary takes no more memory than another matrix.
+    """
+    found = torch.empty(len(weight), turn.shape[1], dtype=dtype, device=weight.device)
+    rows = max(SLICE // len(turn), 1)
+    for part, into in zip(weight.split(rows), found.split(rows), strict=True):
+        into.copy_(part.double() @ turn)
+    return found
 
 
 def _check_finite(draft: _Draft) -> None:
