@@ -28,9 +28,10 @@ import torch
 
 import grasp
 from grasp.core.decoder import Decoder
-from grasp.core.edits import Quantize, Step
+from grasp.core.edits import Note, Quantize, Step
 from grasp.core.edits.base import layer_of
 from grasp.core.edits.placing import vocabulary
+from grasp.core.layers.packing_grasp import INTEGERS, SCALES, ZEROS, dequantized
 from grasp.core.models import load_model
 from grasp.core.precision import has_fast_bfloat16
 from grasp.core.provenance import versions
@@ -167,20 +168,28 @@ def bits_alone(bench: Benchmark, method: Any, decoder: Decoder) -> Iterable[Step
 
 def widths(bench: Benchmark, _sizes: list[str]) -> None:
     """One width for all matrices, to the nearest between least and largest, the embedding in 8
-    bits: what other tools do without data.
+    bits: what other tools do without data. The rise to expect is that of the matrices.
     """
+    method = make("grasp-fisher", {"size": "100MB", "group_sizes": bench.groups})
     for bits in (8, 6, 5, 4, 3):
-        bench.row(f"{bits} bits, groups of 64", partial(one_width, bits), section="widths")
+        bench.row(
+            f"{bits} bits, groups of 64", partial(one_width, bench, method, bits), section="widths"
+        )
 
 
-def one_width(bits: int, decoder: Decoder) -> Iterable[Step]:
+def one_width(bench: Benchmark, method: Any, bits: int, decoder: Decoder) -> Iterable[Step]:
     """Every linear, and the embedding in 8 bits."""
+    _, stats = bench.statistics(method)
     paths = [one.path for layer in decoder.layers() for one in layer.linears.values()]
     for path in [*vocabulary(decoder), *paths]:
         scheme = f"int{bits}" if layer_of(path) >= 0 else "int8"
         weight: Any = decoder.model.get_submodule(path).weight
         numbers = rounded("weight", weight, scheme, 64, torch.bfloat16)
-        yield Step(Quantize(path, scheme, 64, numbers))
+        found = stats[Sensitivities.name].get(path)
+        stored = (numbers.get("weight" + part) for part in (INTEGERS, SCALES, ZEROS))
+        made: Any = dequantized(*stored, scheme, weight.shape[1], 64)
+        lost = None if found is None else found.loss(weight - made)
+        yield Step(Quantize(path, scheme, 64, numbers), Note(predicted_loss=lost))
 
 
 SECTIONS = {"dial": dial, "widths": widths}
