@@ -275,8 +275,7 @@ def _dial() -> str:
         dense = rows["dense"]["wikitext2"]
         by = sorted(rows.items(), key=lambda one: (one[1]["section"], -one[1]["megabytes"]))
         for name, row in by:
-            priced = row["section"] in ("dial", "bits")
-            expected = f"{row['expected_rise']:.3f}" if priced else ""
+            expected = f"{row['expected_rise']:.3f}" if row["expected_rise"] else ""
             yield (
                 f"| {name} | {row['megabytes']:.1f} | {row['wikitext2']:.2f} | {row['ptb']:.2f} |"
                 f" {expected} | {math.log(row['wikitext2'] / dense):.3f} |"
