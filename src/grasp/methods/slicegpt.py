@@ -36,7 +36,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -48,12 +48,11 @@ from grasp.core.edits.slicing import (
     HEAD,
     Place,
     check_sliceable,
-    ends_of,
     norm_module,
     norm_of,
     places,
     sliced_parameters,
-    tables,
+    vocabulary_rows,
 )
 from grasp.core.fields import RankMultiple, Share, flag
 from grasp.core.held import passes
@@ -158,7 +157,7 @@ class SliceGPT(Method):
             0,
             8 * hidden**2 * (measured + 2 if self.one_shot else 3),
             held_sets=0 if self.one_shot else 1,
-            workspace_bytes=4 * width * _vocabulary_rows(decoder),
+            workspace_bytes=4 * width * vocabulary_rows(decoder),
             a_token={"double": 2.0 * measured * hidden**2},
             once=operations.rotation(hidden, decoder.num_parameters(), measured),
         )
@@ -218,13 +217,6 @@ def _looked(decoder: Decoder, place: Place) -> tuple[int, int]:
     """
     layer = decoder.kept.index(place.layer)
     return decoder.kept[max(layer - (place.block == ATTENTION), 0)], place.layer
-
-
-def _vocabulary_rows(decoder: Decoder) -> int:
-    """Of the embeddings and of the head, which are made anew beside the old ones."""
-    model: Any = decoder.model
-    paths = [*tables(decoder), ends_of(decoder).head]
-    return sum(len(model.get_submodule(path).weight) for path in paths)
 
 
 def _kept_in(decoder: Decoder) -> torch.dtype:

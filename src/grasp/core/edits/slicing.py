@@ -104,6 +104,13 @@ def tables(decoder: Decoder) -> list[str]:
     return [path for path in (ends.embedding, ends.positions) if path]
 
 
+def vocabulary_rows(decoder: Decoder) -> int:
+    """Of the embeddings and of the head, which are made anew beside the old ones."""
+    model: Any = decoder.model
+    paths = [*tables(decoder), ends_of(decoder).head]
+    return sum(len(model.get_submodule(path).weight) for path in paths)
+
+
 def layer_record(decoder: Decoder) -> Record:
     """The record of a layer of this model, nothing of it sliced yet (`SlicedLayer`)."""
     family = decoder.family
