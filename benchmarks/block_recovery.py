@@ -6,7 +6,9 @@ python benchmarks/block_recovery.py FOLDER [--short 60] [--long 180]
 FOLDER: as for `benchmarks/fisher.py`, with alpaca/random_9k.json. smollm2 with nine layers at rank
 10 % (16 × 512 tokens of WikiText-2 valid), recovered on Alpaca and WikiText-2 valid, rows of 256
 tokens. Perplexity on 12 × 512 tokens of WikiText-2 test and of PTB valid. A trial of few steps says
-how many fit into the seconds; the rows say how many it took. Alone on the machine.
+how many fit into the seconds; the rows say how many it took. `distill` looks at the held-out loss
+before and behind the training alone: by itself it looks ten times, at every step of so short a run,
+and a look takes as long as some steps. Alone on the machine.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Benchmark:
     def recover(self, arm: str, begin: Path, out: Path, steps: int) -> float:
         """Train for so many steps; gives the seconds of it."""
         began = time.perf_counter()
-        grasp.recover(begin, out, data=self.text, max_steps=steps, **QUICK, **ARMS[arm])
+        looks = {"eval_every": steps} if arm == "distill" else {}
+        grasp.recover(begin, out, data=self.text, max_steps=steps, **QUICK, **ARMS[arm], **looks)
         return time.perf_counter() - began
 
     def steps_in(self, arm: str, seconds: float) -> int:

@@ -106,7 +106,7 @@ def measured(told: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(done.stderr)
     row = {**told, **json.loads(done.stdout.splitlines()[-1]), "model": Path(told["model"]).name}
     print(
-        f"{Path(row['model']).name:12s} {row['mode']:22s} {row['dtype']:9s}"
+        f"{row['model']:12s} {row['mode']:22s} {row['dtype']:9s}"
         f" {'disk  ' if row['offloaded'] else 'memory'} told {row['told']:6.1f} s, measured"
         f" {row['seconds']:6.1f} (by the clock {row['clock_seconds']:6.1f}),"
         f" {row['told'] / row['seconds']:5.2f}",

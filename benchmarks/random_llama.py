@@ -48,6 +48,25 @@ def numbers(shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
 
 
+def config_of(layers: int, width: int, vocabulary: int) -> LlamaConfig:
+    """The shape, four times as wide inside its MLPs."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,21 +76,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="a multiple of 256")
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=asked.width,
-        intermediate_size=4 * asked.width,
-        num_hidden_layers=asked.layers,
-        num_attention_heads=asked.width // 64,
-        num_key_value_heads=asked.width // 256,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+    config = config_of(asked.layers, asked.width, len(tokenizer))
     torch.manual_seed(0)
     asked.out.mkdir(parents=True)
     with torch.device("meta"):

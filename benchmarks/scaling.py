@@ -2,6 +2,7 @@
 models that are too large to try here.
 
     python benchmarks/scaling.py FOLDER -o results/scaling.json
+    python benchmarks/scaling.py --tell results/scaling.json
     python benchmarks/scaling.py --plot results/scaling.json -o docs/scaling.png
     python benchmarks/scaling.py --predict
 
@@ -9,6 +10,8 @@ FOLDER takes the random models. One quantity grows at a time, the others stay at
 tokens, 4 layers and a width of 512. Every run is a fresh process with one thread; its time is that
 of a core, so that other work on the machine hardly counts. Memory: the largest resident set, over
 what was there before the model was opened.
+
+`--tell` writes into the results what the formula of today tells of these runs.
 
 `--predict` runs nothing: it takes the formulas of `--dry-run`, with the shapes of Llama 3 8B and
 70B and with the speeds that `MACHINES` assumes.
@@ -33,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "grasp-fisher": {"ratio": 0.2, "rounds": 1},
 }
 COLORS = {"svd-llm": "#4a6fa5", "grasp-fisher": "#c1440e"}
-BLOCKS, LENGTH, LAYERS, WIDTH = 4, 256, 4, 512
+BLOCKS, LENGTH, LAYERS, WIDTH, VOCABULARY = 4, 256, 4, 512, 49_152
 GROWS = {
     "tokens": [512, 1024, 2048, 4096],
     "layers": [2, 4, 8, 12],
@@ -90,9 +93,7 @@ def model(folder: Path, layers: int, width: int) -> Path:
 
 def measured(folder: Path, method: str, grows: str, at: int) -> dict[str, Any]:
     """A row of the results, by a run of benchmarks/offload.py."""
-    blocks = at // LENGTH if grows == "tokens" else BLOCKS
-    layers = at if grows == "layers" else LAYERS
-    width = at if grows == "width" else WIDTH
+    layers, width, blocks = shape_of(grows, at)
     told = {
         "model": str(model(folder, layers, width)),
         "offloaded": False,
@@ -118,6 +119,35 @@ def measured(folder: Path, method: str, grows: str, at: int) -> dict[str, Any]:
         flush=True,
     )
     return row
+
+
+def tell(results: Path) -> None:
+    """What `--dry-run` tells of the memory of every row now."""
+    import torch
+    from random_llama import config_of
+    from transformers import AutoModelForCausalLM
+
+    from grasp.core.decoder import Decoder
+    from grasp.methods import make
+    from grasp.verbs.preflight import estimate
+
+    torch.set_num_threads(1)
+    found = json.loads(results.read_text())
+    for row in found["rows"]:
+        layers, width, blocks = shape_of(row["grows"], row["at"])
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config_of(layers, width, VOCABULARY))
+        decoder = Decoder(empty)
+        plan = make(row["method"], METHODS[row["method"]]).plan(decoder)
+        told = estimate(decoder, plan, blocks, LENGTH, torch.bfloat16)
+        row["told_bytes"] = told.memory
+    results.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def shape_of(grows: str, at: int) -> tuple[int, int, int]:
+    """Layers, width and blocks of a run."""
+    blocks = at // LENGTH if grows == "tokens" else BLOCKS
+    return at if grows == "layers" else LAYERS, at if grows == "width" else WIDTH, blocks
 
 
 def plot(results: Path, picture: Path) -> None:
@@ -207,10 +237,14 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--tell", type=Path)
     parser.add_argument("--predict", action="store_true")
     asked = parser.parse_args()
     if asked.plot:
         plot(asked.plot, asked.output)
+        return 0
+    if asked.tell:
+        tell(asked.tell)
         return 0
     if asked.predict:
         predict()
