@@ -178,7 +178,7 @@ def plot(results: Path, picture: Path) -> None:
             panel.set_xlim(0, None)
             panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("seconds of a core")
-    panels[1, 0].set_ylabel("MB over Python's own\n(dotted: told before)")
+    panels[1, 0].set_ylabel("MB over Python's own\n(dotted: told)")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(picture, dpi=120)
 
